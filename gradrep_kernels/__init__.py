@@ -1,0 +1,32 @@
+"""Gradient re-parameterization at zero cost: Grad Mult inside SGD, spatial gradient scaling, and the tools around them."""
+
+from gradrep_kernels import csla, models
+from gradrep_kernels.backends import use_backend
+from gradrep_kernels.grad_mult import BranchScales, GradMult
+from gradrep_kernels.optim import FusedRepSGD, param_groups
+from gradrep_kernels.sgs import (
+    SpatialGradientScaling,
+    alpha_beta_scaling,
+    joint_histogram,
+    normalized_mutual_information,
+    pair_ranges,
+    spatial_gradient_scaling,
+)
+from gradrep_kernels.version import __version__
+
+__all__ = [
+    "BranchScales",
+    "FusedRepSGD",
+    "GradMult",
+    "SpatialGradientScaling",
+    "__version__",
+    "alpha_beta_scaling",
+    "csla",
+    "joint_histogram",
+    "models",
+    "normalized_mutual_information",
+    "pair_ranges",
+    "param_groups",
+    "spatial_gradient_scaling",
+    "use_backend",
+]

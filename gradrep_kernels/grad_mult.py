@@ -1,0 +1,299 @@
+"""Grad Mult: the constant that multiplies a gradient, kept in the small form that both papers need.
+
+Sources: RepOptimizers (Ding et al., 2023), section 3.2, Eq. 3; Spatial Gradient Scaling (Detkov et al., 2023), Lemma 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from gradrep_kernels.reference.grad_mult import diagonal_taps
+
+__all__ = ["BranchScales", "GradMult"]
+
+
+def _constant(name: str, value: Tensor) -> Tensor:
+    """A private float32 / float64 copy of `value`; what is not real, finite and a tensor is refused."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if value.is_complex():
+        raise TypeError(f"{name} must be real, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {value.layout}")
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    constant = value.detach().to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+    if not bool(torch.isfinite(constant).all()):
+        raise ValueError(f"{name} must be finite, got NaN or inf")
+    return constant
+
+
+class GradMult:
+    """M[o, i, y, x] = scale[o|0, i|0, y|0, x|0] + identity[o] * 1[i == o mod I, (y, x) = centre].
+
+    Args:
+        scale:    any shape that broadcasts to the weight: [], [1, 1, kh, kw], [O, 1, kh, kw], [O, I, kh, kw], ...
+        identity: [O], or None. Only for 4-D weights with an odd kernel.
+
+    Both are copied. They keep float32 or float64 (lower precision and integers are raised to float32; of a mixed pair
+    both become float64). Immutable by convention: make a new one instead of writing into `.scale`.
+
+    Raises:
+        TypeError:  not a tensor, complex or sparse.
+        ValueError: NaN or inf; negative where that can be told without the weight's shape (else when it is attached).
+    """
+
+    __slots__ = ("identity", "scale")
+
+    def __init__(self, scale: Tensor, identity: Tensor | None = None):
+        self.scale = _constant("scale", scale)
+        self.identity = None
+        if identity is not None:
+            self.identity = _constant("identity", identity).to(self.scale.device)
+            if self.identity.dim() != 1:
+                raise ValueError(f"identity must have shape [O], got {list(self.identity.shape)}")
+            if self.scale.dim() > 4:
+                raise ValueError(f"identity needs a 4-D weight, scale has {self.scale.dim()} dimensions")
+            dtype = torch.promote_types(self.scale.dtype, self.identity.dtype)
+            self.scale, self.identity = self.scale.to(dtype), self.identity.to(dtype)
+        elif bool((self.scale < 0).any()):
+            raise ValueError(f"a Grad Mult must not be negative, scale has {float(self.scale.min()):g}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stored form takes."""
+        return sum(t.numel() * t.element_size() for t in self.parts() if t is not None)
+
+    def parts(self) -> tuple[Tensor, Tensor | None]:
+        return self.scale, self.identity
+
+    def to(self, device: torch.device | str) -> GradMult:
+        if torch.device(device) == self.device:
+            return self
+        return self._of(self.scale.to(device), None if self.identity is None else self.identity.to(device))
+
+    @classmethod
+    def _of(cls, scale: Tensor, identity: Tensor | None) -> GradMult:
+        """From parts that are known to be good (no copy, no checks)."""
+        new = cls.__new__(cls)
+        new.scale, new.identity = scale, identity
+        return new
+
+    def __reduce__(self):
+        return _unpickle, (self.scale, self.identity)
+
+    def check(self, shape: Iterable[int]) -> None:
+        """Raise ValueError unless M is defined and nowhere negative on a weight of `shape`."""
+        shape = torch.Size(shape)
+        try:
+            fits = torch.broadcast_shapes(self.scale.shape, shape) == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"scale {list(self.scale.shape)} does not broadcast to the weight {list(shape)}")
+        if self.identity is not None:
+            if len(shape) != 4:
+                raise ValueError(f"identity needs a 4-D weight, got {list(shape)}")
+            if shape[2] % 2 == 0 or shape[3] % 2 == 0:
+                raise ValueError(f"identity needs an odd kernel, got {shape[2]} x {shape[3]}")
+            if self.identity.numel() != shape[0]:
+                raise ValueError(f"identity has {self.identity.numel()} elements, the weight has {shape[0]} output channels")
+        if any(part is not None and bool((part < 0).any()) for part in self.parts()):
+            dense = self._dense(shape)
+            if bool((dense < 0).any()):
+                raise ValueError(f"a Grad Mult must not be negative, got {float(dense.min()):g}")
+
+    def _dense(self, shape: torch.Size) -> Tensor:
+        dense = self.scale.expand(shape).clone(memory_format=torch.contiguous_format)
+        if self.identity is not None:
+            dense[diagonal_taps(shape, dense.device)] += self.identity
+        return dense
+
+    def dense(self, shape: Iterable[int]) -> Tensor:
+        """M at full size, [O, I, kh, kw] = `shape`; a new contiguous tensor. Raises ValueError where it does not fit."""
+        shape = torch.Size(shape)
+        self.check(shape)
+        return self._dense(shape)
+
+    def __mul__(self, other: GradMult) -> GradMult:
+        """The element-wise product, structured wherever both parts can be told apart without the weight's shape."""
+        if not isinstance(other, GradMult):
+            return NotImplemented
+        a, b = self, other.to(self.device)
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        try:
+            shape = torch.broadcast_shapes(a.scale.shape, b.scale.shape)
+        except RuntimeError:
+            raise ValueError(f"Grad Mults of {list(a.scale.shape)} and {list(b.scale.shape)} do not fit one weight") from None
+        scale = a.scale.to(dtype) * b.scale.to(dtype)
+        if a.identity is None and b.identity is None:
+            return GradMult._of(scale, None)
+        if a.identity is not None and b.identity is not None and a.identity.shape != b.identity.shape:
+            raise ValueError(f"identities of {a.identity.numel()} and {b.identity.numel()} output channels do not fit one weight")
+        channels = (b if a.identity is None else a).identity.numel()
+        # On the diagonal M = (sa + ia)(sb + ib); formed in float64 and rounded once, then taken relative to the rounded scale.
+        sa, sb = a._on_diagonal(channels, shape), b._on_diagonal(channels, shape)
+        ia = 0.0 if a.identity is None else a.identity.double()
+        ib = 0.0 if b.identity is None else b.identity.double()
+        base = GradMult._of(scale, None)._on_diagonal(channels, shape)
+        return GradMult._of(scale, ((sa + ia) * (sb + ib) - base).to(dtype))
+
+    def _on_diagonal(self, channels: int, shape: torch.Size) -> Tensor:
+        """scale at the identity's taps, float64 [O] (broadcast dimensions have one tap)."""
+        scale = self.scale.double()
+        scale = scale.reshape((1,) * (4 - scale.dim()) + tuple(scale.shape))
+        if scale.shape[0] not in (1, channels):
+            raise ValueError(f"scale {list(self.scale.shape)} does not fit identity[{channels}]")
+        if any(n % 2 == 0 for n in shape[-2:]):
+            raise ValueError(f"identity needs an odd kernel, got {shape[-2]} x {shape[-1]}")
+        o = torch.arange(channels, device=scale.device)
+        return scale[o % scale.shape[0], o % scale.shape[1], scale.shape[2] // 2, scale.shape[3] // 2]
+
+    @classmethod
+    def from_dense(cls, m: Tensor) -> GradMult:
+        """The smallest form whose `.dense(m.shape)` gives back the bits of `m`; `m` itself where there is none."""
+        m = _constant("M", m)
+        if bool((m < 0).any()):
+            raise ValueError(f"a Grad Mult must not be negative, M has {float(m.min()):g}")
+        m = m.abs()  # -0.0 is not a multiplier of its own
+        if m.numel() == 0:
+            return cls(m)
+        if m.dim() == 4 and m.shape[1] > 1 and m.shape[2] % 2 and m.shape[3] % 2:
+            o, i, y, x = taps = diagonal_taps(m.shape, m.device)
+            beside = m[o, (i + 1) % m.shape[1], y, x]
+            plain = m.clone()
+            plain[taps] = beside
+            scale = _collapse(plain)
+            if scale.shape[1] == 1 and not torch.equal(plain, m):
+                for identity in _differences(m[taps], beside):
+                    if torch.equal(beside + identity, m[taps]):
+                        return cls._of(scale, identity)
+        return cls._of(_collapse(m), None)
+
+    @classmethod
+    def from_masks(cls, masks: Iterable[Tensor]) -> GradMult:
+        """Sum of binary masks [kh, kw] (or any shape that broadcasts to the weight): SGS paper, Lemma 1."""
+        masks = [_constant(f"masks[{n}]", mask.detach().to(torch.float32)) for n, mask in enumerate(masks)]
+        if not masks:
+            raise ValueError("masks must hold at least one mask, got none")
+        for n, mask in enumerate(masks):
+            if not bool(((mask == 0) | (mask == 1)).all()):
+                raise ValueError(f"masks[{n}] must hold only 0 and 1")
+        total = masks[0]
+        for n, mask in enumerate(masks[1:], start=1):
+            try:
+                total = total + mask
+            except RuntimeError:
+                raise ValueError(f"masks[{n}] of {list(mask.shape)} does not fit the others, {list(total.shape)}") from None
+        return cls(total.reshape((1, 1) + tuple(total.shape)) if total.dim() == 2 else total)
+
+    def same(self, other: GradMult, shape: Iterable[int]) -> bool:
+        """Whether both are the same multiplier, bit for bit, of a weight of `shape`."""
+        if self.dtype != other.dtype:
+            return False
+        other = other.to(self.device)
+        if self.scale.shape == other.scale.shape and (self.identity is None) == (other.identity is None):
+            return all(a is b or torch.equal(a, b) for a, b in zip(self.parts(), other.parts()))
+        return torch.equal(self.dense(shape), other.dense(shape))
+
+    def __repr__(self) -> str:
+        identity = "" if self.identity is None else f", identity[{self.identity.numel()}]"
+        return f"GradMult(scale{list(self.scale.shape)}{identity}, {str(self.dtype).removeprefix('torch.')})"
+
+
+def _unpickle(scale: Tensor, identity: Tensor | None) -> GradMult:
+    return GradMult._of(scale, identity)
+
+
+def _collapse(m: Tensor) -> Tensor:
+    """m with every dimension along which it does not change reduced to 1."""
+    for dim in range(m.dim()):
+        first = m.narrow(dim, 0, 1)
+        if torch.equal(first.expand_as(m), m):
+            m = first
+    return m.clone(memory_format=torch.contiguous_format)
+
+
+def _differences(total: Tensor, part: Tensor) -> Iterable[Tensor]:
+    """Candidates d with part + d == total: the rounded difference and its neighbours, mixed per element."""
+    near = total - part
+    up, down = torch.full_like(near, torch.inf), torch.full_like(near, -torch.inf)
+    best = near.clone()
+    for candidate in (near, torch.nextafter(near, up), torch.nextafter(near, down)):
+        best = torch.where(part + best == total, best, candidate)
+    yield best
+
+
+class BranchScales:
+    """The constant scales of one CSLA block (RepOptimizers, section 3.2).
+
+    Args:
+        kxk:        [O], behind the k x k convolution (s in the paper); any sign.
+        one_by_one: [O] or None, behind the 1 x 1 convolution (t in the paper); any sign.
+        identity:   True or False, or the searched scale of the identity branch [O].
+    """
+
+    __slots__ = ("identity", "kxk", "one_by_one")
+
+    def __init__(self, kxk: Tensor, one_by_one: Tensor | None = None, identity: bool | Tensor = False):
+        self.kxk = self._vector("kxk", kxk, None)
+        self.one_by_one = None if one_by_one is None else self._vector("one_by_one", one_by_one, self.channels)
+        if identity is None:
+            identity = False
+        if not isinstance(identity, (bool, Tensor)):
+            raise TypeError(f"identity must be a bool or a Tensor [O], got {type(identity).__name__}")
+        self.identity = identity if isinstance(identity, bool) else self._vector("identity", identity, self.channels)
+
+    @staticmethod
+    def _vector(name: str, value: Tensor, channels: int | None) -> Tensor:
+        vector = _constant(name, value)
+        if vector.dim() != 1:
+            raise ValueError(f"{name} must have shape [O], got {list(vector.shape)}")
+        if channels is not None and vector.numel() != channels:
+            raise ValueError(f"{name} has {vector.numel()} channels, kxk has {channels}")
+        return vector
+
+    @property
+    def channels(self) -> int:
+        return self.kxk.numel()
+
+    @property
+    def has_identity(self) -> bool:
+        return self.identity is not False
+
+    def grad_mult(self, kernel_size: int | tuple[int, int]) -> GradMult:
+        """M = s² on every tap, + t² at the centre, + 1 where the block has the identity branch (Eq. 3).
+
+        The sum is formed in float64 and rounded once to the dtype of the scales. The identity's trainable scale has the
+        constant factor 1, whatever its searched value.
+        """
+        kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        if kh < 1 or kw < 1 or kh % 2 == 0 or kw % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kh} x {kw}")
+        squares = self.kxk.double().square().reshape(-1, 1, 1, 1).repeat(1, 1, kh, kw)
+        if self.one_by_one is not None:
+            squares[:, 0, kh // 2, kw // 2] += self.one_by_one.double().square()
+        dtype = self.kxk.dtype if self.one_by_one is None else torch.promote_types(self.kxk.dtype, self.one_by_one.dtype)
+        scale = squares.to(dtype)
+        if not bool(torch.isfinite(scale).all()):
+            raise ValueError(f"the squares of the scales overflow {dtype}")
+        return GradMult._of(scale, torch.ones_like(self.kxk, dtype=dtype) if self.has_identity else None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The searched tensors by branch name: conv, 1x1, identity (as the published files name them)."""
+        named = {"conv": self.kxk, "1x1": self.one_by_one, "identity": self.identity}
+        return {name: t for name, t in named.items() if isinstance(t, Tensor)}
+
+    def __repr__(self) -> str:
+        branches = ["kxk"] + ["one_by_one"] * (self.one_by_one is not None) + ["identity"] * self.has_identity
+        return f"BranchScales([{self.channels}]: {', '.join(branches)})"

@@ -1,0 +1,80 @@
+"""The rule of binning: which pairs of pixels there are, how many bins they get, and into which bin a value falls.
+
+Every implementation of `pair_ranges` and `joint_histogram` follows this page to the letter; that is why counts are equal to
+the last one on every device, for every batch split and thread count. T is the type of all arithmetic: float64 for float64
+maps, float32 for float32, bfloat16 and float16 maps (widened first, which is exact). Every operation below is rounded to
+nearest in T on its own; denormals are kept.
+
+Pairs. x [N, C, H, W] is surrounded by zeros, padding[0] rows above and below, padding[1] columns left and right: Hp x Wp.
+For a displacement (di, dj), of any sign, P and Q are all pixels p and q = p + (di, dj) with both inside the padded map:
+max(0, Hp - |di|) * max(0, Wp - |dj|) pairs an image. With remove_near, pairs with p == 0 or q == 0 are dropped (-0.0 is 0;
+NaN is not). n is what is left, pooled over the images.
+
+Ranges. lo and hi of a side are the least and the greatest of its values that are left. One NaN among them makes both NaN.
+A zero end is +0.0. No pair left: lo = +inf, hi = -inf, n = 0, so ranges of several batches merge by minimum and maximum.
+
+Bins. B per channel and displacement, 1 <= B <= MAX_BINS, the same for P and Q. For a side with range [lo, hi]:
+    inv = B / (hi - lo)          one subtraction, one IEEE division (no approximate reciprocal); not finite: inv = 0
+    t   = (v - lo) * inv         one subtraction, one multiplication; nothing here contracts to an FMA
+    bin = 0       where t is NaN or t < 1
+          B - 1   where t >= B - 1
+          int(t)  otherwise (towards zero)
+So the top bin is closed; a constant side, an infinite or NaN range and a NaN pixel go to bin 0; values outside the range go to
+the nearer end bin (ranges may come from other data), +inf to the top one where inv > 0.
+
+Counts. counts[c, d, bin(p), bin(q)] += 1 per pair that is left. With remove_near, counts whose two bin numbers are equal are
+0 in the result, so then the counts need not sum to n.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_BINS = 32767  # a cell number p * B + q then fits an int32
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """T: the type of the ranges and of all arithmetic on a map of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sturges(n: Tensor) -> Tensor:
+    """Bins per side for n pairs: B = 1 + ceil(log2 n) = 1 + bit_length(n - 1), exact below 2^53; n <= 1 gives 1.  # int32, the shape of n"""
+    return 1 + torch.frexp((n - 1).clamp(min=0).double()).exponent
+
+
+def inverse_width(ranges: Tensor, bins: Tensor) -> Tensor:
+    """inv of both sides  # ranges [C, D, 2, 2] in T, bins [C, D] -> [C, D, 2] in T"""
+    inv = bins.unsqueeze(-1).to(ranges.dtype) / (ranges[..., 1] - ranges[..., 0])
+    return torch.where(torch.isfinite(inv), inv, torch.zeros_like(inv))
+
+
+def bin_numbers(values: Tensor, lo: Tensor, inv: Tensor, bins: Tensor) -> Tensor:
+    """Bin of each value  # values [N, C, h, w] in T; lo, inv in T and bins, all [C] -> int32 [N, C, h, w]"""
+    lo, inv, top = lo.view(-1, 1, 1), inv.view(-1, 1, 1), (bins.to(values.dtype) - 1).view(-1, 1, 1)
+    t = (values - lo).mul_(inv)
+    torch.fmax(t, torch.zeros_like(lo), out=t)  # fmax takes the number where the other is NaN
+    return torch.minimum(t, top, out=t).to(torch.int32)
+
+
+def image_groups(x: Tensor, pixels: int = 1 << 18) -> tuple[Tensor, ...]:
+    """The map in groups of images, some `pixels` at a time: temporaries stay in cache, 2x faster than whole batches."""
+    return x.split(max(1, pixels // x[0].numel())) if x.numel() > 0 else ()
+
+
+def padded(x: Tensor, padding: list[int]) -> Tensor:
+    """The map in T with its zeros around  # [N, C, H + 2 padding[0], W + 2 padding[1]]"""
+    rows, columns = padding
+    return torch.nn.functional.pad(x.to(compute_dtype(x.dtype)), (columns, columns, rows, rows))
+
+
+def pair_views(maps: Tensor, di: int, dj: int) -> tuple[Tensor, Tensor]:
+    """P and Q of one displacement, without a copy  # [..., Hp, Wp] -> twice [..., max(0, Hp - |di|), max(0, Wp - |dj|)]"""
+    p = q = maps
+    for dim, d in ((-2, di), (-1, dj)):
+        size = maps.shape[dim]
+        length = max(0, size - abs(d))
+        p = p.narrow(dim, min(max(-d, 0), size), length)
+        q = q.narrow(dim, min(max(d, 0), size), length)
+    return p, q

@@ -1,0 +1,24 @@
+"""M ⊙ t from the parts of a Grad Mult, with one multiplication per element and no temporary M of weight size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def diagonal_taps(shape: torch.Size | tuple[int, ...], device=None) -> tuple[Tensor, Tensor, int, int]:
+    """Indices (o, o mod I, centre row, centre column) of the identity branch's taps in a weight of `shape` [O, I, kh, kw]."""
+    o = torch.arange(shape[0], device=device)
+    return o, o % max(shape[1], 1), shape[2] // 2, shape[3] // 2
+
+
+def multiply(t: Tensor, scale: Tensor | None, identity: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """M ⊙ t  # [O, I, kh, kw]; the parts are brought to `dtype` first, then added, then multiplied."""
+    if scale is None:
+        return t
+    scale = scale.to(dtype)
+    product = t * scale
+    if identity is not None:
+        taps = diagonal_taps(t.shape, t.device)
+        product[taps] = t[taps] * (scale.expand(t.shape)[taps] + identity.to(dtype))
+    return product
