@@ -1,0 +1,50 @@
+# From nothing: `make run` (the main job), `make test`. A second call does no set-up.
+PY    ?= python3
+VENV  ?= .venv
+TORCH ?= torch==2.13.0
+TRITON ?= triton>=3.6
+RUN_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+RESULTS ?= runs/gpu-check
+
+PYTHON := $(VENV)/bin/python
+PIP := $(PYTHON) -m pip --disable-pip-version-check --quiet
+STAMP := $(VENV)/.ready-$(or $(GRADREP_BUILD),auto)-$(or $(GRADREP_CUDA),auto)
+
+.PHONY: run test lint bench bench-quick gpu-check env clean
+.DEFAULT_GOAL := run
+
+# torch before anything that depends on it: a bare requirement would fetch the CUDA build.
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(PYTHON) || $(PY) -m venv $(VENV)
+	$(PIP) install --upgrade pip "setuptools>=77" wheel ninja
+	$(PIP) install "$(TORCH)"
+	$(PIP) install --no-build-isolation -e ".[recipes,test,bench,dev]" "$(TRITON)"
+	rm -f $(VENV)/.ready-*
+	touch $@
+
+run: $(STAMP)
+	$(PYTHON) -m gradrep_kernels train $(RUN_ARGS)
+
+test: $(STAMP)
+	$(PYTHON) -m pytest $(TEST_ARGS)
+
+lint: $(STAMP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+# A process for each file: one bench's memory and threads must not meet another's.
+BENCHES := rep_sgd_step joint_histogram sgs
+bench bench-quick: $(STAMP)
+	set -e; for b in $(BENCHES); do $(PYTHON) -m pytest bench/bench_$$b.py $(if $(filter bench-quick,$@),--quick) $(BENCH_ARGS); done
+
+# With the machine's own Python: torch, Triton and nvcc are there, and there may be no network.
+gpu-check:
+	$(PY) bench/gpu_check.py --results "$(RESULTS)" $(if $(DRY_RUN),--dry-run)
+
+env: $(STAMP)
+	$(PYTHON) -m gradrep_kernels env
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info gradrep_kernels/*.so

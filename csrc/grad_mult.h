@@ -1,0 +1,190 @@
+// M = scale + identity on the taps (o, o mod I, centre), read along a parameter's memory: the twin of grad_mult.py.
+#pragma once
+
+#include "common.h"
+
+namespace gradrep {
+
+template <typename T>
+class Multiplier {
+ public:
+  Multiplier() = default;
+  Multiplier(Multiplier&&) = default;  // not copied: it points into itself
+  Multiplier& operator=(Multiplier&&) = default;
+
+  // `strides` is the order in which the (dense) parameter lies in memory; scale broadcasts to `sizes`.
+  Multiplier(const std::optional<Tensor>& scale, const std::optional<Tensor>& identity, const std::vector<int64_t>& sizes,
+             const std::vector<int64_t>& strides) {
+    if (!scale) return;
+    const int64_t dim = sizes.size(), lacking = dim - scale->dim();
+    STD_TORCH_CHECK(scale->is_cpu() && lacking >= 0, "a Grad Mult must lie on the CPU and broadcast to its parameter");
+    std::vector<int64_t> scale_strides(dim, 0);
+    for (int64_t d = lacking; d < dim; ++d) {
+      const int64_t n = scale->size(d - lacking);
+      STD_TORCH_CHECK(n == 1 || n == sizes[d], "a Grad Mult must broadcast to its parameter");
+      if (n != 1) scale_strides[d] = scale->stride(d - lacking);
+    }
+    scale_ = values(*scale);
+    order_dimensions(sizes, strides, scale_strides);
+    if (identity) find_diagonal(*identity, sizes, strides, scale_strides);
+  }
+
+  // ---- the course of M through memory
+
+  bool is_constant() const { return diagonal_.empty() && (dims_.empty() || (dims_.size() == 1 && dims_[0].stride == 0)); }
+  T constant() const { return scale_.data == nullptr ? T(1) : scale_.data[0]; }
+
+  // K where M repeats K taps that lie side by side, for the K that the loops are compiled for; else 0.
+  int64_t taps() const {
+    if (dims_.empty() || dims_.back().stride != 1) return 0;
+    const int64_t k = dims_.back().size;
+    const bool repeats = dims_.size() == 1 || dims_[dims_.size() - 2].stride == 0;
+    return repeats && (k == 9 || k == 25 || k == 49) ? k : 0;
+  }
+  // M stays the same over long stretches; or is read from memory over long stretches.
+  bool is_segments() const { return !dims_.empty() && dims_.back().stride == 0 && is_long(); }
+  bool is_arrays() const { return !dims_.empty() && dims_.back().stride == 1 && is_long(); }
+
+  // A chunk of work must begin at a multiple of this.
+  int64_t period() const { return std::max<int64_t>(1, taps()); }
+
+  // f(M's values, position, n) for the stretches of [begin, end) in which M repeats its taps, stays the same, or lies in memory.
+  template <typename F>
+  void each_row(int64_t begin, int64_t end, const F& f) const {
+    const bool repeats = taps() != 0 && dims_.size() > 1;
+    const size_t outer = dims_.size() - (repeats ? 2 : 1);
+    const int64_t row = dims_.back().size * (repeats ? dims_[outer].size : 1);
+    for (int64_t at = begin; at < end;) {
+      int64_t index = at / row;
+      const int64_t inside = at - index * row, n = std::min(row - inside, end - at);
+      const T* values = scale_.data;
+      for (size_t d = outer; d-- > 0; index /= dims_[d].size) values += index % dims_[d].size * dims_[d].stride;
+      f(!repeats && dims_.back().stride == 1 && taps() == 0 ? values + inside : values, at, n);
+      at += n;
+    }
+  }
+
+  // out = M at the positions [at, at + n), identity included; right for every course.
+  void fill(int64_t at, int64_t n, T* out) const {
+    if (dims_.empty()) {
+      std::fill(out, out + n, constant());
+    } else {
+      const Dimension last = dims_.back();
+      for (int64_t done = 0; done < n;) {
+        int64_t index = (at + done) / last.size;
+        const int64_t inside = at + done - index * last.size, run = std::min(last.size - inside, n - done);
+        const T* values = scale_.data + inside * last.stride;
+        for (size_t d = dims_.size() - 1; d-- > 0; index /= dims_[d].size) values += index % dims_[d].size * dims_[d].stride;
+        for (int64_t i = 0; i < run; ++i) out[done + i] = values[i * last.stride];
+        done += run;
+      }
+    }
+    each_diagonal(at, at + n, [&](const Tap& tap) { out[tap.at - at] = tap.m; });
+  }
+
+  struct Tap {  // of the identity
+    int64_t at;  // position in the parameter's memory
+    T m, scale;  // M there, and M without the identity
+  };
+
+  template <typename F>
+  void each_diagonal(int64_t begin, int64_t end, const F& f) const {
+    auto tap = std::lower_bound(diagonal_.begin(), diagonal_.end(), begin, [](const Tap& t, int64_t at) { return t.at < at; });
+    for (; tap != diagonal_.end() && tap->at < end; ++tap) f(*tap);
+  }
+
+ private:
+  struct Dimension {
+    int64_t size, stride;  // of scale, in elements; 0 where it is broadcast
+  };
+  struct Values {
+    const T* data = nullptr;
+    std::vector<T> copy;
+    std::optional<Tensor> kept;
+  };
+
+  static constexpr int64_t kLong = 64;  // elements: below, a call per stretch costs more than writing M out
+  bool is_long() const { return dims_.size() == 1 || dims_.back().size >= kLong; }
+
+  // The tensor's own memory where it has T, else a converted copy that keeps its strides (so `t` must be dense).
+  static Values values(const Tensor& t) {
+    Values v;
+    v.kept = t;
+    const bool same = dtype_of(t) == (sizeof(T) == 4 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64());
+    if (same) {
+      v.data = static_cast<const T*>(t.const_data_ptr());
+      return v;
+    }
+    STD_TORCH_CHECK(t.is_contiguous() && (dtype_of(t) == aoti_torch_dtype_float32() || dtype_of(t) == aoti_torch_dtype_float64()),
+                    "a Grad Mult must be contiguous, float32 or float64");
+    v.copy.resize(t.numel());
+    if (sizeof(T) == 4)
+      std::copy_n(static_cast<const double*>(t.const_data_ptr()), t.numel(), v.copy.begin());
+    else
+      std::copy_n(static_cast<const float*>(t.const_data_ptr()), t.numel(), v.copy.begin());
+    v.data = v.copy.data();
+    return v;
+  }
+
+  // Dimensions from outermost to innermost in memory, neighbours that scale walks through evenly made one.
+  void order_dimensions(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const std::vector<int64_t>& scale_strides) {
+    std::vector<size_t> order;
+    for (size_t d = 0; d < sizes.size(); ++d)
+      if (sizes[d] != 1) order.push_back(d);
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] > strides[b]; });
+    for (const size_t d : order) {
+      if (!dims_.empty() && dims_.back().stride == scale_strides[d] * sizes[d])
+        dims_.back() = {dims_.back().size * sizes[d], scale_strides[d]};
+      else
+        dims_.push_back({sizes[d], scale_strides[d]});
+    }
+  }
+
+  void find_diagonal(const Tensor& identity, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                     const std::vector<int64_t>& scale_strides) {
+    STD_TORCH_CHECK(sizes.size() == 4 && sizes[2] % 2 == 1 && sizes[3] % 2 == 1 && identity.dim() == 1 && identity.size(0) == sizes[0] && identity.is_cpu(),
+                    "an identity needs a 4-D parameter with an odd kernel, and one number per output channel");
+    const Values ones = values(identity);
+    const int64_t step = identity.stride(0);
+    for (int64_t o = 0; o < sizes[0] && sizes[1] > 0; ++o) {
+      const int64_t tap[4] = {o, o % sizes[1], sizes[2] / 2, sizes[3] / 2};
+      int64_t position = 0, at = 0;
+      for (int d = 0; d < 4; ++d) position += tap[d] * strides[d], at += tap[d] * scale_strides[d];
+      diagonal_.push_back({position, scale_.data[at] + ones.data[o * step], scale_.data[at]});
+    }
+    std::sort(diagonal_.begin(), diagonal_.end(), [](const Tap& a, const Tap& b) { return a.at < b.at; });
+  }
+
+  Values scale_;
+  std::vector<Dimension> dims_;
+  std::vector<Tap> diagonal_;  // in the order of memory
+};
+
+// The loops run over the identity's taps with the wrong M: their values are kept before, and those elements redone after.
+template <typename T>
+class Diagonal {
+ public:
+  Diagonal(const Multiplier<T>& mult, int64_t begin, int64_t end, T* p, T* v, bool has_v) : p_(p), v_(v), has_v_(has_v) {
+    mult.each_diagonal(begin, end, [&](const auto& tap) { taps_.push_back({tap.at, tap.m, p[tap.at], has_v ? v[tap.at] : T(0)}); });
+  }
+
+  template <typename F>
+  void redo(const F& f) const {
+    for (const Kept& tap : taps_) {
+      p_[tap.at] = tap.p;
+      if (has_v_) v_[tap.at] = tap.v;
+      f(tap.at, tap.m);
+    }
+  }
+
+ private:
+  struct Kept {
+    int64_t at;
+    T m, p, v;
+  };
+  T *p_, *v_;
+  bool has_v_;
+  std::vector<Kept> taps_;
+};
+
+}  // namespace gradrep

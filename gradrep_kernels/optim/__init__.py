@@ -1,0 +1,6 @@
+"""FusedRepSGD: torch.optim.SGD with Grad Mult inside the step."""
+
+from gradrep_kernels.optim.fused_rep_sgd import FusedRepSGD
+from gradrep_kernels.optim.param_groups import param_groups
+
+__all__ = ["FusedRepSGD", "param_groups"]

@@ -1,0 +1,114 @@
+"""The two factors that an optimizer holds per parameter: the caller's Grad Mult, and the one that SGS sets."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gradrep_kernels.grad_mult import GradMult
+from gradrep_kernels.optim.sharding import is_dtensor, part_on
+
+
+@dataclass
+class _Factors:
+    caller: GradMult | None = None
+    spatial: GradMult | None = None
+    checksum: int = 0  # of the caller's
+    total: GradMult | None = None  # their product, and where it is; made on first use
+    place: Any = None
+
+
+class Multipliers:
+    """{parameter: factors}; `version` counts the changes, so that whoever caches something derived can tell."""
+
+    def __init__(self):
+        self.version = 0
+        self._factors: dict[Tensor, _Factors] = {}
+
+    def __contains__(self, param: Tensor) -> bool:
+        return param in self._factors
+
+    def strays(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """The parameters with factors that are not among `params`."""
+        return list(self._factors.keys() - set(params)) if self._factors else []
+
+    def drop(self, params: Iterable[Tensor]) -> None:
+        for param in params:
+            del self._factors[param]
+            self.version += 1
+
+    def set_caller(self, param: Tensor, mult: GradMult | None) -> None:
+        self._set(param, caller=mult, checksum=0 if mult is None else _checksum(mult))
+
+    def set_spatial(self, param: Tensor, mult: GradMult | None) -> None:
+        self._set(param, spatial=mult)
+
+    def _set(self, param: Tensor, **changes: Any) -> None:
+        factors = self._factors.setdefault(param, _Factors())
+        for name, value in changes.items():
+            setattr(factors, name, value)
+        factors.total = None
+        if factors.caller is None and factors.spatial is None:
+            del self._factors[param]
+        self.version += 1
+
+    def caller(self, param: Tensor) -> GradMult | None:
+        factors = self._factors.get(param)
+        return None if factors is None else factors.caller
+
+    def product(self, param: Tensor) -> GradMult | None:
+        """caller ⊙ spatial, for the whole weight."""
+        factors = self._factors.get(param)
+        if factors is None:
+            return None
+        parts = [f for f in (factors.caller, factors.spatial) if f is not None]
+        return parts[0] if len(parts) == 1 else parts[0] * parts[1]
+
+    def total(self, param: Tensor) -> GradMult | None:
+        """caller ⊙ spatial where the parameter is: on its device and, of a DTensor, the part on this rank's shard."""
+        factors = self._factors.get(param)
+        if factors is None:
+            return None
+        place = (param.device, param.dtype, param.placements) if is_dtensor(param) else param.device
+        if factors.total is None or factors.place != place:
+            product = self.product(param)
+            factors.total = part_on(param, product) if is_dtensor(param) else product.to(param.device)
+            factors.place = place
+        return factors.total
+
+    def callers(self, params: Iterable[Tensor]) -> dict[int, GradMult]:
+        """The caller's factors by the position of their parameter."""
+        found = ((n, self.caller(p)) for n, p in enumerate(params))
+        return {n: mult for n, mult in found if mult is not None}
+
+    def fingerprint(self, params: Iterable[Tensor]) -> int:
+        """A number derived from the caller's factors of a parameter group; 0 where it has none."""
+        sums = [self._factors[p].checksum if p in self._factors else 0 for p in params]
+        return zlib.crc32(repr(sums).encode()) if any(sums) else 0
+
+
+def _checksum(mult: GradMult) -> int:
+    value = 0
+    for part in mult.parts():
+        if part is not None:
+            value = zlib.crc32(repr((tuple(part.shape), part.dtype)).encode(), value)
+            value = zlib.crc32(part.detach().cpu().contiguous().numpy().tobytes(), value)
+    return value or 1  # 0 means none
+
+
+def pack(mults: dict[int, GradMult]) -> dict[int, dict[str, Tensor | None]]:
+    """Plain tensors in plain dicts: what torch.load(weights_only=True) accepts."""
+    return {n: {"scale": mult.scale, "identity": mult.identity} for n, mult in mults.items()}
+
+
+def unpack(packed: Any) -> dict[int, GradMult]:
+    if not isinstance(packed, dict):
+        raise ValueError(f"state_dict['grad_mults'] must be a dict, got {type(packed).__name__}")
+    try:
+        return {int(n): GradMult(parts["scale"], parts["identity"]) for n, parts in packed.items()}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"state_dict['grad_mults'] must hold a 'scale' and an 'identity' per parameter: {error!r}") from None

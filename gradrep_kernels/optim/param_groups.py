@@ -1,0 +1,31 @@
+"""The two parameter groups that the equivalence CSLA = GR asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: what decays (weights with more than one dimension, identity scales) and what does not.
+
+    Norms, biases and the scale vectors behind a CSLA block's convolutions do not decay, as in the published code. The
+    scale of its identity branch does, although it is a vector: the merged kernel holds it, and decays as a whole.
+    A module names such vectors in its attribute `decayed_vectors`. Parameters that need no gradient are left out.
+
+    Returns groups with `params`, `param_names` (read by error messages) and `weight_decay`.
+    Raises ValueError for a negative weight_decay.
+    """
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+    decayed_vectors = {
+        f"{module_name}.{name}" if module_name else name for module_name, module in model.named_modules() for name in getattr(module, "decayed_vectors", ())
+    }
+    decays: dict[bool, list] = {True: [], False: []}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            decays[param.dim() > 1 or name in decayed_vectors].append((name, param))
+    return [
+        {"params": [p for _, p in named], "param_names": [n for n, _ in named], "weight_decay": weight_decay if does else 0.0} for does, named in decays.items()
+    ]

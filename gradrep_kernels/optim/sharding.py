@@ -1,0 +1,89 @@
+"""DTensor parameters (FSDP2, tensor parallelism): a step sees the shard that this rank holds, and the part of M that lies on it.
+
+The caller gives multipliers for the whole weight. Checkpoints and fingerprints hold those, whatever the sharding.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from gradrep_kernels.grad_mult import GradMult
+from gradrep_kernels.reference.rep_sgd_step import compute_dtype
+
+
+def is_dtensor(t: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # importing it takes 0.5 s; where nobody has, there is no DTensor
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, sharing its memory; any other tensor itself."""
+    if not is_dtensor(t):
+        return t
+    shard = t.to_local()
+    return shard.wait() if hasattr(shard, "wait") else shard  # the AsyncCollectiveTensor of a gradient still on its way
+
+
+def aligned_grad(p: Tensor) -> Tensor:
+    """p.grad, spread over the ranks as p is: a pending sum (Partial) is done, another sharding is brought to the parameter's."""
+    grad = p.grad
+    if is_dtensor(p) and grad.placements != p.placements:
+        grad = grad.redistribute(p.device_mesh, p.placements)
+    return grad
+
+
+def sum_over_shards(total: Tensor, p: Tensor) -> Tensor:
+    """The sum of `total`  # [] over the ranks that hold other parts of `p`; replicas count once. Plain parameters: `total`."""
+    if not is_dtensor(p):
+        return total
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    over = [Partial() if hasattr(placement, "dim") else Replicate() for placement in p.placements]
+    return DTensor.from_local(total, p.device_mesh, over, run_check=False).full_tensor()
+
+
+def part_on(p: Tensor, mult: GradMult) -> GradMult:
+    """The part of `mult`, given for the whole weight, that lies on this rank's shard of the DTensor `p`.
+
+    It stays structured but for one case: where the identity's diagonal is shifted (a shard that starts at row r has it at
+    (o, (o + r) mod I)) or cut, which GradMult cannot say, M becomes dense on the shard.
+    """
+    mult = mult.to(local(p).device)
+    index = [_held(p, dim) for dim in range(p.dim())]
+    if [len(held) for held in index] != list(local(p).shape):
+        raise RuntimeError(f"cannot tell which part of a parameter with placements {p.placements} lies on this rank; its Grad Mult would be misplaced")
+    scale = mult.scale.reshape((1,) * (p.dim() - mult.scale.dim()) + tuple(mult.scale.shape))
+    for dim, held in enumerate(index):
+        if scale.shape[dim] > 1:
+            scale = scale.index_select(dim, held)
+    if mult.identity is None:
+        return GradMult._of(scale, None)
+    identity, column = mult.identity[index[0]], index[0] % p.shape[1]
+    # on the diagonal: o mod I is the global input channel, and the tap is the centre of the whole kernel
+    o, i = (column[:, None] == index[1]).nonzero(as_tuple=True)
+    y, x = ((held == p.shape[dim] // 2).nonzero() for dim, held in ((2, index[2]), (3, index[3])))
+    whole = [len(held) for held in index[1:]] == list(p.shape[1:])
+    if whole and torch.equal(i, torch.arange(len(i), device=i.device) % p.shape[1]):
+        return GradMult._of(scale, identity)
+    dtype = compute_dtype(p.dtype.to_real())  # the dtype in which the step adds the two parts
+    dense = scale.to(dtype).expand(local(p).shape).clone(memory_format=torch.contiguous_format)
+    dense[o, i, y, x] += identity[o].to(dtype)
+    return GradMult._of(dense, None)
+
+
+def _held(p: Tensor, dim: int) -> Tensor:
+    """Which indices of dimension `dim` of the whole weight this rank holds, in their order  # [n] int64"""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    def along(placement):
+        if getattr(placement, "dim", None) != dim:
+            return Replicate()
+        # FSDP2 over tensor parallelism on one dimension interleaves: _StridedShard
+        return type(placement)(0, split_factor=placement.split_factor) if hasattr(placement, "split_factor") else Shard(0)
+
+    every = torch.arange(p.shape[dim], device=p.device_mesh.device_type)
+    placements = [along(placement) for placement in p.placements]
+    return distribute_tensor(every, p.device_mesh, placements, src_data_rank=None).to_local()  # None: nothing is sent

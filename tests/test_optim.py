@@ -1,0 +1,500 @@
+"""FusedRepSGD against torch.optim.SGD(foreach=False) on M ⊙ g; multipliers, clipping, checkpoints, wrong input."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import cases
+import pytest
+import torch
+from cases_optim import Pair, assert_close, batch, dense, mults, net, oracle_step, set_grads
+from torch import nn
+
+import gradrep_kernels as gr
+from gradrep_kernels import FusedRepSGD, GradMult
+
+HYPERS = {"argvalues": [h.options for h in cases.HYPERS], "ids": [h.name for h in cases.HYPERS]}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- the step
+
+
+@pytest.mark.parametrize("options", **HYPERS)
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_each_step_is_sgd_on_multiplied_gradients(options, multiplied):
+    """Four steps (first, second, and the cached steady state), each from the oracle's state, to 1e-15 of max(|W|, lr |d|)."""
+    pair = Pair(multiplied=multiplied, groups=2, **options)
+    for step in range(4):
+        before = [q.detach().clone() for q in pair.twin.parameters()]
+        pair.train(1, seed=step)
+        for p, q, old in zip(pair.ours.parameters(), pair.twin.parameters(), before):
+            largest = torch.stack([q.detach().abs(), old.abs(), (q.detach() - old).abs()]).amax(0)
+            assert bool(((p - q).abs() <= cases.FLOAT64_TOLERANCE * largest).all())
+            with torch.no_grad():
+                p.copy_(q)
+                if "momentum_buffer" in pair.opt.state[p]:
+                    pair.opt.state[p]["momentum_buffer"].copy_(pair.sgd.state[q]["momentum_buffer"])
+    pair.assert_equal()
+
+
+@pytest.mark.parametrize("options", **HYPERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_no_worse_than_twice_eager_torch(options, dtype):
+    """Against float64, three steps on the same gradients; the multipliers keep float32."""
+    low, exact = Pair(dtype, groups=2, **options), Pair(groups=2, **options)
+    with torch.no_grad():
+        for p, q in zip(exact.twin.parameters(), low.twin.parameters()):
+            p.copy_(q)
+    for step in range(3):
+        low.set_grads(step)
+        for p, q in zip(exact.twin.parameters(), low.twin.parameters()):
+            p.grad = q.grad.double()
+        low.opt.step()
+        oracle_step(low.sgd, low.masks)
+        oracle_step(exact.sgd, exact.masks)
+    rows = zip(low.ours.parameters(), low.twin.parameters(), exact.twin.parameters())
+    ours, theirs = zip(*((float((p - e).abs().max()), float((q - e).abs().max())) for p, q, e in rows))
+    assert max(ours) <= 2 * max(theirs)
+
+
+def test_a_closure_runs_with_gradients_and_its_loss_is_returned():
+    pair = Pair(momentum=0.9)
+    x = batch(torch.float64)
+
+    def closure():
+        pair.opt.zero_grad()
+        loss = pair.ours(x).square().mean()
+        loss.backward()
+        return loss
+
+    loss = pair.opt.step(closure)
+    assert loss.requires_grad
+    pair.twin(x).square().mean().backward()
+    oracle_step(pair.sgd, pair.masks)
+    pair.assert_equal()
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.1}])
+def test_gradients_are_left_alone(options):
+    pair = Pair(torch.float32, **options)
+    for step in range(4):
+        pair.set_grads(step)
+        before = [(p.grad, p.grad.clone(), p.grad._version) for p in pair.ours.parameters()]
+        pair.opt.step()
+        for p, (grad, value, version) in zip(pair.ours.parameters(), before):
+            assert p.grad is grad
+            assert torch.equal(grad, value)
+            assert grad._version == version
+
+
+def test_multipliers_of_every_kind_of_argument():
+    """A GradMult, a tensor of full size and one that broadcasts."""
+    pair = Pair(multiplied=False, momentum=0.9)
+    full = torch.rand(6, 3, 3, 3)
+    given = dict(zip(pair.ours.parameters(), [full, torch.tensor([0.5, 1, 2, 1, 0.5, 0]), GradMult(torch.rand(3, 3), torch.ones(6))]))
+    for p, q in zip(pair.ours.parameters(), pair.twin.parameters()):
+        if p in given:
+            pair.opt.set_grad_mult(p, given[p])
+            pair.masks[q] = dense(pair.opt.grad_mult(p), p.shape)
+    assert torch.equal(pair.masks[next(pair.twin.parameters())], full.double())
+    pair.train().assert_equal()
+
+
+def test_a_multiplier_is_a_copy():
+    p = nn.Parameter(torch.ones(3))
+    mask = torch.tensor([1.0, 2.0, 3.0])
+    opt = FusedRepSGD([p], lr=1.0, grad_mults={p: mask})
+    mask.zero_()
+    p.grad = torch.ones(3)
+    opt.step()
+    assert p.tolist() == [0.0, -1.0, -2.0]
+
+
+def test_a_multiplier_can_be_changed_and_removed_between_steps():
+    pair = Pair(momentum=0.9)
+    pair.train(3)
+    first, second, third = list(pair.ours.parameters())[:3]
+    new = GradMult(torch.rand(1, 1, 3, 3) + 0.1)
+    pair.opt.set_grad_mult(first, new)
+    pair.opt.set_grad_mult(third, None)
+    twins = list(pair.twin.parameters())
+    pair.masks[twins[0]] = dense(new, first.shape)
+    del pair.masks[twins[2]]
+    pair.train(3, seed=20).assert_equal()
+    assert pair.opt.grad_mult(third) is None
+    assert pair.opt.grad_mult(second) is None
+
+
+def test_spatial_scaling_is_a_second_factor():
+    pair = Pair(momentum=0.9)
+    pair.train(3)
+    g = torch.rand(3, 3) + 0.5
+    weight = next(pair.ours.parameters())
+    pair.opt.set_spatial_scaling(weight, g)
+    twin = next(pair.twin.parameters())
+    caller = pair.masks[twin]
+    pair.masks[twin] = caller * g.double()
+    pair.train(3, seed=20).assert_equal(1e-6)  # the product is formed in float32, the dtype of its factors
+    assert torch.equal(pair.opt.grad_mult(weight).dense(weight.shape).double(), dense(pair.mults[weight], weight.shape, torch.float32).double())
+    assert_close(pair.opt.grad_mult(weight, total=True).dense(weight.shape).double(), pair.masks[twin], 1e-6)
+    assert "spatial" not in str(pair.opt.state_dict())
+    pair.opt.set_spatial_scaling(weight, None)
+    assert pair.opt.grad_mult(weight, total=True) is pair.opt.grad_mult(weight)
+    assert pair.opt.grad_mult(weight) is not None
+
+
+def test_repr_and_defaults_are_those_of_sgd():
+    p = [nn.Parameter(torch.ones(2))]
+    ours, theirs = FusedRepSGD(p, 0.1, 0.9, 0.0, 1e-4, True), torch.optim.SGD(p, 0.1, 0.9, 0.0, 1e-4, True)
+    assert isinstance(ours, torch.optim.SGD)
+    assert ours.defaults == theirs.defaults
+    assert {k: v for k, v in ours.param_groups[0].items() if k != "grad_mults_fingerprint"} == theirs.param_groups[0]
+
+
+def test_param_groups_splits_by_what_decays():
+    class Scaled(nn.Module):
+        decayed_vectors = ("identity_scale",)
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.identity_scale, self.conv_scale = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+            self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+
+    decays, does_not = gr.param_groups(nn.Sequential(Scaled(), nn.Linear(3, 2)), 1e-4)
+    assert (decays["weight_decay"], does_not["weight_decay"]) == (1e-4, 0.0)
+    assert decays["param_names"] == ["0.identity_scale", "0.conv.weight", "1.weight"]
+    assert does_not["param_names"] == ["0.conv_scale", "0.conv.bias", "0.norm.weight", "0.norm.bias", "1.bias"]
+    assert len(FusedRepSGD([decays, does_not], lr=0.1).param_groups) == 2
+    with pytest.raises(ValueError, match=r"weight_decay must not be negative, got -1"):
+        gr.param_groups(nn.Linear(2, 2), -1)
+
+
+# ---- clipping
+
+
+def csla_norm(params, masks) -> float:
+    squares = (p.grad.double().square() * (masks[p] if p in masks else 1.0) for p in params)
+    return float(sum(s.sum() for s in squares)) ** 0.5
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 1e6])
+def test_clipping_by_the_norm_of_the_csla_model(max_norm):
+    pair = Pair()
+    pair.set_grads(0)
+    before = [p.grad.clone() for p in pair.ours.parameters()]
+    expected = csla_norm(pair.twin.parameters(), pair.masks)
+    norm = pair.opt.clip_grad_norm_(max_norm)
+    assert norm.shape == ()
+    assert float(norm) == pytest.approx(expected, rel=1e-14)
+    factor = min(1.0, max_norm / (expected + 1e-6))
+    for p, grad in zip(pair.ours.parameters(), before):
+        assert_close(p.grad, grad * factor, 1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_without_multipliers_clipping_is_torchs(dtype):
+    pair = Pair(dtype, multiplied=False)
+    pair.set_grads(0)
+    ours = pair.opt.clip_grad_norm_(2.0)
+    theirs = nn.utils.clip_grad_norm_(pair.twin.parameters(), 2.0)
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]  # torch sums bf16 norms in bf16
+    assert float(ours) == pytest.approx(float(theirs), rel=tolerance)
+    for p, q in zip(pair.ours.parameters(), pair.twin.parameters()):
+        assert_close(p.grad, q.grad, tolerance)
+
+
+def test_clipping_counts_the_spatial_factor_and_skips_what_has_no_gradient():
+    pair = Pair()
+    pair.set_grads(0)
+    params, twins = list(pair.ours.parameters()), list(pair.twin.parameters())
+    g = torch.rand(3, 3, dtype=torch.float64)
+    pair.opt.set_spatial_scaling(params[2], g)
+    pair.masks[twins[2]] = pair.masks[twins[2]] * g
+    params[4].grad = None
+    assert float(pair.opt.clip_grad_norm_(1e9)) == pytest.approx(csla_norm(twins[:4] + twins[5:], pair.masks), rel=1e-14)
+
+
+def test_clipping_without_any_gradient():
+    assert float(Pair().opt.clip_grad_norm_(1.0)) == 0.0
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_clipping_a_norm_that_is_not_finite(bad):
+    pair = Pair()
+    pair.set_grads(0)
+    weight = next(pair.ours.parameters())
+    weight.grad.view(-1)[3] = bad
+    before = [p.grad.clone() for p in pair.ours.parameters()]
+    with pytest.raises(RuntimeError, match=rf"the gradient norm is {bad}, so it cannot be clipped"):
+        pair.opt.clip_grad_norm_(1.0, error_if_nonfinite=True)
+    assert all(torch.equal(p.grad.nan_to_num(), b.nan_to_num()) for p, b in zip(pair.ours.parameters(), before))
+    assert not torch.isfinite(pair.opt.clip_grad_norm_(1.0))
+
+
+# ---- checkpoints
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.01}])
+def test_a_run_resumed_from_a_file_ends_with_the_same_bits(options):
+    whole, first, second = (Pair(torch.float32, **options) for _ in range(3))
+    whole.train(6)
+    first.train(3)
+    weights, state = through_a_file(first.ours.state_dict()), through_a_file(first.opt.state_dict())
+    assert state["grad_mults"].keys() == {0, 2, 3, 5, 7}
+    second.ours.load_state_dict(weights)
+    second.opt.load_state_dict(state)
+    second.train(3, seed=13)
+    for a, b in zip(whole.ours.parameters(), second.ours.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_checkpoint_to_torch_sgd_and_back():
+    pair = Pair(multiplied=False, groups=2, momentum=0.9, weight_decay=0.01, fused=True)
+    pair.train(3)
+    to_torch, to_ours = through_a_file(pair.opt.state_dict()), through_a_file(pair.sgd.state_dict())
+    assert all(not group["fused"] for group in to_torch["param_groups"])
+    pair.sgd.load_state_dict(to_torch)
+    pair.opt.load_state_dict(to_ours)
+    pair.train(3, seed=20).assert_equal()
+
+
+def test_a_checkpoint_of_a_fused_sgd_does_not_make_ours_unscale():
+    model = net()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    set_grads(model.parameters(), 0)
+    sgd.step()
+    opt = FusedRepSGD(net().parameters(), lr=0.1)
+    opt.load_state_dict(sgd.state_dict())
+    assert all(group["fused"] is None for group in opt.param_groups)
+    assert not getattr(opt, "_step_supports_amp_scaling", False)
+
+
+def test_grad_mults_are_restored_where_none_are_live():
+    saved, fresh = Pair(), Pair(multiplied=False)
+    saved.train(2)
+    fresh.opt.load_state_dict(through_a_file(saved.opt.state_dict()))
+    for p, q in zip(saved.ours.parameters(), fresh.ours.parameters()):
+        a, b = saved.opt.grad_mult(p), fresh.opt.grad_mult(q)
+        assert (a is None) == (b is None)
+        assert a is None or a.same(b, p.shape)
+    assert fresh.opt.param_groups[0]["grad_mults_fingerprint"] == saved.opt.param_groups[0]["grad_mults_fingerprint"] != 0
+
+
+def test_fp32_multipliers_survive_a_bf16_model():
+    """Optimizer.load_state_dict casts state to the parameter's dtype; 9e-12, the smallest real one, must not become 0 or 2e-4 off."""
+    model = net(torch.float16)
+    weight = next(model.parameters())
+    mult = GradMult(torch.full((6, 1, 3, 3), 9.123456e-12))
+    opt, fresh = FusedRepSGD(model.parameters(), grad_mults={weight: mult}), FusedRepSGD(net(torch.float16).parameters())
+    fresh.load_state_dict(through_a_file(opt.state_dict()))
+    restored = fresh.grad_mult(fresh.param_groups[0]["params"][0])
+    assert restored.dtype == torch.float32
+    assert torch.equal(restored.scale, mult.scale)
+
+
+def test_equal_grad_mults_on_resume_are_no_matter():
+    saved, live = Pair(momentum=0.9), Pair(momentum=0.9)
+    saved.train(2)
+    before = live.opt.grad_mult(next(live.ours.parameters()))
+    live.opt.load_state_dict(through_a_file(saved.opt.state_dict()))
+    assert live.opt.grad_mult(next(live.ours.parameters())) is before
+    assert len(live.opt.state) == len(list(live.ours.parameters()))
+
+
+def test_different_grad_mults_on_resume_are_refused_and_nothing_changed():
+    saved, live = Pair(momentum=0.9), Pair(momentum=0.9)
+    saved.train(2)
+    weight = list(live.ours.parameters())[5]
+    live.opt.set_grad_mult(weight, torch.rand(8, 1, 5, 5))
+    live.opt.set_grad_mult(next(live.ours.parameters()), None)
+    state = through_a_file(saved.opt.state_dict())
+    message = r"not the live ones: parameter 0 of shape \[6, 3, 3, 3\] has one only in the checkpoint; parameter 5 of shape \[8, 1, 5, 5\] has another one\. Set"
+    with pytest.raises(ValueError, match=message):
+        live.opt.load_state_dict(state)
+    assert not live.opt.state
+    with pytest.warns(UserWarning, match=r"not the live ones, which stay: parameter 0"):
+        live.opt.load_state_dict(state, strict=False)
+    assert live.opt.state
+    assert live.opt.grad_mult(next(live.ours.parameters())) is None
+
+
+def test_a_checkpoint_without_multipliers_is_refused_where_some_are_live():
+    saved, live = Pair(multiplied=False, momentum=0.9), Pair(momentum=0.9)
+    saved.train(1)
+    with pytest.raises(ValueError, match=r"parameter 0 of shape \[6, 3, 3, 3\] has none in the checkpoint;.*; and 1 more\. Set"):
+        live.opt.load_state_dict(saved.opt.state_dict())
+
+
+def test_an_sgd_checkpoint_leaves_the_live_ones():
+    pair, live = Pair(multiplied=False, momentum=0.9), Pair(momentum=0.9)
+    pair.train(2)
+    live.opt.load_state_dict(through_a_file(pair.sgd.state_dict()))
+    assert live.opt.grad_mult(next(live.ours.parameters())) is live.mults[next(live.ours.parameters())]
+    assert live.opt.param_groups[0]["grad_mults_fingerprint"] != 0
+
+
+@pytest.mark.parametrize(
+    ("saved_has", "live_has", "message"),
+    [
+        (True, False, "group 0 had some, which the checkpoint has lost, and none are set"),
+        (False, True, "group 0 had none, and some are set"),
+    ],
+)
+def test_the_fingerprint_tells_of_multipliers_that_a_checkpoint_has_lost(saved_has, live_has, message):
+    saved, live = Pair(multiplied=saved_has), Pair(multiplied=live_has)
+    state = saved.opt.state_dict()
+    del state["grad_mults"]  # as distributed checkpoint does
+    with pytest.raises(ValueError, match=message):
+        live.opt.load_state_dict(state)
+    if live_has:
+        live.opt.set_grad_mult(next(live.ours.parameters()), None)
+        with pytest.raises(ValueError, match="group 0 had none"):
+            live.opt.load_state_dict(state)
+    saved.opt.load_state_dict(state)  # the same ones are live
+
+
+def test_the_fingerprint_tells_other_multipliers_apart():
+    saved, live = Pair(), Pair()
+    live.opt.set_grad_mult(next(live.ours.parameters()), GradMult(torch.ones(3, 3)))
+    state = saved.opt.state_dict()
+    del state["grad_mults"]
+    with pytest.raises(ValueError, match=r"group 0 had some, which the checkpoint has lost, and others are set"):
+        live.opt.load_state_dict(state)
+
+
+def test_a_checkpoint_whose_grad_mults_are_no_grad_mults():
+    opt = Pair(multiplied=False).opt
+    for broken, message in (([], "must be a dict, got list"), ({0: {"scale": torch.ones(1)}}, "must hold a 'scale' and an 'identity' per parameter: KeyError")):
+        with pytest.raises(ValueError, match=message):
+            opt.load_state_dict({**opt.state_dict(), "grad_mults": broken})
+    with pytest.raises(ValueError, match=r"parameter 0 of shape \[6, 3, 3, 3\]: scale \[7\] does not broadcast"):
+        opt.load_state_dict({**opt.state_dict(), "grad_mults": {0: {"scale": torch.ones(7), "identity": None}}})
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_goes_on_by_itself(copied):
+    pair = Pair(momentum=0.9, fused=True)
+    pair.train(4)  # in the steady state, whose cached plan must not be shared
+    twin = copy.copy(pair)
+    twin.ours, twin.opt = copied((pair.ours, pair.opt))
+    assert twin.opt.param_groups[0]["params"][0] is next(twin.ours.parameters())
+    assert twin.opt._step_supports_amp_scaling
+    before = [p.detach().clone() for p in pair.ours.parameters()]
+    twin.train(3, seed=20).assert_equal()
+    assert all(torch.equal(p, b) for p, b in zip(pair.ours.parameters(), before))
+
+
+def test_a_pickled_torch_sgd_state_becomes_ours():
+    sgd = torch.optim.SGD(net().parameters(), lr=0.1, momentum=0.9, fused=True)
+    opt = FusedRepSGD.__new__(FusedRepSGD)
+    opt.__setstate__(sgd.__getstate__())
+    set_grads(opt.param_groups[0]["params"], 0)
+    opt.step()
+    assert opt.param_groups[0]["fused"] is None
+    assert opt.state_dict()["grad_mults"] == {}
+
+
+# ---- wrong input
+
+
+def named(model):
+    return [{"params": list(model.named_parameters())}]
+
+
+@pytest.mark.parametrize(
+    ("mult", "error", "message"),
+    [
+        (torch.ones(5, 1, 3, 3), ValueError, r"scale \[5, 1, 3, 3\] does not broadcast to the weight \[6, 3, 3, 3\]"),
+        (torch.full((6, 3, 3, 3), -1.0), ValueError, r"a Grad Mult must not be negative, M has -1"),
+        (-torch.ones(3, 3), ValueError, r"a Grad Mult must not be negative, scale has -1"),
+        (torch.tensor(float("nan")), ValueError, r"scale must be finite, got NaN or inf"),
+        (torch.full((6, 3, 3, 3), float("inf")), ValueError, r"M must be finite, got NaN or inf"),
+        (GradMult(torch.ones(1), torch.ones(5)), ValueError, r"identity has 5 elements, the weight has 6 output channels"),
+        (GradMult(torch.ones(1), torch.full((6,), -2.0)), ValueError, r"a Grad Mult must not be negative, got -1"),
+        (2.0, TypeError, r"a Grad Mult must be a GradMult or a Tensor, got float"),
+        (torch.ones(1, dtype=torch.complex64), TypeError, r"scale must be real, got torch.complex64"),
+    ],
+)
+def test_a_wrong_multiplier_names_its_parameter(mult, error, message):
+    model = net()
+    weight = next(model.parameters())
+    with pytest.raises(error, match=rf"^parameter 0 of shape \[6, 3, 3, 3\]: {message}"):
+        FusedRepSGD(model.parameters(), grad_mults={weight: mult})
+    opt = FusedRepSGD(named(model))
+    with pytest.raises(error, match=rf"^parameter '0\.weight': {message}"):
+        opt.set_grad_mult(weight, mult)
+    assert opt.grad_mult(weight) is None
+
+
+def test_an_identity_on_an_even_kernel():
+    p = nn.Parameter(torch.ones(2, 2, 4, 3))
+    with pytest.raises(ValueError, match=r"parameter 0 of shape \[2, 2, 4, 3\]: identity needs an odd kernel, got 4 x 3"):
+        FusedRepSGD([p], grad_mults={p: GradMult(torch.ones(1), torch.ones(2))})
+
+
+def test_an_unknown_parameter():
+    model, other = net(), net()
+    weight = next(other.parameters())
+    message = r"unknown parameter \(shape \[6, 3, 3, 3\]\): it is not in this optimizer's param_groups"
+    with pytest.raises(ValueError, match=message):
+        FusedRepSGD(model.parameters(), grad_mults={weight: torch.ones(1)})
+    opt = FusedRepSGD(model.parameters())
+    for call in (lambda: opt.set_grad_mult(weight, None), lambda: opt.grad_mult(weight), lambda: opt.set_spatial_scaling(weight, torch.ones(3, 3))):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match=r"unknown parameter \(str\)"):
+        opt.set_grad_mult("0.weight", torch.ones(1))
+
+
+def test_one_wrong_multiplier_among_right_ones_changes_nothing():
+    model = net()
+    opt = FusedRepSGD(model.parameters(), grad_mults=mults(model))
+    before = opt.state_dict()["grad_mults"]
+    with pytest.raises(ValueError, match="does not broadcast"):
+        opt.set_spatial_scaling(next(model.parameters()), torch.ones(5, 5))
+    with pytest.raises(ValueError, match=r"a spatial scaling must have shape \[kh, kw\], got \[1, 1, 3, 3\]"):
+        opt.set_spatial_scaling(next(model.parameters()), torch.ones(1, 1, 3, 3))
+    after = opt.state_dict()["grad_mults"]
+    assert before.keys() == after.keys()
+    assert all(before[n]["scale"] is after[n]["scale"] for n in before)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, "Invalid learning rate: -1"),
+        ({"momentum": -0.1}, ValueError, "Invalid momentum value: -0.1"),
+        ({"weight_decay": -1e-4}, ValueError, "Invalid weight_decay value: -0.0001"),
+        ({"nesterov": True}, ValueError, "Nesterov momentum requires a momentum and zero dampening"),
+        ({"lr": torch.ones(2)}, ValueError, "Tensor lr must be 1-element"),
+        ({"fused": True, "differentiable": True}, RuntimeError, "`fused` does not support `differentiable`"),
+        ({"fused": True, "foreach": True}, RuntimeError, "cannot be `True` together"),
+        ({"grad_mults": [torch.ones(1)]}, TypeError, "grad_mults must map parameters to GradMult or Tensor, got list"),
+    ],
+)
+def test_wrong_hyper_parameters(options, error, message):
+    with pytest.raises(error, match=message):
+        FusedRepSGD(net().parameters(), **options)
+
+
+def test_grad_mults_are_no_option_of_a_group():
+    with pytest.raises(ValueError, match=r"grad_mults is not an option of a parameter group: call set_grad_mult"):
+        FusedRepSGD([{"params": list(net().parameters()), "grad_mults": {}}])

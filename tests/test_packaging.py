@@ -1,0 +1,147 @@
+"""The package as a user gets it: sdist, wheel, an install where there is no compiler, wrong switches."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SWITCHES = ("GRADREP_BUILD", "GRADREP_CUDA", "GRADREP_BACKEND", "PYTHONPATH", "TRITON_INTERPRET")
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {**{k: v for k, v in os.environ.items() if k not in SWITCHES}, "GRADREP_CUDA": "0", **changes}
+
+
+def run(*command, env, cwd, ok=True) -> str:
+    done = subprocess.run([str(c) for c in command], env=env, cwd=cwd, capture_output=True, text=True, timeout=600)
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) == ok, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what a fresh checkout has: no build outputs."""
+    copy = tmp_path_factory.mktemp("checkout") / "gradrep_kernels"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", ".git", ".venv", "build", "dist", "runs", ".*_cache", ".hypothesis", "results")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def built(source, tmp_path_factory) -> Path:
+    """The sdist, and the wheel built from the unpacked sdist (not from the checkout)."""
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", out, env=environment(GRADREP_BUILD="none"), cwd=source)
+    (sdist,) = out.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(out / "unpacked", filter="data")
+    (unpacked,) = (out / "unpacked").iterdir()
+    mode = "require" if shutil.which("g++") or shutil.which("c++") else "none"
+    command = (sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", out, unpacked)
+    run(*command, env=environment(GRADREP_BUILD=mode), cwd=out)
+    return out
+
+
+def test_sdist_holds_what_a_build_and_its_tests_need(built, source):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    files = (p for folder in ("csrc", "tests", "gradrep_kernels") for p in (source / folder).rglob("*"))
+    expected = {str(p.relative_to(source)) for p in files if p.suffix in (".cpp", ".h", ".cu", ".py")}
+    assert expected <= names
+    assert {"LICENSE", "NOTICE", "CHANGELOG.md", "README.md", "gradrep_kernels/py.typed"} <= names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+def test_wheel_serves_every_python_from_3_10(built):
+    (wheel,) = built.glob("*.whl")
+    assert "-cp310-abi3-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.endswith(".so")] == [name for name in names if name.startswith("gradrep_kernels/_C.") and ".abi3." in name] != []
+    assert not [name for name in names if name.startswith(("tests/", "bench/"))]
+
+
+def bare_environment(folder: Path) -> Path:
+    """A new virtual environment that sees this one's torch and numpy, but not its gradrep_kernels."""
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    (site,) = (folder / "lib").glob("python*/site-packages")
+    # Folders named in a .pth file are searched, but their own .pth files (editable installs) are not read.
+    (site / "borrowed.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))
+    return python
+
+
+TRAIN = """
+import torch, gradrep_kernels as gr
+from gradrep_kernels import backends
+print("installed in", gr.__file__)
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(64, 2))
+optimizer = gr.FusedRepSGD(gr.param_groups(model, 1e-4), lr=0.1, momentum=0.9, grad_mults={model[0].weight: gr.GradMult(torch.full((4, 1, 3, 3), 2.0))})
+x, y = torch.randn(16, 1, 4, 4), torch.arange(16) % 2
+losses = []
+for _ in range(30):
+    optimizer.zero_grad()
+    loss = torch.nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+    losses.append(float(loss))
+assert losses[-1] < 0.2 < losses[0], losses
+for row in backends.report(("cpu",)):
+    print(row["op"], row["serves"], "|", row["cpp"])
+try:
+    with gr.use_backend("cpp"):
+        optimizer.step()
+except RuntimeError as error:
+    print("asked for:", error)
+"""
+
+
+def test_install_without_a_compiler_works_and_says_why(source, tmp_path):
+    python = bare_environment(tmp_path / "venv")
+    env = environment(PATH=str(tmp_path / "venv" / "bin"), CXX="")
+    told = run(python, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", source, env=env, cwd=tmp_path)
+    assert "GRADREP_BUILD=require shows the whole error" in told
+    output = run(python, "-c", TRAIN, env=env, cwd=tmp_path)
+    assert str(tmp_path / "venv") in output
+    assert "rep_sgd_step reference | gradrep_kernels._C is not usable (ModuleNotFoundError" in output
+    assert "asked for: backend 'cpp' was asked for, but cannot serve rep_sgd_step on cpu" in output
+    assert "GRADREP_BUILD=require pip install --no-build-isolation" in output
+
+
+def test_require_fails_loudly_without_a_compiler(source, tmp_path):
+    python = bare_environment(tmp_path / "venv")
+    env = environment(PATH=str(tmp_path / "venv" / "bin"), CXX="", GRADREP_BUILD="require")
+    told = run(python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", source, env=env, cwd=tmp_path, ok=False)
+    assert "g++" in told or "c++" in told
+
+
+def test_install_without_torch_tells_how_to_get_the_kernels(source, tmp_path):
+    python = bare_environment(tmp_path / "venv")
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (site / "torch.py").write_text("raise ImportError('no torch in this test')")
+    told = run(python, "setup.py", "--version", env=environment(), cwd=source)
+    assert "pip install torch, then pip install --no-build-isolation gradrep_kernels" in told
+
+
+@pytest.mark.parametrize("switch", ["GRADREP_BUILD", "GRADREP_CUDA"])
+def test_unknown_switch(source, switch):
+    told = run(sys.executable, "setup.py", "--version", env=environment(**{switch: "sometimes"}), cwd=source, ok=False)
+    assert f"{switch} must be one of auto" in told
+
+
+def test_unknown_backend():
+    told = run(sys.executable, "-c", "import gradrep_kernels", env=environment(GRADREP_BACKEND="gpu"), cwd=ROOT, ok=False)
+    assert "GRADREP_BACKEND must be one of auto, reference, cpp, triton, cuda, got 'gpu'" in told
