@@ -1,0 +1,136 @@
+"""RepOpt-VGG: plain 3x3 networks with a target, a Hyper-Search, a CSLA and a RepVGG form.
+
+Source: RepOptimizers (Ding et al., 2023), section 4.1 and Table 1. Module names are the published code's, so that its
+weights load into the target form: `stage0`, `stageN.i`, below them `conv`, `bn`, `post_se`; `linear`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gradrep_kernels import csla
+from gradrep_kernels.models.blocks import repvgg_model
+
+__all__ = ["RepOptVGG", "repopt_vgg_b1", "repopt_vgg_b2", "repopt_vgg_l1", "repopt_vgg_l2", "repopt_vgg_small"]
+
+ScalesOrPath = csla.Scales | str | os.PathLike[str] | None
+
+_HALVED = (2, 2, 2, 2, 2)  # strides of stage0 and of the first block of each stage
+
+
+class SqueezeExcite(nn.Module):
+    """x ⊙ sigmoid(up(relu(down(mean of x))))  # [N, C, H, W]; 1x1 convs with bias, C // 4 inside"""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.down = nn.Conv2d(channels, channels // 4, 1)
+        self.up = nn.Conv2d(channels // 4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))))
+
+
+class Block(nn.Module):
+    """SE(ReLU(BN(conv(x)))), 3x3, SE if `se`  # [N, I, H, W] -> [N, O, H / stride, W / stride]"""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, se: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU()
+        self.post_se = SqueezeExcite(channels) if se else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.post_se(self.relu(self.bn(self.conv(x))))
+
+
+class RepOptVGG(nn.Module):
+    """The target form: a first block, stages of blocks (the first of each strided), global average pooling, one linear layer.
+
+    Args:
+        blocks:  blocks of stage1, stage2, ...
+        widths:  their channels; stage0 has min(64, widths[0]).
+        strides: of stage0 and of the first block of each stage.
+    """
+
+    def __init__(self, blocks: Sequence[int], widths: Sequence[int], strides: Sequence[int], num_classes: int, in_channels: int = 3, se: bool = False):
+        super().__init__()
+        channels = min(64, widths[0])
+        self.stage0 = Block(in_channels, channels, strides[0], se)
+        self.stages = [f"stage{n}" for n in range(1, len(blocks) + 1)]
+        for name, count, width, stride in zip(self.stages, blocks, widths, strides[1:]):
+            self.add_module(name, nn.Sequential(*(Block(channels if n == 0 else width, width, stride if n == 0 else 1, se) for n in range(count))))
+            channels = width
+        self.gap = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, in_channels, H, W] -> [N, num_classes]
+        x = self.stage0(x)
+        for name in self.stages:
+            x = getattr(self, name)(x)
+        return self.linear(self.gap(x).flatten(1))
+
+
+def _build(
+    blocks: Sequence[int],
+    widths: Sequence[int],
+    strides: Sequence[int],
+    mode: str,
+    num_classes: int,
+    se: bool,
+    scales: ScalesOrPath,
+    in_channels: int,
+) -> nn.Module:
+    if mode not in ("target", "hs", "csla", "repvgg"):
+        raise ValueError(f"mode must be 'target', 'hs', 'csla' or 'repvgg', got {mode!r}")
+    if (mode == "csla") != (scales is not None):
+        raise ValueError("mode='csla' needs scales (a dict or a file)" if scales is None else f"scales are for mode='csla', got mode={mode!r}")
+    if isinstance(scales, (str, os.PathLike)):
+        scales = csla.load_scales(scales)
+    target = RepOptVGG(blocks, widths, strides, num_classes, in_channels, se)
+    if mode == "hs":
+        return csla.hyper_search_model(target)
+    if mode == "csla":
+        return csla.csla_model(target, scales)
+    return repvgg_model(target) if mode == "repvgg" else target
+
+
+def repopt_vgg_b1(mode: str = "target", num_classes: int = 1000, se: bool = False, scales: ScalesOrPath = None, *, in_channels: int = 3) -> nn.Module:
+    """RepOpt-VGG-B1, 51.84 M parameters as target  # [N, in_channels, H, W] -> [N, num_classes]; every stage halves H and W
+
+    Args:
+        mode:   'target' (plain), 'hs' (Hyper-Search), 'csla' (explicit CSLA, needs `scales`) or 'repvgg' (a norm per branch).
+        se:     squeeze-and-excitation after every ReLU.
+        scales: of mode 'csla': Scales, or the path of a scales file.
+
+    Raises ValueError for another mode, scales that are missing, superfluous, or do not fit.
+    """
+    return _build((4, 6, 16, 1), (128, 256, 512, 2048), _HALVED, mode, num_classes, se, scales, in_channels)
+
+
+def repopt_vgg_b2(mode: str = "target", num_classes: int = 1000, se: bool = False, scales: ScalesOrPath = None, *, in_channels: int = 3) -> nn.Module:
+    """RepOpt-VGG-B2, 80.33 M parameters as target; arguments as `repopt_vgg_b1`."""
+    return _build((4, 6, 16, 1), (160, 320, 640, 2560), _HALVED, mode, num_classes, se, scales, in_channels)
+
+
+def repopt_vgg_l1(mode: str = "target", num_classes: int = 1000, se: bool = False, scales: ScalesOrPath = None, *, in_channels: int = 3) -> nn.Module:
+    """RepOpt-VGG-L1, 76.04 M parameters as target; arguments as `repopt_vgg_b1`."""
+    return _build((8, 14, 24, 1), (128, 256, 512, 2048), _HALVED, mode, num_classes, se, scales, in_channels)
+
+
+def repopt_vgg_l2(mode: str = "target", num_classes: int = 1000, se: bool = False, scales: ScalesOrPath = None, *, in_channels: int = 3) -> nn.Module:
+    """RepOpt-VGG-L2, 118.13 M parameters as target; arguments as `repopt_vgg_b1`."""
+    return _build((8, 14, 24, 1), (160, 320, 640, 2560), _HALVED, mode, num_classes, se, scales, in_channels)
+
+
+def repopt_vgg_small(mode: str = "target", num_classes: int = 1000, se: bool = False, scales: ScalesOrPath = None, *, in_channels: int = 3) -> nn.Module:
+    """A RepOpt-VGG for images of 32 x 32 and less, three of its six blocks with a shortcut; arguments as `repopt_vgg_b1`.
+
+    stage0 keeps the size, stage1 and stage2 halve it. 0.1 M parameters in the blocks.
+    """
+    return _build((2, 3), (32, 64), (1, 2, 2), mode, num_classes, se, scales, in_channels)
