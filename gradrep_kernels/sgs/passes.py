@@ -1,0 +1,76 @@
+"""Running a model for its feature maps alone, with nothing left behind."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module, loader: object) -> Iterator[None]:
+    """Eval mode, no autograd; modes, buffers and random states as before, whatever happens.
+
+    Modes are set as attributes: `.eval()` and `.train()` may be overridden, and merge weights, say.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(module, name, buffer, buffer.clone()) for module, _ in modes for name, buffer in module._buffers.items() if buffer is not None]
+    generators = {getattr(holder, "generator", None) for holder in (loader, getattr(loader, "sampler", None))} - {None}
+    states = [(generator, generator.get_state()) for generator in generators]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    gpus = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    try:
+        with torch.random.fork_rng(devices=gpus), torch.no_grad(), _eager():
+            for module, _ in modes:
+                module.training = False
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            buffer.data.copy_(value)  # batch norm writes without a trace in the version counter; so do we
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _eager() -> AbstractContextManager:
+    """Compiled code does not see hooks that came after it. Only torch.compile imports torch._dynamo (which takes seconds)."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def run(model: nn.Module, batches: list, forward: Callable | None, hooks: list[tuple[nn.Module, Callable]]) -> None:
+    """One pass over the batches, with forward pre-hooks (module, args, kwargs) that are gone afterwards."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with ExitStack() as handles:
+        for module, hook in hooks:
+            handles.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for batch in batches:
+            (forward or _call)(model, _copied(batch, device))
+
+
+def _call(model: nn.Module, batch: object) -> object:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, Tensor):
+        return model(batch)
+    raise TypeError(f"a batch must be a Tensor, a tuple or list that starts with one, or a dict; got {type(batch).__name__} (or give forward=)")
+
+
+def _copied(item: object, device: torch.device) -> object:
+    """A copy on `device`: a model may write into its input, and both passes must see the same."""
+    if isinstance(item, Tensor):
+        return item.to(device, copy=True)
+    if isinstance(item, Mapping):
+        return {key: _copied(value, device) for key, value in item.items()}
+    if isinstance(item, (tuple, list)):
+        copies = [_copied(value, device) for value in item]
+        return type(item)(*copies) if hasattr(item, "_fields") else type(item)(copies)
+    return item

@@ -1,0 +1,44 @@
+"""Reductions over the processes that pool their statistics, and moves to the host, many small tensors at a time."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks:
+    """The ranks of a process group (None: the default group, if there is one); one alone reduces nothing."""
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.group = group
+        self.bytes = 0  # brought to reductions by this rank since somebody set it to 0
+
+    @property
+    def many(self) -> bool:
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1
+
+    def reduce(self, parts: list[Tensor], how: str, device: torch.device, largest: int | None = None) -> list[Tensor]:
+        """Element by element over the ranks, 'sum' or 'min'; all parts (of one dtype) travel as one tensor.
+
+        Integers of which no sum exceeds `largest` travel as int32 where that is enough.
+        """
+        if not self.many:
+            return parts
+        flat = torch.cat([part.reshape(-1).to("cpu" if dist.get_backend(self.group) == "gloo" else device) for part in parts])
+        if flat.dtype == torch.int64 and largest is not None and largest < 2**31:
+            flat = flat.to(torch.int32)
+        dist.all_reduce(flat, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MIN, group=self.group)
+        self.bytes += flat.numel() * flat.element_size()
+        return _split(flat, parts)
+
+
+def on_host(parts: list[Tensor]) -> list[Tensor]:
+    """All parts (of one dtype) on the CPU, with one transfer where they share a device."""
+    if not parts or parts[0].is_cpu or len({part.device for part in parts}) > 1:
+        return [part.cpu() for part in parts]
+    return _split(torch.cat([part.reshape(-1) for part in parts]).cpu(), parts)
+
+
+def _split(flat: Tensor, parts: list[Tensor]) -> list[Tensor]:
+    return [piece.view(part.shape) for piece, part in zip(flat.split([part.numel() for part in parts]), parts)]
