@@ -1,0 +1,1 @@
+"""The jobs behind the commands: data, schedules, the training loop, resuming, report and pictures."""

@@ -1,0 +1,318 @@
+"""Images for the commands: scikit-learn's digits, the binary CIFAR distribution, folders; augmentation and batches.
+
+Every set reads images as float32 [n, C, H, W] in [0, 1], standardised per channel after augmentation. Everything drawn at
+random comes from a generator of its own that is seeded per epoch, so that an epoch can be replayed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradrep_kernels.recipes.errors import InputError, extra
+
+__all__ = ["AUGMENTATIONS", "KINDS", "Data", "Images", "Loader", "cutout", "derived_seed", "flip", "load_data", "pad_and_crop", "split_source"]
+
+log = logging.getLogger(__name__)
+
+KINDS = ("digits", "cifar10", "cifar100", "folder")
+_SIDE, _PLANE = 32, 32 * 32  # CIFAR
+_CIFAR = {  # name -> (label bytes before the pixels, classes of each of them, training files, test file, folder inside the archive)
+    "cifar10": ((10,), [f"data_batch_{n}.bin" for n in range(1, 6)], "test_batch.bin", "cifar-10-batches-bin"),
+    "cifar100": ((20, 100), ["train.bin"], "test.bin", "cifar-100-binary"),
+}
+_PUBLISHED_RECORDS = {"train.bin": 50000}  # all other files hold 10000
+_IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # reading a whole folder for its own would take an epoch
+
+
+@dataclass(frozen=True)
+class Images:
+    """A labelled set. `read` gives float32 [n, C, H, W] in [0, 1] for indices [n]; `lazy`: it reads files."""
+
+    labels: Tensor  # [N] int64
+    read: Callable[[Tensor], Tensor]
+    lazy: bool = False
+
+    def __len__(self) -> int:
+        return self.labels.numel()
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and test set, their classes, and the statistics [C] that both are standardised with."""
+
+    name: str
+    train: Images
+    test: Images
+    classes: tuple[str, ...]
+    side: int  # images are side x side
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def channels(self) -> int:
+        return self.mean.numel()
+
+    def standardise(self, x: Tensor) -> Tensor:
+        return (x - self.mean.reshape(-1, 1, 1)) / self.std.reshape(-1, 1, 1)
+
+    def description(self) -> dict[str, object]:
+        """What a resumed run must find again."""
+        shape = [self.channels, self.side, self.side]
+        return {"name": self.name, "train": len(self.train), "test": len(self.test), "classes": len(self.classes), "shape": shape}
+
+
+def split_source(source: str) -> tuple[str, str | None]:
+    """'cifar10:DIR' -> ('cifar10', 'DIR'); 'digits' -> ('digits', None). Raises InputError for anything else."""
+    kind, colon, folder = source.partition(":")
+    if kind not in KINDS or (kind == "digits") == bool(colon) or (colon and not folder):
+        raise InputError(f"--data must be digits, cifar10:DIR, cifar100:DIR or folder:DIR, got {source!r}")
+    return kind, folder or None
+
+
+def load_data(source: str, image_size: int | None = None) -> Data:
+    """The set that `--data` names: digits, cifar10:DIR, cifar100:DIR or folder:DIR.
+
+    `image_size` is the side that folder images are brought to (shorter side scaled, centre cropped); the others have
+    their own. Raises InputError that names the file or folder and what is wrong with it.
+    """
+    kind, folder = split_source(source)
+    if kind == "digits":
+        return _digits()
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder")
+    return _folder(root, image_size or 224) if kind == "folder" else _cifar(kind, root)
+
+
+def _in_memory(images: np.ndarray, labels: np.ndarray) -> Images:
+    """Of uint8 or float32 images [N, C, H, W]."""
+    pixels = torch.from_numpy(images)
+
+    def read(indices: Tensor) -> Tensor:
+        x = pixels[indices]
+        return x.float() / 255 if x.dtype == torch.uint8 else x
+
+    return Images(torch.from_numpy(labels.astype(np.int64)), read)
+
+
+def _statistics(images: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C] of [N, C, H, W] in [0, 1] units, in float64 and rounded once."""
+    means, stds = [], []
+    for channel in range(images.shape[1]):
+        values, counts = np.unique(images[:, channel], return_counts=True)
+        values = values.astype(np.float64) / (255 if images.dtype == np.uint8 else 1)
+        mean = np.average(values, weights=counts)
+        means.append(mean)
+        stds.append(max(np.sqrt(np.average((values - mean) ** 2, weights=counts)), 1e-6))  # a constant channel stays finite
+    return torch.tensor(means).float(), torch.tensor(stds).float()
+
+
+def _digits() -> Data:
+    """1797 scans of handwritten digits, 8 x 8 in 17 greys, brought to 16 x 16; 1437 for training, 360 for the test."""
+    digits = extra("sklearn.datasets", "scikit-learn").load_digits()
+    split = extra("sklearn.model_selection", "scikit-learn").train_test_split
+    small = torch.from_numpy(digits.images).float()[:, None] / 16  # [1797, 1, 8, 8]
+    images = F.interpolate(small, scale_factor=2, mode="bilinear", align_corners=False).numpy()
+    # Fixed whatever the seed of the run: seeds differ in initialisation and order, never in the test set.
+    train, test = split(np.arange(len(images)), test_size=360, stratify=digits.target, random_state=0)
+    return Data(
+        "digits",
+        _in_memory(images[train], digits.target[train]),
+        _in_memory(images[test], digits.target[test]),
+        tuple(str(n) for n in digits.target_names),
+        16,
+        *_statistics(images[train]),
+    )
+
+
+def _cifar(kind: str, root: Path) -> Data:
+    """The binary distribution: records of label byte(s), then 3 x 32 x 32 bytes, channel by channel."""
+    label_classes, train_files, test_file, inside = _CIFAR[kind]
+    if not (root / test_file).exists() and (root / inside).is_dir():
+        root = root / inside
+    parts = [_cifar_file(kind, root / name, label_classes) for name in train_files]
+    images, labels = (np.concatenate(part) for part in zip(*parts))
+    return Data(
+        kind,
+        _in_memory(images, labels),
+        _in_memory(*_cifar_file(kind, root / test_file, label_classes)),
+        tuple(str(n) for n in range(label_classes[-1])),
+        _SIDE,
+        *_statistics(images),
+    )
+
+
+def _cifar_file(kind: str, path: Path, label_classes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images [N, 3, 32, 32] and the (fine) labels [N]."""
+    record = len(label_classes) + 3 * _PLANE
+    try:
+        raw = np.fromfile(path, dtype=np.uint8)
+    except OSError as reason:
+        raise InputError(f"{path}: {reason.strerror or reason}; {kind} needs the binary distribution") from None
+    if raw.size == 0 or raw.size % record:
+        other = next((name for name, (labels, *_) in _CIFAR.items() if name != kind and raw.size and raw.size % (len(labels) + 3 * _PLANE) == 0), None)
+        hint = f"looks like {other}" if other else "truncated, or not the binary distribution"
+        raise InputError(f"{path}: {raw.size} bytes are not a whole number of {kind} records of {record} bytes ({hint})")
+    records = raw.reshape(-1, record)
+    for column, classes in enumerate(label_classes):
+        wrong = np.flatnonzero(records[:, column] >= classes)
+        if wrong.size:
+            raise InputError(f"{path}: record {wrong[0]} has label {records[wrong[0], column]}, {kind} has 0 to {classes - 1} there")
+    published = _PUBLISHED_RECORDS.get(path.name, 10000)
+    if len(records) != published:
+        log.warning("%s holds %d records, the published file %d", path, len(records), published)
+    pixels = np.ascontiguousarray(records[:, len(label_classes) :]).reshape(-1, 3, _SIDE, _SIDE)
+    return pixels, records[:, len(label_classes) - 1]
+
+
+def _folder(root: Path, side: int) -> Data:
+    """train/CLASS/* and val/CLASS/*, read when a batch needs them; classes in the order of their names."""
+    image = extra("PIL.Image", "Pillow")
+    for part in ("train", "val"):
+        if not (root / part).is_dir():
+            raise InputError(f"{root / part}: no such folder; images are expected in train/CLASS/* and val/CLASS/*")
+    names = {part: sorted(entry.name for entry in (root / part).iterdir() if entry.is_dir() and not entry.name.startswith(".")) for part in ("train", "val")}
+    if not names["train"]:
+        raise InputError(f"{root / 'train'}: no class folders")
+    if names["train"] != names["val"]:
+        lone = sorted(set(names["train"]) ^ set(names["val"]))
+        here, there = ("train", "val") if lone[0] in names["train"] else ("val", "train")
+        raise InputError(f"{root / here / lone[0]}: this class is not in {there}; both must have the same classes ({len(lone)} differ)")
+    parts = [_image_files(image, root / part, names["train"], side) for part in ("train", "val")]
+    return Data("folder", *parts, tuple(names["train"]), side, torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD))
+
+
+def _image_files(image, root: Path, classes: list[str], side: int) -> Images:
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(path for path in (root / name).iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith("."))
+        if not found:
+            raise InputError(f"{root / name}: no images")
+        paths += found
+        labels += [label] * len(found)
+
+    def check(path: Path) -> None:
+        try:
+            with image.open(path):  # the header only; a damaged body shows when it is read
+                pass
+        except (OSError, image.DecompressionBombError) as reason:
+            raise InputError(f"{path}: not a readable image ({_one_line(reason)})") from None
+
+    def decode(index: int) -> np.ndarray:
+        path = paths[index]
+        try:
+            with image.open(path) as opened:
+                picture = opened.convert("RGB")
+        except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as reason:
+            raise InputError(f"{path}: not a readable image ({_one_line(reason)})") from None
+        scale = side / min(picture.size)
+        width, height = (max(side, round(n * scale)) for n in picture.size)
+        picture = picture.resize((width, height), image.Resampling.BILINEAR)
+        left, top = (width - side) // 2, (height - side) // 2
+        return np.asarray(picture.crop((left, top, left + side, top + side)))
+
+    def read(indices: Tensor) -> Tensor:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow decodes without the interpreter's lock
+            pictures = np.stack(list(pool.map(decode, indices.tolist())))  # [n, side, side, 3]
+        return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().contiguous() / 255
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(check, paths):
+            pass
+    return Images(torch.tensor(labels), read, lazy=True)
+
+
+def _one_line(reason: Exception) -> str:
+    return " ".join(str(reason).split()) or type(reason).__name__
+
+
+def flip(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image of x  # [n, C, H, W]  mirrored left to right with probability 1/2."""
+    mirrored = torch.rand(len(x), generator=generator) < 0.5
+    return torch.where(mirrored.reshape(-1, 1, 1, 1), x.flip(3), x)
+
+
+def pad_and_crop(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image of x  # [n, C, H, W]  padded with zeros (black) by an eighth of its side and cropped back at random."""
+    n, channels, height, width = x.shape
+    by = max(1, height // 8)
+    top, left = torch.randint(0, 2 * by + 1, (2, n), generator=generator)
+    rows = (top[:, None] + torch.arange(height)).reshape(n, 1, height, 1)
+    columns = (left[:, None] + torch.arange(width)).reshape(n, 1, 1, width)
+    padded = F.pad(x, (by, by, by, by))
+    return padded[torch.arange(n).reshape(n, 1, 1, 1), torch.arange(channels).reshape(1, channels, 1, 1), rows, columns]
+
+
+def cutout(x: Tensor, generator: torch.Generator) -> Tensor:
+    """A square of half the side set to 0 in each image of x  # [n, C, H, W], its centre anywhere, cut off at the border."""
+    n, _, height, width = x.shape
+    half = height // 4
+    row = torch.randint(0, height, (n, 1), generator=generator)
+    column = torch.randint(0, width, (n, 1), generator=generator)
+    rows = (torch.arange(height) >= row - half) & (torch.arange(height) < row + half)
+    columns = (torch.arange(width) >= column - half) & (torch.arange(width) < column + half)
+    return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+
+
+AUGMENTATIONS = ("flip", "crop", "cutout")
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed for one purpose from (seed, purpose, epoch, ...); neighbours share nothing."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)  # torch takes 63 bits without sign
+
+
+class Loader:
+    """Batches (x [n, C, H, W] standardised, labels [n]) of one epoch; iterating again gives the same batches.
+
+    With a seed: shuffled and augmented from it, and the incomplete last batch left out (it would weigh its images more;
+    a set smaller than one batch is one batch). Without: all images in order, as they are.
+    """
+
+    def __init__(self, data: Data, images: Images, batch_size: int, *, seed: int | None = None, augment: tuple[str, ...] = (), device: str = "cpu"):
+        self.data, self.images, self.seed, self.augment, self.device = data, images, seed, augment, device
+        self.batch_size = min(batch_size, len(images))
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.images), self.batch_size)
+        return whole + (self.seed is None and rest > 0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator()
+        order = torch.arange(len(self.images))
+        if self.seed is not None:
+            generator.manual_seed(self.seed)
+            order = order[torch.randperm(len(order), generator=generator)]
+        chosen = order.split(self.batch_size)[: len(self)]
+        for indices, x in zip(chosen, self._read(chosen)):
+            yield self._prepared(x, generator).to(self.device), self.images.labels[indices].to(self.device)
+
+    def _read(self, chosen: tuple[Tensor, ...]) -> Iterator[Tensor]:
+        if not self.images.lazy:
+            yield from map(self.images.read, chosen)
+            return
+        with ThreadPoolExecutor(1) as reader:  # the next batch is read while this one is used
+            pending = reader.submit(self.images.read, chosen[0])
+            for following in chosen[1:]:
+                x = pending.result()
+                pending = reader.submit(self.images.read, following)
+                yield x
+            yield pending.result()
+
+    def _prepared(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        if "crop" in self.augment:
+            x = pad_and_crop(x, generator)
+        if "flip" in self.augment:
+            x = flip(x, generator)
+        x = self.data.standardise(x)
+        return cutout(x, generator) if "cutout" in self.augment else x

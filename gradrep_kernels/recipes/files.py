@@ -1,0 +1,43 @@
+"""Files that are whole or not there: written under a temporary name beside their own, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["TEMPORARY", "save_tensors", "whole", "write_json", "write_text"]
+
+TEMPORARY = ".tmp"
+"""The last part of every temporary name; what a killed run leaves has it, and the next one removes it."""
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """The temporary name to write to; renamed to `path` at the end of the block, removed if that raises."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def save_tensors(path: Path, value: Any) -> None:
+    """For torch.load(weights_only=True): tensors, numbers, strings, and dicts and lists of them."""
+    with whole(path) as temporary:
+        torch.save(value, temporary)

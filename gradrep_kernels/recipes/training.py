@@ -1,0 +1,113 @@
+"""Epochs: train, evaluate, and the same weights again from the same seed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gradrep_kernels.optim import FusedRepSGD
+from gradrep_kernels.recipes.build import Trainee
+from gradrep_kernels.recipes.data import Data, Loader, derived_seed
+from gradrep_kernels.recipes.options import Options
+from gradrep_kernels.recipes.schedules import learning_rate
+
+__all__ = ["accuracy", "repeatable", "train_epoch"]
+
+_ORDER, _STATISTICS = 2, 3  # purposes for derived_seed
+_EVALUATION_BATCH = 512
+
+
+@contextlib.contextmanager
+def repeatable(threads: int, device: str) -> Iterator[None]:
+    """A fixed number of threads, deterministic algorithms on a GPU, the default generators to oneself; all restored afterwards.
+
+    Sums over threads are rounded in another order on another number of threads, so the number is part of a run's options.
+    A GPU algorithm that has no deterministic form (max pooling's gradient) warns and runs.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng(), _deterministic_gpu() if torch.device(device).type == "cuda" else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _deterministic_gpu() -> Iterator[None]:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; its deterministic algorithms need it
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
+
+def _now(device: str) -> float:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def train_epoch(trainee: Trainee, data: Data, options: Options, seed: int, epoch: int, epochs: int, on_batch: Callable[[], None]) -> dict[str, Any]:
+    """One epoch (from 0) of `epochs`; changes the trainee only. The same state, seed and epoch give the same bits.
+
+    Returns train_loss (mean over the images), lr (of the last step), seconds (training alone), sgs_updated and sgs_seconds.
+    """
+    torch.manual_seed(derived_seed(seed, _ORDER, epoch))  # for whatever in a model draws; batches have a generator of their own
+    start = _now(options.device)
+    statistics = _training_batches(data, options, derived_seed(seed, _STATISTICS, epoch))
+    due = trainee.sgs is not None and trainee.sgs.update_if_due(epoch, statistics)
+    updated = _now(options.device)
+    model, optimizer = trainee.model, trainee.optimizer
+    batches = _training_batches(data, options, derived_seed(seed, _ORDER, epoch))
+    steps = epochs * len(batches)
+    warmup = min(options.warmup, epochs) * len(batches)
+    total, seen = torch.zeros((), dtype=torch.float64, device=options.device), 0
+    model.train()
+    for n, (x, labels) in enumerate(batches):
+        lr = learning_rate(epoch * len(batches) + n, steps, warmup, options.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), labels, label_smoothing=options.label_smoothing)
+        loss.backward()
+        if options.clip_norm is not None:
+            _clip(model, optimizer, options.clip_norm)
+        optimizer.step()
+        total += loss.detach() * len(x)
+        seen += len(x)
+        on_batch()
+    train_loss = float(total) / seen
+    seconds = _now(options.device) - updated
+    return {"train_loss": train_loss, "lr": lr, "seconds": seconds, "sgs_updated": due, "sgs_seconds": updated - start}
+
+
+def _training_batches(data: Data, options: Options, seed: int) -> Loader:
+    return Loader(data, data.train, options.batch_size, seed=seed, augment=options.augment, device=options.device)
+
+
+def _clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    if isinstance(optimizer, FusedRepSGD):
+        optimizer.clip_grad_norm_(max_norm)  # the norm that the CSLA model's own gradients have, so that the rows stay comparable
+    else:
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Data, device: str) -> float:
+    """Share of the test images that are classified rightly; leaves the model in eval mode."""
+    model.eval()
+    right = sum(int((model(x).argmax(1) == labels).sum()) for x, labels in Loader(data, data.test, _EVALUATION_BATCH, device=device))
+    return right / len(data.test)
