@@ -1,0 +1,89 @@
+"""Compile a Triton kernel ahead of time, for GPUs that need not be there, and read what the compiler made of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_AMDGCN = re.compile(r"^\t([a-z]+_[a-z0-9_]+)\b", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One variant of a kernel on one target."""
+
+    target: str
+    registers: int  # per thread; vector registers on AMD
+    spills: int  # bytes of stack and local memory per thread, on AMD spilled registers too
+    shared: int  # bytes
+    instructions: Counter[str] = field(repr=False)  # SASS ('LDG.E.128') or amdgcn ('global_load_dwordx4') -> how many
+    assembly: str = field(repr=False)  # PTX or amdgcn
+
+    def count(self, pattern: str) -> int:
+        """How many instructions match the regular expression from their first letter on."""
+        return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
+
+    @property
+    def wide_loads(self) -> int:
+        """128-bit loads from global memory."""
+        return self.count(r"LDG\S*\.128|global_load_dwordx4")
+
+    @property
+    def wide_stores(self) -> int:
+        """128-bit stores to global memory."""
+        return self.count(r"STG\S*\.128|global_store_dwordx4")
+
+    @property
+    def double_precision(self) -> int:
+        """Instructions that compute in fp64, or convert from or to it."""
+        return self.count(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)|(F2F|I2F|F2I|FRND|MUFU)\S*64|v_\w*f64")
+
+    @property
+    def contracted(self) -> int:
+        """Products and sums that are rounded once together. (A mixed-precision fma that adds −0 is AMD's product of unlike dtypes.)"""
+        if self.target.startswith("sm_"):
+            return len(re.findall(r"\b(?:fma|mad)\.\S*f(?:16|32|64)", self.assembly))
+        lines = re.findall(r"^\tv_(?:pk_)?(?:fma|fmac|mac|mad)\w*_(?:f16|f32|f64|bf16).*", self.assembly, re.MULTILINE)
+        return sum("neg(0)" not in line for line in lines)
+
+
+def compile_variant(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], target: str, **options: Any) -> Compiled:
+    """Compile `kernel` as a launch does that specializes nothing.
+
+    Args:
+        types:     parameter -> Triton's name of its type ('*fp32', 'i32')
+        constants: the constexpr parameters, and optional ones that are None
+        options:   num_warps, enable_fp_fusion, ... as at the launch
+    """
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    built = triton.compile(ASTSource(kernel, signature, dict(constants)), target=TARGETS[target], options=options)
+    if "amdgcn" in built.asm:
+        text = built.asm["amdgcn"]
+        facts = {name: int(n) for name, n in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+        spills = facts["vgpr_spill_count"] + facts["sgpr_spill_count"] + facts["private_segment_fixed_size"]
+        return Compiled(target, facts["vgpr_count"], spills, built.metadata.shared, Counter(_AMDGCN.findall(text)), text)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage, sass = (subprocess.run([_CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True) for flag in ("-res-usage", "-sass"))
+    facts = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
+    return Compiled(target, facts["REG"], facts["STACK"] + facts["LOCAL"], built.metadata.shared, Counter(_SASS.findall(sass.stdout)), built.asm["ptx"])
