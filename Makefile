@@ -20,6 +20,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(PYTHON) || $(PY) -m venv $(VENV)
 	$(PIP) install --upgrade pip "setuptools>=77" wheel ninja
 	$(PIP) install "$(TORCH)"
+	rm -f gradrep_kernels/_C*.so  # of another GRADREP_BUILD or GRADREP_CUDA
 	$(PIP) install --no-build-isolation -e ".[recipes,test,bench,dev]" "$(TRITON)"
 	rm -f $(VENV)/.ready-*
 	touch $@

@@ -1,0 +1,225 @@
+"""The step: FusedRepSGD with structured Grad Mults against torch.optim.SGD without any, and against the ways to multiply first.
+
+    python -m pytest bench/bench_rep_sgd_step.py [--quick] [--device cpu|cuda] [--threads 1,2] [--results DIR]
+
+All candidates of a comparison share parameters, gradients and momentum buffers, and take turns (see harness.py). The dense
+masks hold ones, for they multiply the gradients in place once a round; a product's time does not depend on its values.
+On a CPU only float32 is timed: torch's fused SGD skips work there in bfloat16 and float16 (torch 2.11 to 2.13).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from harness import Candidate, Comparison, Figure, Setup, compare, host_clock, thread_count
+from parameter_sets import SETS, Tensors
+from published import rep_sgd_loop
+from report import Results, Target
+from torch.optim import SGD
+
+import gradrep_kernels as gr
+
+BYTES = 20  # per float32 parameter: weight, gradient and momentum are read, weight and momentum written
+PROBE_FLOATS = 16 << 20  # per array; three of them are six times an L3 cache of 32 MiB
+
+OURS, PLAIN = "FusedRepSGD, structured Grad Mult", "FusedRepSGD, no multiplier"
+FUSED, FOREACH, SINGLE = "SGD(fused=True), no multiplier", "SGD(foreach=True), no multiplier", "SGD(foreach=False), no multiplier"
+MULTIPLY = "foreach_mul_(dense M), SGD(fused=True)"
+COMPILED = "torch.compile of dense M ⊙ g and SGD"
+LOOP = "loop as published, dense M"
+PROBE, COPY = "stream probe: 3 reads, 2 writes", "device-to-device copy of as many bytes"
+GRAPH_OURS, GRAPH_FUSED = "CUDA graph of " + OURS, "CUDA graph of " + FUSED
+
+JUDGED = ("RepOpt-VGG-B1", "ResNet-18")  # the sets of targets S1 to S3
+VS_FUSED = {1: (0.97, 1.0), 2: (1.05, 1.2)}  # S1 by threads: at least, aim
+VS_MULTIPLYING = {MULTIPLY: (1.5, 1.7), COMPILED: (1.3, 1.45), LOOP: (4.0, 8.0)}  # S2
+HOST_MICROSECONDS = {(1, PLAIN): (50, 30), (1, OURS): (60, 38), (28, PLAIN): (90, 50), (28, OURS): (90, 50)}  # S4 by groups
+HOST_VS_FUSED = {1: (1.7, 3.0), 28: (311 / 90, 6.0)}
+
+
+# -- S4 before everything else: what comes later may leave work for the host
+
+
+@pytest.mark.parametrize("groups", [1, 2, 28, 62], ids="{} groups".format)
+def test_host_cost(benchmark, setup: Setup, results: Results, threads: int, groups: int):
+    """62 tensors of 1000 floats: what is timed is Python and the dispatcher."""
+    tensors = Tensors(SETS["62 x 1000"](), setup.device)
+    calls = 5 if setup.quick else 20
+
+    def candidate(name: str, cls: type[SGD], **options) -> Candidate:
+        return Candidate(name, tensors.optimizer(cls, groups, **options).step, calls=calls)
+
+    ways = [
+        candidate(PLAIN, gr.FusedRepSGD),
+        candidate(OURS, gr.FusedRepSGD, grad_mults=tensors.grad_mults),
+        candidate(FUSED, SGD, fused=True),
+        candidate(FOREACH, SGD, foreach=True),
+        candidate(SINGLE, SGD, foreach=False),
+    ]
+    timed = compare(benchmark, setup, ways, threads=threads, clock=host_clock)
+    noun = "group" if groups == 1 else "groups"
+    results.add(f"62 x 1000 in {groups} {noun}, host time of a step", timed)
+    if threads != 1 or setup.device.type != "cpu":
+        return
+    for name in (PLAIN, OURS):
+        if (groups, name) in HOST_MICROSECONDS:
+            target = Target("S4", f"host cost, {groups} {noun}, {name}", "µs", *HOST_MICROSECONDS[groups, name], less_is_better=True)
+            results.target(target, timed.time(name) * 1e6)
+            target = Target("S4", f"host cost, {groups} {noun}, {name}: as fast as {FUSED}", "x", *HOST_VS_FUSED[groups])
+            results.target(target, timed.ratio(FUSED, name), bound=f"{FUSED}: {timed.time(FUSED).median * 1e6:.0f} µs")
+
+
+def test_memory(results: Results):
+    parameters = SETS["RepOpt-VGG-B1"]()
+    generator = torch.Generator().manual_seed(0)
+    mults = [(p, p.grad_mult(generator)) for p in parameters]
+    structured = sum(mult.nbytes for _, mult in mults if mult is not None)
+    dense = sum(4 * torch.Size(p.shape).numel() for p, mult in mults if mult is not None)
+    target = Target("S5", "extra memory for multipliers, RepOpt-VGG-B1", "MB", 1.0, less_is_better=True)
+    results.target(target, structured / 1e6, bound=f"dense masks: {dense / 1e6:.0f} MB")
+
+
+# -- S1 to S3, G1
+
+
+def _compiled(tensors: Tensors, masks: list[torch.Tensor]) -> Candidate:
+    grads = [p.grad for p in tensors.grad_mults]
+    on_gpu = grads[0].is_cuda
+    optimizer = tensors.optimizer(SGD, foreach=on_gpu)  # on a CPU Inductor gains nothing from foreach, and takes 3 times as long
+
+    @torch.compile
+    def step() -> None:
+        torch._foreach_mul_(grads, masks)
+        optimizer.step()
+
+    def run() -> None:
+        if not on_gpu and shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
+            raise RuntimeError("torch.compile needs a C++ compiler here")
+        step()
+
+    return Candidate(COMPILED, run, optional=True)
+
+
+def _graph_of(step: Callable[[], object]) -> Callable[[], object]:
+    """`step` captured in a CUDA graph at the first call."""
+    graphs: list[torch.cuda.CUDAGraph] = []
+
+    def run() -> None:
+        if not graphs:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    step()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            graphs.append(graph)
+        graphs[0].replay()
+
+    return run
+
+
+def _limit(setup: Setup, numel: int) -> Candidate:
+    """How fast this machine moves as many bytes with nothing to compute."""
+    if setup.device.type == "cuda":
+        source = torch.empty(numel * BYTES // 2, dtype=torch.int8, device=setup.device)
+        target = torch.empty_like(source)
+        return Candidate(COPY, lambda: target.copy_(source), bytes=numel * BYTES)
+    floats = min(PROBE_FLOATS, 1 << 20) if setup.quick else PROBE_FLOATS
+    p, g, v = (torch.zeros(floats) for _ in range(3))
+
+    def stream() -> None:  # the step's accesses in two passes, neither of which reads anything twice; in place: no write-allocate
+        p.add_(g)
+        v.mul_(0.5)
+
+    return Candidate(PROBE, stream, bytes=floats * BYTES)
+
+
+def _ways(setup: Setup, tensors: Tensors, compiled: bool) -> list[Candidate]:
+    masks = tensors.dense_ones()
+    multiplied = [p.grad for p in tensors.grad_mults]
+    by_param = dict(zip(tensors.grad_mults, masks))
+    fused = tensors.optimizer(SGD, fused=True)
+    ours = tensors.optimizer(gr.FusedRepSGD, grad_mults=tensors.grad_mults)
+    moved = {"bytes": tensors.numel * BYTES}
+
+    def multiply_first() -> None:
+        torch._foreach_mul_(multiplied, masks)
+        fused.step()
+
+    def loop() -> None:
+        rep_sgd_loop(tensors.params, by_param, tensors.buffers, lr=1e-4, momentum=0.9, weight_decay=1e-4)
+
+    ways = [
+        Candidate(OURS, ours.step, **moved),
+        Candidate(PLAIN, tensors.optimizer(gr.FusedRepSGD).step, **moved),
+        Candidate(FUSED, fused.step, **moved),
+        Candidate(FOREACH, tensors.optimizer(SGD, foreach=True).step),
+        Candidate(SINGLE, tensors.optimizer(SGD, foreach=False).step),
+        Candidate(MULTIPLY, multiply_first),
+        Candidate(LOOP, loop),
+        _limit(setup, tensors.numel),
+    ]
+    if compiled:
+        ways.append(_compiled(tensors, masks))
+    if setup.device.type == "cuda":  # last: a capture that fails may leave the allocator in disorder
+        ways += [Candidate(GRAPH_OURS, _graph_of(ours.step), optional=True, **moved), Candidate(GRAPH_FUSED, _graph_of(fused.step), optional=True, **moved)]
+    return ways
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", ["ResNet-18", "ResNet-50", "RepOpt-VGG-B1"])
+def test_step(benchmark, setup: Setup, results: Results, max_threads: int, name: str, layout: str, threads: int):
+    if setup.quick and name != "ResNet-18":
+        pytest.skip("not in the quick form: RepOpt-VGG-B1 takes 0.8 GB")
+    if name == "ResNet-50" and layout == "channels_last":
+        pytest.skip("the other two show what the layout does")
+    tensors = Tensors(SETS[name](), setup.device, channels_last=layout == "channels_last")
+    judged = name in JUDGED and layout == "contiguous" and threads == max_threads
+    if judged and not setup.quick:
+        torch._dynamo.reset()  # Inductor bakes the number of threads into what it compiles
+    timed = compare(benchmark, setup, _ways(setup, tensors, compiled=judged and not setup.quick), threads=threads)
+    where = f"{name}, {layout}"
+    results.add(f"{where}, {thread_count(threads)}" if setup.device.type == "cpu" else where, timed)
+    if name in JUDGED:
+        judge = _judge_gpu if setup.device.type == "cuda" else _judge_cpu
+        judge(results, timed, name, layout, threads, max_threads)
+
+
+def _judge_cpu(results: Results, timed: Comparison, name: str, layout: str, threads: int, max_threads: int) -> None:
+    share = timed.rate_ratio(OURS, PROBE)
+    bound = f"{share.median:.0%} of the stream probe, {_rate(timed, PROBE):.0f} GB/s"
+    where = f"{name}, {thread_count(threads)}"
+    if layout == "contiguous":
+        at_least, aim = VS_FUSED.get(threads, (None, None))
+        results.target(Target("S1", f"{where}: as fast as {FUSED}", "x", at_least, aim), timed.ratio(FUSED, OURS), bound=bound)
+        for other, (at_least, aim) in VS_MULTIPLYING.items() if threads == max_threads else ():
+            why_not = timed.skipped.get(other, "not in the quick form")
+            results.target(Target("S2", f"{where}: as fast as {other}", "x", at_least, aim), timed.ratio(other, OURS), bound=bound, why_not=why_not)
+    target = Target("S3", f"{where}, {layout}: time with the multiplier over time without", "x", 1.05, 1.02, less_is_better=True)
+    results.target(target, timed.ratio(OURS, PLAIN), bound=bound)
+
+
+def _judge_gpu(results: Results, timed: Comparison, name: str, layout: str, threads: int, max_threads: int) -> None:
+    judged = name == "RepOpt-VGG-B1" and layout == "contiguous"
+    share = timed.rate_ratio(OURS, COPY)
+    bound = f"{share.median:.0%} of the copy rate, {_rate(timed, COPY):.0f} GB/s"
+    for what, unit, figure, bounds in (
+        ("share of the measured copy rate", "%", share * 100, (86, 92)),
+        (f"as fast as {FUSED}", "x", timed.ratio(FUSED, OURS), (1.0, 1.1)),
+        (f"as fast as {MULTIPLY}", "x", timed.ratio(MULTIPLY, OURS), (1.4, 1.55)),
+        (f"CUDA graph: as fast as {GRAPH_FUSED}", "x", timed.ratio(GRAPH_FUSED, GRAPH_OURS), (None, None)),
+    ):
+        at_least, aim = bounds if judged else (None, None)
+        why_not = "; ".join(timed.skipped.values())
+        results.target(Target("G1" if judged else "", f"{name}, {layout}: {what}", unit, at_least, aim), figure, bound=bound, why_not=why_not)
+
+
+def _rate(timed: Comparison, name: str) -> float:
+    time: Figure = timed.time(name)
+    return timed.candidates[name].bytes / time.median / 1e9

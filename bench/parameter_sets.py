@@ -1,0 +1,112 @@
+"""The parameters of the networks that the step is timed on, and the Grad Mults that their blocks give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import gradrep_kernels as gr
+
+
+@dataclass(frozen=True)
+class Parameter:
+    shape: tuple[int, ...]
+    shortcut: bool = False  # whether the convolution's CSLA block has an identity branch
+
+    def grad_mult(self, generator: torch.Generator) -> gr.GradMult | None:
+        """k x k convolutions, k > 1: M of a block with a k x k and a 1 x 1 branch (RepOptimizers, Eq. 3); others have none."""
+        if len(self.shape) != 4 or self.shape[-1] == 1:
+            return None
+        kxk, one_by_one = torch.rand(2, self.shape[0], generator=generator) + 0.5
+        return gr.BranchScales(kxk, one_by_one, identity=self.shortcut).grad_mult(self.shape[2:])
+
+
+def _conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1) -> Iterator[Parameter]:
+    yield Parameter((outputs, inputs, kernel, kernel), shortcut=kernel > 1 and inputs == outputs and stride == 1)
+    yield from (Parameter((outputs,)), Parameter((outputs,)))
+
+
+def _linear(inputs: int) -> Iterator[Parameter]:
+    yield from (Parameter((1000, inputs)), Parameter((1000,)))
+
+
+def repopt_vgg_b1() -> list[Parameter]:
+    """86 tensors, 51.84 M parameters."""
+    found, channels = list(_conv_norm(3, 64, 3, 2)), 64
+    for blocks, width in ((4, 128), (6, 256), (16, 512), (1, 2048)):
+        for n in range(blocks):
+            found += _conv_norm(channels, width, 3, 2 if n == 0 else 1)
+            channels = width
+    return [*found, *_linear(channels)]
+
+
+def resnet18() -> list[Parameter]:
+    """ImageNet form: 62 tensors, 11.69 M parameters."""
+    found, channels = list(_conv_norm(3, 64, 7, 2)), 64
+    for stage, width in enumerate((64, 128, 256, 512)):
+        for n in range(2):
+            stride = 2 if n == 0 and stage > 0 else 1
+            found += [*_conv_norm(channels, width, 3, stride), *_conv_norm(width, width, 3)]
+            if stride == 2:
+                found += _conv_norm(channels, width, 1, 2)
+            channels = width
+    return [*found, *_linear(channels)]
+
+
+def resnet50() -> list[Parameter]:
+    """ImageNet form: 161 tensors, 25.56 M parameters."""
+    found, channels = list(_conv_norm(3, 64, 7, 2)), 64
+    for stage, (blocks, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512))):
+        for n in range(blocks):
+            stride = 2 if n == 0 and stage > 0 else 1
+            found += [*_conv_norm(channels, width, 1), *_conv_norm(width, width, 3, stride), *_conv_norm(width, 4 * width, 1)]
+            if n == 0:
+                found += _conv_norm(channels, 4 * width, 1, stride)
+            channels = 4 * width
+    return [*found, *_linear(channels)]
+
+
+def small_tensors() -> list[Parameter]:
+    """62 tensors of 1000 floats, of a shape that takes a structured multiplier with an identity."""
+    return [Parameter((8, 5, 5, 5), shortcut=True) for _ in range(62)]
+
+
+SETS: dict[str, Callable[[], list[Parameter]]] = {
+    "62 x 1000": small_tensors,
+    "ResNet-18": resnet18,
+    "ResNet-50": resnet50,
+    "RepOpt-VGG-B1": repopt_vgg_b1,
+}
+
+
+class Tensors:
+    """Parameters, gradients and momentum buffers of a set. All optimizers of a comparison share them: B1 alone takes 0.6 GB."""
+
+    def __init__(self, parameters: list[Parameter], device: torch.device, channels_last: bool = False):
+        def new(shape: tuple[int, ...]) -> Tensor:
+            tensor = torch.randn(shape, device=device) * 1e-2
+            return tensor.contiguous(memory_format=torch.channels_last) if channels_last and len(shape) == 4 else tensor
+
+        generator = torch.Generator().manual_seed(0)
+        self.params = [new(p.shape).requires_grad_() for p in parameters]
+        self.buffers = [torch.zeros_like(p) for p in self.params]
+        for p, parameter in zip(self.params, parameters):
+            p.grad = new(parameter.shape)
+        named = [(p, parameter.grad_mult(generator)) for p, parameter in zip(self.params, parameters)]
+        self.grad_mults = {p: mult for p, mult in named if mult is not None}
+        self.numel = sum(p.numel() for p in self.params)
+
+    def optimizer(self, cls: type[torch.optim.SGD], groups: int = 1, **options) -> torch.optim.SGD:
+        """SGD with momentum and weight decay over `groups` groups whose hyper-parameters differ, past its first step."""
+        split = [{"params": self.params[n::groups], "weight_decay": 1e-4 * (n + 1)} for n in range(groups)]
+        optimizer = cls(split, lr=1e-4, momentum=0.9, **options)
+        for p, buffer in zip(self.params, self.buffers):
+            optimizer.state[p]["momentum_buffer"] = buffer
+        return optimizer
+
+    def dense_ones(self) -> list[Tensor]:
+        """A full-size mask for each parameter that has a Grad Mult. All ones: masks multiply .grad in place, round after round."""
+        return [torch.ones_like(p) for p in self.grad_mults]

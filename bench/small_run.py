@@ -1,0 +1,112 @@
+"""Each op on each backend that a device has, against the reference on the CPU: odd sizes, all forms of multipliers, small.
+
+    python bench/small_run.py cpu|cuda
+
+What `gpu_check.py` runs alone and under compute-sanitizer. Exit status 1 where a result differs or no kernel of a GPU ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import gradrep_kernels as gr
+from gradrep_kernels import backends
+
+BACKENDS = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
+DISPLACEMENTS = ((0, 1), (1, -1), (1, 0), (1, 1))
+SHAPES = ((8, 5, 3, 3), (7, 7, 3, 3), (64, 64, 3, 3), (13, 1, 5, 5), (1031,), (1,), (1024,))
+CHANNELS_LAST, WITH_IDENTITY, DENSE = (2,), (1, 2), (4,)  # positions in SHAPES
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2, torch.float16: 5e-3}  # weights are about 1, three steps
+
+Case = tuple[str, Tensor, Tensor, float]  # what, found, expected, tolerance
+
+
+def _optimizer(device: str, dtype: torch.dtype) -> gr.FusedRepSGD:
+    generator = torch.Generator().manual_seed(1)
+
+    def new(n: int) -> Tensor:
+        layout = torch.channels_last if n in CHANNELS_LAST else torch.contiguous_format
+        return torch.randn(SHAPES[n], generator=generator, dtype=torch.float64).to(device, dtype, memory_format=layout)
+
+    params, mults = [], {}
+    for n, shape in enumerate(SHAPES):
+        p = new(n).requires_grad_()
+        p.grad = new(n)
+        params.append(p)
+        if len(shape) == 4:
+            scales = torch.rand(2, shape[0], generator=generator)
+            mults[p] = gr.BranchScales(*scales, identity=n in WITH_IDENTITY).grad_mult(shape[2:])
+        elif n in DENSE:
+            mults[p] = gr.GradMult(torch.rand(shape, generator=generator))
+    groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.01, "nesterov": True}]
+    return gr.FusedRepSGD(groups, lr=0.1, momentum=0.9, weight_decay=1e-3, grad_mults=mults)
+
+
+def _both(device: str, backend: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    return (device, backend), ("cpu", "reference")
+
+
+def steps(device: str, backend: str) -> Iterator[Case]:
+    for dtype, tolerance in TOLERANCE.items():
+        ends = []
+        for where, name in _both(device, backend):
+            optimizer = _optimizer(where, dtype)
+            with gr.use_backend(name):
+                for _ in range(3):
+                    optimizer.step()
+            ends.append(torch.cat([p.detach().double().cpu().flatten() for group in optimizer.param_groups for p in group["params"]]))
+        yield str(dtype), *ends, tolerance
+
+
+def norms(device: str, backend: str) -> Iterator[Case]:
+    found = []
+    for where, name in _both(device, backend):
+        with gr.use_backend(name):
+            found.append(_optimizer(where, torch.float32).clip_grad_norm_(1e9))
+    yield "float32", *found, 1e-3  # of about 150
+
+
+def counts(device: str, backend: str) -> Iterator[Case]:
+    for shape in ((3, 5, 9, 7), (2, 33, 16, 16), (1, 1, 1, 1), (5, 2, 40, 33)):
+        x = torch.randn(shape).relu_()
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for remove_near in (False, True):
+                found = []
+                for where, name in _both(device, backend):
+                    with gr.use_backend(name):
+                        y = x.to(where, memory_format=layout)
+                        found.append(gr.joint_histogram(y, DISPLACEMENTS, "sturges", padding=1, remove_near=remove_near))
+                yield f"{shape}, {layout}, remove_near={remove_near}", *found, 0
+
+
+def run(device: str) -> int:
+    report = {row["op"]: row for row in backends.report((device,))}
+    torch.manual_seed(0)
+    agree = problems = 0
+    for backend in BACKENDS[device]:
+        for op, cases in (("rep_sgd_step", steps), ("rep_grad_norm", norms), ("pair_ranges", None), ("joint_histogram", counts)):
+            if report[op][backend] != "available":
+                print(f"{op}, {backend}: not available: {report[op][backend]}")
+                continue
+            if cases is None or (cases is counts and report["pair_ranges"][backend] != "available"):
+                continue  # joint_histogram calls pair_ranges
+            for what, found, expected, tolerance in cases(device, backend):
+                difference = float((found.cpu().double() - expected.double()).abs().max())
+                if difference <= tolerance:
+                    agree += 1
+                else:
+                    problems += 1
+                    print(f"{op}, {backend}, {what}: differs by {difference} from the reference")
+    print(f"{agree} cases agree with the reference, {problems} differ")
+    return 1 if problems or (device == "cuda" and not agree) else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("device", choices=tuple(BACKENDS))
+    sys.exit(run(parser.parse_args().device))

@@ -1,0 +1,353 @@
+# ruff: noqa: E402 - the benches are no package: their folder goes on the path first
+"""The benches: their baselines compute what the package computes, their harness measures what it says, their quick form runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gradrep_kernels as gr
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / "bench"
+if not BENCH.is_dir():
+    pytest.skip("the benches are not here", allow_module_level=True)
+pytest.importorskip("pytest_benchmark")
+sys.path.insert(0, str(BENCH))
+
+import bench_joint_histogram
+import feature_maps
+import gpu_check
+import harness
+import parameter_sets
+import published
+import report
+
+TARGET_ROWS = {"rep_sgd_step": {"S1", "S2", "S3", "S4", "S5"}, "joint_histogram": {"H1", "H2"}, "sgs": {"H3", ""}}  # of the quick form on a CPU
+
+
+@pytest.fixture
+def setup(tmp_path) -> harness.Setup:
+    return harness.Setup(torch.device("cpu"), True, 0.01, tmp_path, "command")
+
+
+# -- what is timed
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "millions", "shortcuts"), [("RepOpt-VGG-B1", 86, 51.84, 23), ("ResNet-18", 62, 11.69, 13), ("ResNet-50", 161, 25.56, 13)]
+)
+def test_parameter_sets_are_those_of_the_networks(name, tensors, millions, shortcuts):
+    parameters = parameter_sets.SETS[name]()
+    assert len(parameters) == tensors
+    assert sum(p.shortcut for p in parameters) == shortcuts  # k x k convolutions that change neither the channels nor the size
+    assert round(sum(torch.Size(p.shape).numel() for p in parameters) / 1e6, 2) == millions
+
+
+def test_b1_is_the_models_b1():
+    with torch.device("meta"):
+        model = gr.models.repopt_vgg_b1()
+    parameters = parameter_sets.repopt_vgg_b1()
+    assert [p.shape for p in parameters] == [tuple(p.shape) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("groups", [1, 28])
+def test_optimizers_of_a_comparison_are_past_their_first_step_and_share_state(groups):
+    tensors = parameter_sets.Tensors(parameter_sets.small_tensors(), torch.device("cpu"))
+    optimizers = [tensors.optimizer(cls, groups) for cls in (gr.FusedRepSGD, torch.optim.SGD)]
+    for optimizer in optimizers:
+        assert len(optimizer.param_groups) == groups
+        assert all(optimizer.state[p]["momentum_buffer"] is buffer for p, buffer in zip(tensors.params, tensors.buffers))
+        optimizer.step()
+        assert all(optimizer.state[p]["momentum_buffer"] is buffer for p, buffer in zip(tensors.params, tensors.buffers))
+
+
+def test_published_loop_takes_the_same_step():
+    ends = []
+    for published_way in (False, True):
+        torch.manual_seed(0)
+        tensors = parameter_sets.Tensors([parameter_sets.Parameter((6, 6, 3, 3), shortcut=True), parameter_sets.Parameter((6,))], torch.device("cpu"))
+        masks = {p: mult.dense(p.shape) for p, mult in tensors.grad_mults.items()}
+        assert len(masks) == 1
+        for _ in range(3):
+            if published_way:
+                published.rep_sgd_loop(tensors.params, masks, tensors.buffers, lr=1e-4, momentum=0.9, weight_decay=1e-4)
+            else:
+                tensors.optimizer(gr.FusedRepSGD, grad_mults=tensors.grad_mults).step()
+        ends.append([*tensors.params, *tensors.buffers])
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("remove_near", [False, True])
+def test_published_algorithm_gives_the_same_scaling(remove_near):
+    batches = [feature_maps.KINDS["smooth"]((4, 3, 9, 7), torch.device("cpu")).double() for _ in range(2)]
+    found = published.spatial_gradient_scaling(
+        [x.numpy() for x in batches], (3, 3), 1, feature_maps.half_displacements(3), published.numpy_histogram2d, remove_near=remove_near
+    )
+    expected = gr.spatial_gradient_scaling(torch.cat(batches), 3, padding=1, remove_near=remove_near)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
+def test_histogram_baselines_count_the_same_pairs():
+    shape, bins = (5, 3, 8, 6), 9
+    x = feature_maps.KINDS["uniform"](shape, torch.device("cpu"))
+    expected = gr.joint_histogram(x, feature_maps.half_displacements(3), bins, padding=1)
+    assert int(expected.sum()) == feature_maps.pairs(shape, 3, 1)
+    numbers = bench_joint_histogram._bin_numbers(x, bins)
+    assert torch.equal(torch.stack(bench_joint_histogram._bincounts(numbers, bins)).view_as(expected), expected)
+
+
+def test_graycomatrix_baseline_counts_the_same_pairs():
+    pytest.importorskip("skimage")
+    shape, bins = (5, 3, 8, 6), 9
+    x = feature_maps.KINDS["uniform"](shape, torch.device("cpu"))
+    expected = gr.joint_histogram(x, [(0, 1), (1, 1), (1, 0), (1, -1)], bins, padding=1)  # in the order of the angles
+    found = bench_joint_histogram._graycomatrices(bench_joint_histogram._bin_numbers(x, bins), bins, 3)()
+    for c, counts in enumerate(found):
+        assert np.array_equal(counts[:bins, :bins, 0].transpose(2, 0, 1), expected[c].numpy())
+
+
+@pytest.mark.parametrize(
+    ("layers", "images", "billions"), [(feature_maps.VGG16_CIFAR, 20 * 128, 2.43), (feature_maps.RESNET18_IMAGENET, 2 * 256, 5.67)], ids=["VGG-16", "ResNet-18"]
+)
+def test_layers_are_those_of_the_networks(layers, images, billions):
+    total = sum(layer.count * feature_maps.pairs(layer.shape(images), layer.kernel, layer.padding) for layer in layers)
+    assert round(total / 1e9, 2) == billions
+
+
+def test_vgg16_layers_are_the_models():
+    found = [tuple(x.shape[1:]) for _, x in feature_maps.conv_inputs(gr.models.vgg16(), torch.zeros(1, 3, 32, 32))]
+    assert found == [layer.shape(1)[1:] for layer in feature_maps.VGG16_CIFAR for _ in range(layer.count)]
+
+
+# -- how it is timed
+
+
+class _Benchmark:
+    """What `compare` uses of pytest-benchmark's fixture."""
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, target, rounds, iterations):
+        for _ in range(rounds):
+            target()
+
+
+def test_ratios_are_taken_within_rounds():
+    timed = harness.Comparison(1, seconds={"a": [1.0, 2.0, 9.0], "b": [1.0, 4.0, 3.0]})
+    assert timed.ratio("a", "b") == harness.Figure(1.0, 0.75, 2.0, 3)  # of 1, 0.5 and 3; the medians' ratio is 0.5
+
+
+def test_every_way_runs_once_a_round_and_they_take_turns_to_be_first(setup):
+    order = []
+
+    def clock(run, calls):
+        order.append(run())
+        return run()
+
+    ways = [harness.Candidate("a", lambda: 6.0), harness.Candidate("b", lambda: 2.0, share=0.5)]
+    timed = harness.compare(_Benchmark(), setup, ways, clock=clock)
+    assert order[:6] == [6.0, 2.0, 2.0, 6.0, 6.0, 2.0]
+    assert len(timed.seconds["a"]) == len(timed.seconds["b"]) == len(order) // 2 - 1  # the first round only tells how many there may be
+    assert timed.ratio("a", "b").median == 1.5  # b runs on half of the work
+
+
+def test_optional_ways_are_skipped_with_their_reason_and_others_are_not(setup):
+    def absent():
+        raise ModuleNotFoundError("No module named 'fast_histogram'")
+
+    ways = [harness.Candidate("here", lambda: 1.0), harness.Candidate("absent", absent, optional=True)]
+    timed = harness.compare(_Benchmark(), setup, ways)
+    assert timed.skipped == {"absent": "ModuleNotFoundError: No module named 'fast_histogram'"}
+    assert timed.ratio("absent", "here") is None
+    with pytest.raises(ModuleNotFoundError):
+        harness.compare(_Benchmark(), setup, [harness.Candidate("absent", absent)])
+
+
+def test_threads_are_set_for_a_run_and_put_back(setup):
+    before, seen = torch.get_num_threads(), []
+    ways = [
+        harness.Candidate("own", lambda: seen.append(torch.get_num_threads()), threads=3),
+        harness.Candidate("all", lambda: seen.append(torch.get_num_threads())),
+    ]
+    timed = harness.compare(_Benchmark(), setup, ways, threads=2)
+    assert seen[:2] == [3, 2]
+    assert set(seen) == {2, 3}
+    assert (timed.threads_of("own"), timed.threads_of("all"), torch.get_num_threads()) == (3, 2, before)
+
+
+# -- how it is told
+
+
+@pytest.mark.parametrize(
+    ("bounds", "value", "verdict"),
+    [
+        ((1.05, 1.2, False), 1.2, "aim reached"),
+        ((1.05, 1.2, False), 1.1, "reached"),
+        ((1.05, 1.2, False), 1.0, "missed"),
+        ((1.05, 1.02, True), 1.02, "aim reached"),
+        ((1.05, 1.02, True), 1.03, "reached"),
+        ((1.05, 1.02, True), 1.06, "missed"),
+        ((2.0, None, False), 9.0, "reached"),
+        ((None, None, False), 9.0, ""),
+    ],
+)
+def test_verdicts(bounds, value, verdict):
+    assert report.Target("S1", "what", "x", *bounds).verdict(value) == verdict
+
+
+def _a_run(setup, figure: float) -> report.Results:
+    results = report.Results("rep_sgd_step", setup)
+    results.target(report.Target("S1", "as fast", "x", 1.05, 1.2), figure, bound="80% of the stream probe")
+    results.finish(whole=True)
+    return results
+
+
+def test_a_second_run_replaces_the_file_and_remembers_the_first(setup):
+    for n in range(report.KEPT + 3):
+        results = _a_run(setup, 1.0 + n)
+    assert sorted(path.name for path in results.folder.iterdir()) == ["rep_sgd_step.json", "rep_sgd_step.md"]
+    content = json.loads(results.path.read_text())
+    assert content["targets"][0]["figure"]["median"] == n + 1.0
+    assert [run["figures"]["S1 as fast"] for run in content["history"]] == [m + 1.0 for m in range(n - report.KEPT, n)]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"targets": [{}]}'])
+def test_a_damaged_file_is_replaced(setup, text):
+    path = _a_run(setup, 1.0).path
+    path.write_text(text)
+    assert json.loads(_a_run(setup, 2.0).path.read_text())["history"] == []
+
+
+def test_markdown_marks_what_was_missed_and_by_what_it_is_bound(setup):
+    page = _a_run(setup, 1.0).markdown()
+    row = next(line for line in page.splitlines() if line.startswith("| S1"))
+    assert row == "| S1 | as fast | 1 x |  | ≥ 1.05 x | ≥ 1.2 x | **missed** | 80% of the stream probe |"
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0.0, "0"), (1234.5, "1230"), (12.345, "12.3"), (0.00012345, "0.000123"), (0.0000012, "0.000001")])
+def test_numbers(value, shown):
+    assert report.number(value) == shown
+
+
+# -- the whole
+
+
+def _run(*command: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("bench", list(TARGET_ROWS))
+def test_quick_form(bench, tmp_path):
+    done = _run("-m", "pytest", f"bench/bench_{bench}.py", "--quick", "--device", "cpu", "--threads", "1", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*/*.json")
+    content = json.loads(path.read_text())
+    assert path.stem == content["bench"] == bench
+    assert path.parent.name == content["device"] == harness.slug(torch.device("cpu"))
+    assert content["quick"]
+    assert content["complete"]
+    assert content["machine"]["cpu"]
+    assert content["versions"]["torch"] == torch.__version__
+    assert {row["row"] for row in content["targets"]} == TARGET_ROWS[bench]
+    assert all(np.isfinite(row["figure"]["median"]) for row in content["targets"] if row["figure"])
+    assert all(row["seconds"]["low"] <= row["seconds"]["median"] <= row["seconds"]["high"] for row in content["measurements"])
+    page = path.with_suffix(".md").read_text()
+    assert page == report.markdown(content)
+    assert "Its figures mean nothing" in page
+
+
+def test_a_selection_is_not_a_whole_run(tmp_path):
+    done = _run("-m", "pytest", "bench/bench_rep_sgd_step.py", "--quick", "--device", "cpu", "-k", "memory", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*/*.json")
+    assert not json.loads(path.read_text())["complete"]
+
+
+def test_gpu_check_says_that_there_is_no_gpu(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(gpu_check, "gpu_architecture", lambda: None)
+    assert gpu_check.main(["--results", str(tmp_path / "out")]) == 2
+    assert "sees no GPU" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_check_goes_on_after_a_failure_and_tells_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "gpu_architecture", lambda: None)
+    arguments = ["--dry-run", "--results", str(tmp_path), "--only", "small-run", "tests", "sanitizer", "--test-args", "tests/no_such_file.py"]
+    assert gpu_check.main(arguments) == 1
+    page = (tmp_path / "summary.md").read_text()
+    assert "There is no GPU here" in page
+    assert "| small run | passed |" in page
+    assert "| tests | failed |" in page
+    assert "no_such_file" in page.split("## tests")[1]
+    assert "| sanitizer | skipped |" in page
+
+
+def test_gpu_check_ends_a_phase_at_its_limit(tmp_path):
+    check = gpu_check.Check(tmp_path, True, None, ())
+    run = check.run([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"], 2)
+    assert run.status is None
+    assert run.seconds < 20
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(run.output.splitlines()[0]), 0)
+
+
+class _FakeGpu(gpu_check.Check):
+    """Answers each command with what a machine with a GPU might."""
+
+    def run(self, command, limit, **env):
+        self.commands.append(command)
+        junit = next((argument.removeprefix("--junitxml=") for argument in command if argument.startswith("--junitxml=")), None)
+        if junit:
+            Path(junit).write_text(self.junit)
+        return gpu_check.Run(self.status, 1.0, self.output)
+
+
+def _fake_gpu(tmp_path, junit="", status=0, output="") -> _FakeGpu:
+    check = _FakeGpu(tmp_path, False, "9.0", ())
+    check.commands, check.junit, check.status, check.output = [], junit, status, output
+    return check
+
+
+@pytest.mark.parametrize(
+    ("cases", "state"),
+    [('<testcase name="a[triton-cuda]"/>', "passed"), ('<testcase name="a[triton-cuda]"><skipped message="no GPU"/></testcase>', "failed")],
+    ids=["a kernel ran", "none ran"],
+)
+def test_gpu_check_wants_a_test_that_ran_on_the_gpu(tmp_path, cases, state):
+    check = _fake_gpu(tmp_path, f"<testsuite>{cases}</testsuite>")
+    outcomes = {outcome.phase: outcome.state for outcome in gpu_check.tests(check)}
+    assert outcomes["tests on the GPU"] == state
+    assert outcomes["other tests"] == "passed"
+    assert ["cuda" in command for command in check.commands] == [True, False]
+
+
+def test_gpu_check_builds_the_cpu_kernels_where_cuda_fails(tmp_path):
+    check = _fake_gpu(tmp_path, status=1, output="nvcc fatal")
+    outcomes = gpu_check.build(check)
+    assert [(outcome.phase, outcome.state) for outcome in outcomes] == [("build", "failed"), ("build without CUDA", "failed")]
+    assert "nvcc fatal" in gpu_check.summary(check, outcomes, "")
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "state"),
+    [
+        (0, "========= ERROR SUMMARY: 0 errors", "passed"),
+        (9, "========= ERROR SUMMARY: 2 errors", "failed"),
+        (1, "========= Error: Device not supported", "skipped"),
+        (1, "Traceback: could not open", "failed"),
+        (None, "", "skipped"),
+    ],
+)
+def test_gpu_check_tells_errors_from_a_sanitizer_that_does_not_work(tmp_path, monkeypatch, status, output, state):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/somewhere/{name}")
+    assert {outcome.state for outcome in gpu_check.sanitizer(_fake_gpu(tmp_path, status=status, output=output))} == {state}
