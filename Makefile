@@ -21,7 +21,8 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PIP) install --upgrade pip "setuptools>=77" wheel ninja
 	$(PIP) install "$(TORCH)"
 	rm -f gradrep_kernels/_C*.so  # of another GRADREP_BUILD or GRADREP_CUDA
-	$(PIP) install --no-build-isolation -e ".[recipes,test,bench,dev]" "$(TRITON)"
+	$(PIP) install --no-build-isolation -e ".[recipes,test,bench,interop,dev]" "$(TRITON)"
+	$(PIP) install --no-deps timm  # with its dependencies: torchvision, and with that another torch
 	rm -f $(VENV)/.ready-*
 	touch $@
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -20,6 +21,7 @@ from gradrep_kernels.recipes.environment import environment, environment_text
 from gradrep_kernels.recipes.equivalence import TOLERANCE, csla_equals_gr
 from gradrep_kernels.recipes.errors import InputError, extra
 from gradrep_kernels.recipes.options import ABLATIONS, DEFAULTS, RECIPES, Options, resolve
+from gradrep_kernels.recipes.progress import Reporter
 from gradrep_kernels.recipes.report import check_line, scales_line, table, write_report
 from gradrep_kernels.recipes.training import accuracy, repeatable, train_epoch
 
@@ -408,6 +410,41 @@ def test_pictures_touch_no_global_setting():
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def report_something(stream):
+    reporter = Reporter(stream)
+    reporter.start(batches=4, done=1)
+    reporter.doing("sgd-seed0 1/2")
+    for _ in range(3):
+        reporter.batch()
+    reporter.epoch("an epoch")
+    reporter.line("a training")
+    reporter.close()
+    return stream.getvalue()
+
+
+def test_there_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    pytest.importorskip("tqdm")
+    on_terminal = report_something(Terminal())
+    assert "4/4" in on_terminal
+    assert "\r" in on_terminal
+    assert "a training" in on_terminal
+    assert report_something(io.StringIO()) == "a training\n"
+
+
+def test_an_epoch_is_worth_a_line_after_a_silence(monkeypatch):
+    monkeypatch.setattr("gradrep_kernels.recipes.progress._QUIET_SECONDS", -1.0)
+    assert report_something(io.StringIO()) == "an epoch\na training\n"
 
 
 # ---- env

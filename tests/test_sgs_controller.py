@@ -1162,8 +1162,7 @@ def on_rank(rank, address, results):
         sgs.update(poisoned)
     found["not finite on rank 1"] = [str(w.message) for w in caught], sgs.scalings["always"].eq(1).all().item()
 
-    model = Uneven()
-    sgs = controller(model, batches=2)
+    sgs = controller(nn.parallel.DistributedDataParallel(Uneven(), find_unused_parameters=True), batches=2)
     errors = {}
     for what, batches_here in {"fails on rank 1": batches if rank == 0 else ["nonsense"], "all empty": []}.items():
         try:

@@ -124,7 +124,7 @@ def _train(given: dict[str, Any]) -> int:
         lines.append(scales_line(summary))
     if summary["csla_equals_gr"]:
         lines.append(check_line(summary))
-    print("\n".join([*lines, f"Written to {run.folder}: summary.md, summary.json, metrics.jsonl, pictures, scales, weights."]))
+    print("\n".join([*lines, f"Written to {run.folder}; begin with summary.md there."]))
     return 0 if summary["csla_equals_gr"] is None or summary["csla_equals_gr"]["agrees"] else 1
 
 

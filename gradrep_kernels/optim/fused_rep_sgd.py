@@ -14,9 +14,9 @@ from gradrep_kernels import backends, reference
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.optim.multipliers import Multipliers, pack, unpack
 from gradrep_kernels.optim.plan import StepPlan
-from gradrep_kernels.optim.sharding import aligned_grad, is_dtensor, local, sum_over_shards
+from gradrep_kernels.optim.sharding import PLAIN, aligned_grad, is_dtensor, local, norm_over_shards
 from gradrep_kernels.reference.grad_mult import multiply
-from gradrep_kernels.reference.rep_sgd_step import compute_dtype
+from gradrep_kernels.reference.rep_sgd_step import HYPER, compute_dtype
 
 _FINGERPRINT = "grad_mults_fingerprint"
 _SHOWN = 4  # mismatches listed in one error
@@ -39,6 +39,14 @@ class FusedRepSGD(SGD):
 
     A step never changes `.grad` (except that it unscales under GradScaler with fused=True, as torch's fused optimizers do).
     bf16 and fp16 are computed in float32 and rounded once per stored tensor; products and sums are rounded one by one.
+    Where torch.compile traces the step, and with differentiable=True, torch's functional SGD takes M ⊙ g and rounds as it does.
+
+    Of sharded parameters (DTensor: FSDP2, tensor parallelism) give the multiplier for the whole weight; make the optimizer
+    after the model is sharded. ZeroRedundancyOptimizer cannot pass `grad_mults` on; set them on what each rank holds:
+
+        for group in zero.optim.param_groups:
+            for p in group["params"]:
+                zero.optim.set_grad_mult(p, mults.get(p))
 
     Raises ValueError for multipliers that do not broadcast to their parameter, are negative, NaN or inf, or belong to a
     parameter that this optimizer does not have; nothing is changed then.
@@ -187,7 +195,8 @@ class FusedRepSGD(SGD):
                     continue
                 mult = self._multipliers.total(p)
                 if p.grad.layout != torch.strided:
-                    self._check_sparse(p, group, mult)
+                    if mult is not None or group["weight_decay"] != 0:
+                        self._refuse_layout(p, "weight decay" if mult is None else "a Grad Mult")
                     sparse.append((group, p))
                     continue
                 grad, buffer, first = aligned_grad(p), p, False
@@ -207,7 +216,11 @@ class FusedRepSGD(SGD):
         hyper = self._hyper()
         for kind, w in work.items():
             step = reference.rep_sgd_step if kind == "reference" else backends.implementation("rep_sgd_step", kind)
-            step(*w.arguments(), hyper, *(t if t is None or kind in ("reference", t.device.type) else t.to(kind) for t in (grad_scale, found_inf)))
+            step(
+                *w.arguments(),
+                hyper.cpu() if kind == "cpu" else hyper,
+                *(t if t is None or kind in ("reference", t.device.type) else t.to(kind) for t in (grad_scale, found_inf)),
+            )
             torch.autograd.graph.increment_version(w.written if grad_scale is None else w.written + w.grads)  # kernels do not
         for p, buffer in fresh:
             self.state[p]["momentum_buffer"] = buffer
@@ -239,18 +252,23 @@ class FusedRepSGD(SGD):
                 "(wrapping the model after the optimizer was made), set the Grad Mults again on the new ones; else set_grad_mult(old, None)"
             )
 
-    def _check_sparse(self, p: Tensor, group: dict[str, Any], mult: GradMult | None) -> None:
-        if mult is not None or group["weight_decay"] != 0:
-            what = "weight decay" if mult is None else "a Grad Mult"
-            raise ValueError(f"{self._describe(self._position(p))}: {what} cannot be applied to a gradient of layout {p.grad.layout}")
+    def _refuse_layout(self, p: Tensor, what: str) -> None:
+        raise ValueError(f"{self._describe(self._position(p))}: {what} cannot be applied to a gradient of layout {p.grad.layout}")
 
     def _hyper(self) -> Tensor:
-        """The table of hyper-parameters  # [G, 6] float64; read from the groups at every step: schedulers change them."""
-        return torch.tensor(
-            [[float(g["lr"]), g["momentum"], g["dampening"], float(g["weight_decay"]), g["nesterov"], g["maximize"]] for g in self.param_groups],
-            dtype=torch.float64,
-            device="cpu",  # whatever torch.set_default_device says
-        ).reshape(-1, 6)
+        """The table of hyper-parameters  # [G, 6] float64; read from the groups at every step: schedulers change them.
+
+        On the CPU; where one is a tensor on another device, there: reading it would wait for the device, which a CUDA graph
+        does not allow.
+        """
+        rows = [[group[key] for key in HYPER] for group in self.param_groups]
+        device = next((v.device for row in rows for v in row if isinstance(v, Tensor) and not v.is_cpu), torch.device("cpu"))
+        if device.type == "cpu":
+            return torch.tensor([[float(v) for v in row] for row in rows], dtype=torch.float64, device=device).reshape(-1, len(HYPER))
+        number = {"dtype": torch.float64, "device": device}
+        return torch.stack(
+            [torch.stack([v.to(**number).reshape(()) if isinstance(v, Tensor) else torch.full((), float(v), **number) for v in row]) for row in rows]
+        )
 
     def _torch_step(self, group: dict[str, Any]) -> None:
         """torch's own functional SGD on M ⊙ g: for torch.compile, differentiable steps and sparse gradients."""
@@ -272,6 +290,7 @@ class FusedRepSGD(SGD):
 
     # ---- clipping
 
+    @torch.compiler.disable
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> Tensor:
         """Clip by √(Σ M ⊙ g²), the gradient norm of the CSLA model; this keeps CSLA = GR exactly.
@@ -282,28 +301,32 @@ class FusedRepSGD(SGD):
         Raises RuntimeError where the norm is NaN or inf and error_if_nonfinite is True.
         """
         max_norm = float(max_norm)
-        pairs: dict[Any, list[tuple[Tensor, Tensor, GradMult | None]]] = {}  # by where they are
-        for p in self._params():
-            if p.grad is not None:
-                where = (p.device_mesh, p.placements) if is_dtensor(p) else p.grad.device
-                pairs.setdefault(where, []).append((p, aligned_grad(p), self._multipliers.total(p)))
-        if not pairs:
+        params = [p for p in dict.fromkeys(self._params()) if p.grad is not None]
+        if not params:
             return torch.zeros(())
-        squares = []
-        for rows in pairs.values():
-            parts = [(None, None) if mult is None else mult.parts() for _, _, mult in rows]
-            grads = [grad.coalesce().values() if grad.is_sparse else local(grad) for _, grad, _ in rows]
-            norm = backends.implementation("rep_grad_norm", grads[0].device.type)(grads, [s for s, _ in parts], [i for _, i in parts])
-            squares.append(sum_over_shards(norm.double().square(), rows[0][0]))
-        norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt().to(norm.dtype)
+        groups: dict[Any, list[Tensor]] = {}
+        for p in params:
+            groups.setdefault((p.device_mesh, p.placements) if is_dtensor(p) else p.device, []).append(p)
+        norms = [norm_over_shards(self._norm(group), group[0]) for group in groups.values()]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
         if error_if_nonfinite and not bool(torch.isfinite(norm)):
             raise RuntimeError(f"the gradient norm is {float(norm)}, so it cannot be clipped; error_if_nonfinite=False scales the gradients by it anyway")
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        for p in self._params():
-            if p.grad is not None:
-                g = local(p.grad)
-                g.mul_(factor.to(g.device, g.real.dtype if g.is_complex() else g.dtype))
+        for p in params:
+            g = local(p.grad)
+            g.mul_(factor.to(g.device, g.real.dtype if g.is_complex() else g.dtype))
         return norm
+
+    def _norm(self, params: list[Tensor]) -> Tensor:
+        """√(Σ M ⊙ g²) of parameters on one device, of DTensors over this rank's shards."""
+        mults = [self._multipliers.total(p) for p in params]
+        for p, mult in zip(params, mults):
+            if p.grad.layout != torch.strided and mult is not None:
+                self._refuse_layout(p, "a Grad Mult")
+        grads = [p.grad.coalesce().values() if p.grad.is_sparse else local(aligned_grad(p)) for p in params]
+        scales, identities = zip(*((None, None) if mult is None else mult.parts() for mult in mults))
+        norm = backends.implementation("rep_grad_norm", grads[0].device.type) if _are_plain(*grads) else reference.rep_grad_norm
+        return norm(grads, list(scales), list(identities))
 
     # ---- saving, copying, loading
 
@@ -331,7 +354,6 @@ class FusedRepSGD(SGD):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.SGD's, which loads it, and the key 'grad_mults': {position of the parameter: its Grad Mult's parts}."""
-        self._refresh_fingerprints()  # ZeroRedundancyOptimizer writes into the groups
         return {**super().state_dict(), "grad_mults": pack(self._multipliers.callers(self._params()))}
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
@@ -387,12 +409,9 @@ class FusedRepSGD(SGD):
         return "; ".join(found[:_SHOWN]) + (f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
 def _are_plain(*tensors: Tensor) -> bool:
-    """Whether all of them are what a kernel may read at their data_ptr: not subclasses, which may hold other tensors inside."""
-    return all(type(local(t)) in _PLAIN for t in tensors)
+    """Whether the data of all of them lies where their data_ptr says."""
+    return all(type(t) in PLAIN or type(local(t)) in PLAIN for t in tensors)
 
 
 class _Work:
@@ -410,8 +429,13 @@ class _Work:
 
     def add(self, p: Tensor, grad: Tensor, buffer: Tensor, mult: GradMult | None, first: bool, row: int) -> None:
         scale, identity = (None, None) if mult is None else mult.parts()
-        for column, value in zip(self.arguments(), (local(p), local(grad), local(buffer), scale, identity, first, row)):
-            column.append(value)
+        self.params.append(local(p))
+        self.grads.append(local(grad))
+        self.buffers.append(local(buffer))
+        self.scales.append(scale)
+        self.identities.append(identity)
+        self.first.append(first)
+        self.groups.append(row)
         self.written += (p, buffer)
 
     def arguments(self) -> tuple[list, ...]:

@@ -13,8 +13,12 @@ from torch import Tensor
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.reference.rep_sgd_step import compute_dtype
 
+PLAIN = (Tensor, torch.nn.Parameter)  # not a subclass, which may hold other tensors inside
+
 
 def is_dtensor(t: Tensor) -> bool:
+    if type(t) in PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")  # importing it takes 0.5 s; where nobody has, there is no DTensor
     return module is not None and isinstance(t, module.DTensor)
 
@@ -35,14 +39,15 @@ def aligned_grad(p: Tensor) -> Tensor:
     return grad
 
 
-def sum_over_shards(total: Tensor, p: Tensor) -> Tensor:
-    """The sum of `total`  # [] over the ranks that hold other parts of `p`; replicas count once. Plain parameters: `total`."""
+def norm_over_shards(norm: Tensor, p: Tensor) -> Tensor:
+    """The norm  # [] of the whole, from that of this rank's shards of parameters placed as `p` is; replicas count once."""
     if not is_dtensor(p):
-        return total
+        return norm
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     over = [Partial() if hasattr(placement, "dim") else Replicate() for placement in p.placements]
-    return DTensor.from_local(total, p.device_mesh, over, run_check=False).full_tensor()
+    square = DTensor.from_local(norm.double().square(), p.device_mesh, over, run_check=False).full_tensor()
+    return square.sqrt().to(norm.dtype)
 
 
 def part_on(p: Tensor, mult: GradMult) -> GradMult:

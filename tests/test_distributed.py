@@ -1,0 +1,520 @@
+"""Several processes train what one process trains: DDP, ZeroRedundancyOptimizer, FSDP2, tensor parallelism, distributed checkpoint.
+
+Two and three gloo processes on the CPU run all checks of a world in one go (starting them is what takes the time); every check is a test
+of its own. All in float64: weights must equal those of one process to the last few bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import datetime
+import os
+import traceback
+
+import pytest
+import torch
+from cases_optim import assert_close, batch, dense, mults, net
+from torch import nn
+
+from gradrep_kernels import FusedRepSGD, GradMult
+
+dist = pytest.importorskip("torch.distributed")
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo")
+
+OPTIONS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+STEPS, MORE = 3, 3  # before and after a checkpoint
+IMAGES = 12  # shared out evenly among two, three and four ranks
+MAX_NORM = 0.3  # clips
+
+
+def data(step: int) -> torch.Tensor:
+    return batch(torch.float64, seed=100 + step, images=IMAGES)
+
+
+def mine(step: int) -> torch.Tensor:
+    return data(step).chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def train(model, optimizer, steps, images=mine, clip=None) -> list[torch.Tensor]:
+    """The mean over the ranks of a mean over their images is the mean over all images; returns the norms that were clipped."""
+    norms = []
+    for step in steps:
+        optimizer.zero_grad()
+        model(images(step)).square().mean().backward()
+        if clip is not None:
+            norms.append(clip(MAX_NORM))
+        optimizer.step()
+    return norms
+
+
+def one_process(steps=range(STEPS), clip=False, scaling=None):
+    """What all others must end with: (model, optimizer, norms)."""
+    model = net(torch.float64)
+    optimizer = FusedRepSGD(model.parameters(), **OPTIONS, grad_mults=mults(model))
+    if scaling is not None:
+        optimizer.set_spatial_scaling(model[2].weight, scaling)
+    norms = train(model, optimizer, steps, data, optimizer.clip_grad_norm_ if clip else None)
+    return model, optimizer, norms
+
+
+def whole(t: torch.Tensor) -> torch.Tensor:
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def assert_same(model, expected) -> None:
+    named = dict(expected.named_parameters())
+    for name, p in model.named_parameters():
+        assert_close(whole(p.detach()), named[name.removeprefix("module.")])
+
+
+# ---- data parallel
+
+
+def ddp(bucket_view: bool) -> None:
+    model = net(torch.float64)
+    optimizer = FusedRepSGD(model.parameters(), **OPTIONS, grad_mults=mults(model))
+    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=bucket_view)
+    norms = train(wrapped, optimizer, range(STEPS), clip=optimizer.clip_grad_norm_)
+    expected, _, expected_norms = one_process(clip=True)
+    assert_same(model, expected)
+    for a, b in zip(norms, expected_norms):
+        assert_close(a, b)
+
+
+def check_ddp():
+    ddp(bucket_view=False)
+
+
+def check_ddp_with_gradients_as_bucket_views():
+    ddp(bucket_view=True)
+
+
+def set_mults_under_zero(zero, found) -> None:
+    """Each rank's inner optimizer holds some of the parameters."""
+    for group in zero.optim.param_groups:
+        for p in group["params"]:
+            zero.optim.set_grad_mult(p, found.get(p))
+
+
+def zero_redundancy(bucket_view: bool):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def make():
+        model = net(torch.float64)
+        zero = ZeroRedundancyOptimizer(model.parameters(), FusedRepSGD, parameters_as_bucket_view=bucket_view, **OPTIONS)
+        set_mults_under_zero(zero, mults(model))
+        return model, nn.parallel.DistributedDataParallel(model), zero
+
+    model, wrapped, zero = make()
+    held = sum(len(group["params"]) for group in zero.optim.param_groups)
+    assert 0 < held < len(list(model.parameters()))
+    train(wrapped, zero, range(STEPS))
+    assert len(zero.optim.state) == held
+    assert_same(model, one_process()[0])
+    zero.consolidate_state_dict(to=0)
+    box = [zero.state_dict() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box)  # in place of a file
+    state, weights = box[0], copy.deepcopy(model.state_dict())
+    assert "grad_mults" not in state["param_groups"][0]
+    model, wrapped, zero = make()
+    model.load_state_dict(weights)
+    zero.load_state_dict(copy.deepcopy(state))
+    train(wrapped, zero, range(STEPS, STEPS + MORE))
+    expected = one_process(range(STEPS + MORE))[0]
+    assert_same(model, expected)
+    # on without ZeRO: its groups carry no true fingerprint, so the caller says that the live multipliers are meant
+    model = net(torch.float64)
+    model.load_state_dict(weights)
+    optimizer = FusedRepSGD(model.parameters(), **OPTIONS, grad_mults=mults(model))
+    with pytest.warns(UserWarning, match="which stay"):
+        optimizer.load_state_dict(state, strict=False)
+    train(model, optimizer, range(STEPS, STEPS + MORE), data)
+    assert_same(model, expected)
+
+
+def check_zero_redundancy_optimizer():
+    zero_redundancy(bucket_view=False)
+
+
+def check_zero_redundancy_optimizer_with_bucket_views():
+    zero_redundancy(bucket_view=True)
+
+
+def check_zero_redundancy_optimizer_refuses_grad_mults_on_every_rank():
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = net()
+    with pytest.raises(ValueError, match=r"call set_grad_mult, under ZeroRedundancyOptimizer that of its \.optim"):
+        ZeroRedundancyOptimizer(model.parameters(), FusedRepSGD, lr=0.1, grad_mults=mults(model))
+
+
+# ---- fully sharded
+
+
+def sharded(dim: int = 0, multiplied: bool = True, **options):
+    """(model, optimizer) under FSDP2, a unit per convolution; 5, 6 and 8 rows share unevenly."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    def placement(p):
+        even = p.dim() > dim and p.shape[dim] % dist.get_world_size() == 0  # FSDP2 wants other dimensions than 0 even
+        return Shard(dim if even else 0)
+
+    model = net(torch.float64)
+    for module in model:
+        if isinstance(module, nn.Conv2d):
+            fully_shard(module, shard_placement_fn=placement)
+    fully_shard(model, shard_placement_fn=placement)
+    return model, FusedRepSGD(model.parameters(), **OPTIONS, **options, grad_mults=mults(model) if multiplied else None)
+
+
+def fsdp(dim: int) -> None:
+    from torch.distributed.tensor import DTensor, Shard
+
+    model, optimizer = sharded(dim)
+    if dim:
+        assert Shard(dim) in {p.placements[0] for p in model.parameters()}
+    scaling = torch.rand(3, 3, generator=torch.Generator().manual_seed(5)) + 0.5
+    optimizer.set_spatial_scaling(model[2].weight, scaling)
+    versions = [p._version for p in model.parameters()]
+    norms = train(model, optimizer, range(STEPS), clip=optimizer.clip_grad_norm_)
+    expected, plain, expected_norms = one_process(clip=True, scaling=scaling)
+    assert_same(model, expected)
+    for a, b in zip(norms, expected_norms):
+        assert not isinstance(a, DTensor)
+        assert_close(a, b)
+    for p, q, version in zip(model.parameters(), expected.parameters(), versions):
+        buffer = optimizer.state[p]["momentum_buffer"]
+        assert isinstance(buffer, DTensor)
+        assert buffer.placements == p.placements
+        assert_close(buffer.full_tensor(), plain.state[q]["momentum_buffer"])
+        assert p._version > version
+    for p, q in zip(model.parameters(), expected.parameters()):
+        ours, theirs = optimizer.grad_mult(p), plain.grad_mult(q)
+        assert (ours is None) == (theirs is None)
+        assert ours is None or ours.same(theirs, p.shape)  # what the caller gave, whole
+    assert [g["grad_mults_fingerprint"] for g in optimizer.param_groups] == [g["grad_mults_fingerprint"] for g in plain.param_groups]
+
+
+def check_fsdp2_uneven_shards():
+    fsdp(0)
+
+
+def check_fsdp2_sharded_along_dimension_1():
+    fsdp(1)
+
+
+def check_fsdp2_grad_scaler():
+    """Overflow on one rank only: no rank may step. Then unscaled steps as if nothing had been."""
+    for fused in (None, True):
+        model, optimizer = sharded(fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        start = [whole(p.detach()).clone() for p in model.parameters()]
+        for step in (-1, *range(STEPS)):
+            optimizer.zero_grad()
+            scaler.scale(model(mine(step)).square().mean()).backward()
+            if step < 0 and dist.get_rank() == 1:
+                next(p for p in model.parameters() if p.grad.to_local().numel()).grad.to_local().view(-1)[0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+            if step < 0:
+                assert not optimizer.state
+                assert all(torch.equal(whole(p.detach()), w) for p, w in zip(model.parameters(), start))
+        assert_same(model, one_process()[0])
+
+
+def check_fsdp2_compiled_step():
+    """Multipliers of shards are not traced: the compiled step falls back to the kernels."""
+    model, optimizer = sharded()
+    optimizer.step = torch.compile(optimizer.step, backend="aot_eager")
+    train(model, optimizer, range(STEPS))
+    assert_same(model, one_process()[0])
+
+
+def check_a_dtensor_is_no_multiplier():
+    model, optimizer = sharded(multiplied=False)
+    with pytest.raises(TypeError, match=r"must be given for the whole weight, as a plain tensor \(full_tensor\(\)\); got a DTensor"):
+        optimizer.set_grad_mult(model[0].weight, model[0].weight.detach().abs())
+
+
+# ---- tensor parallel, and parameters placed by hand
+
+
+def check_tensor_parallel_colwise_and_rowwise():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(7, 12), nn.ReLU(), nn.Linear(12, 5)).double()
+
+    def masks(model):
+        g = torch.Generator().manual_seed(1)
+        return {p: torch.rand(p.shape, generator=g) for p in model.parameters()}
+
+    def images(step):
+        return data(step).flatten(1)[:, :7]
+
+    expected = make()
+    plain = FusedRepSGD(expected.parameters(), **OPTIONS, grad_mults=masks(expected))
+    expected_norms = train(expected, plain, range(STEPS), images, plain.clip_grad_norm_)
+    model = make()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    optimizer = FusedRepSGD(model.parameters(), **OPTIONS, grad_mults=masks(model))
+    norms = train(model, optimizer, range(STEPS), images, optimizer.clip_grad_norm_)
+    assert_same(model, expected)
+    for a, b in zip(norms, expected_norms):
+        assert_close(a, b)
+
+
+SHAPES = [(6, 6, 3, 3), (7, 5, 3, 3), (4, 11, 3, 5), (9, 1, 3, 3), (2, 3, 1, 1), (12, 4, 5, 3), (1, 6, 3, 3)]
+
+
+def placed(shape, mesh, placements):
+    """A convolution's weight and one twin, each with the gradients of one step; one step each must give the same."""
+    from torch.distributed.tensor import distribute_tensor
+
+    g = torch.Generator().manual_seed(sum(shape))
+    weight, grad = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(2))
+    scales = [torch.rand(size, generator=g) + 0.5 for size in ((shape[0], 1, *shape[2:]), shape[2:], shape, (shape[1], 1, 1), ())]
+    identity = torch.rand(shape[0], generator=g)
+    for scale in scales:
+        for mult in (GradMult(scale), GradMult(scale, identity)):
+            p, q = nn.Parameter(distribute_tensor(weight, mesh, placements)), nn.Parameter(weight.clone())
+            p.grad, q.grad = distribute_tensor(grad, mesh, placements), grad.clone()
+            opt, plain = FusedRepSGD([p], **OPTIONS, grad_mults={p: mult}), torch.optim.SGD([q], **OPTIONS, foreach=False)
+            norm = opt.clip_grad_norm_(1e9)
+            assert_close(norm, (grad.square() * dense(mult, shape)).sum().sqrt())
+            q.grad *= dense(mult, shape)
+            opt.step()
+            plain.step()
+            assert_close(p.detach().full_tensor(), q.detach())
+
+
+def check_every_placement_of_a_weight():
+    """Multipliers of every form, with and without an identity whose diagonal is shifted or cut, along every dimension, more ranks than rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for shape in SHAPES:
+        for placement in (Replicate(), Shard(0), Shard(1), Shard(2), Shard(3)):
+            placed(shape, mesh, [placement])
+
+
+def check_every_placement_on_two_dimensions_of_ranks():
+    """Four ranks as 2 x 2; the last one is what FSDP2 over tensor parallelism makes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh = init_device_mesh("cpu", (2, 2))
+    for shape in SHAPES:
+        for placements in ([Shard(0), Shard(1)], [Shard(0), Shard(0)], [Replicate(), Shard(1)], [Shard(1), Shard(1)], [Shard(1), Replicate()]):
+            placed(shape, mesh, placements)
+
+
+def check_fsdp2_over_tensor_parallelism():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(7, 12), nn.ReLU(), nn.Linear(12, 5)).double()
+
+    def masks(model):
+        g = torch.Generator().manual_seed(1)
+        return {p: torch.rand(p.shape, generator=g) for p in model.parameters()}
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+    def images(step):
+        return data(step).flatten(1)[:, :7].chunk(2)[mesh.get_local_rank("dp")]
+
+    expected, model = make(), make()
+    plain = FusedRepSGD(expected.parameters(), **OPTIONS, grad_mults=masks(expected))
+    expected_norms = train(expected, plain, range(STEPS), lambda step: data(step).flatten(1)[:, :7], plain.clip_grad_norm_)
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    optimizer = FusedRepSGD(model.parameters(), **OPTIONS, grad_mults=masks(model))
+    norms = train(model, optimizer, range(STEPS), images, optimizer.clip_grad_norm_)
+    assert_same(model, expected)
+    for a, b in zip(norms, expected_norms):
+        assert_close(a, b)
+
+
+def check_a_gradient_that_is_still_a_sum_over_the_ranks():
+    """Partial, as sequence parallelism leaves those of norms: summed for the step, .grad itself left as it is."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    for amp in (False, True):
+        p = nn.Parameter(DTensor.from_local(torch.ones(4, dtype=torch.float64), mesh, [Replicate()]))
+        part = torch.full((4,), float(dist.get_rank() + 1), dtype=torch.float64)
+        p.grad = DTensor.from_local(part, mesh, [Partial()])
+        opt = FusedRepSGD([p], lr=1.0, grad_mults={p: torch.tensor(0.5)})
+        total = world * (world + 1) / 2
+        assert float(opt.clip_grad_norm_(1e9)) == pytest.approx((4 * 0.5) ** 0.5 * total)
+        if amp:
+            opt.grad_scale, opt.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+        opt.step()
+        assert p.to_local().tolist() == [1 - total * 0.5 / (2 if amp else 1)] * 4
+        assert amp or p.grad.placements == (Partial(),)
+        assert p.grad.full_tensor().tolist() == [total / (2 if amp else 1)] * 4
+
+
+# ---- distributed checkpoint
+
+
+def options_of(flat: bool):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(flatten_optimizer_state_dict=flat)
+
+
+def dcp_save(folder, model, optimizer, flat: bool) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, state = get_state_dict(model, optimizer, options=options_of(flat))
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+
+
+def dcp_load(folder, model, optimizer, flat: bool, partial: bool = False) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    weights, state = get_state_dict(model, optimizer, options=options_of(flat))
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=partial)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder, planner=planner)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options_of(flat))
+
+
+def check_checkpoint_saved(folder):
+    """By two ranks, in both forms; and by one that has torch's SGD."""
+    for flat in (False, True):
+        model, optimizer = sharded()
+        train(model, optimizer, range(STEPS))
+        dcp_save(f"{folder}/ours{flat:d}", model, optimizer, flat)
+        model, _ = sharded()
+        sgd = torch.optim.SGD(model.parameters(), **OPTIONS)
+        train(model, sgd, range(STEPS))
+        dcp_save(f"{folder}/sgd{flat:d}", model, sgd, flat)
+
+
+def go_on(folder, model, optimizer, flat, images) -> None:
+    dcp_load(f"{folder}/ours{flat:d}", model, optimizer, flat)
+    train(model, optimizer, range(STEPS, STEPS + MORE), images)
+    assert_same(model, one_process(range(STEPS + MORE))[0])
+
+
+def check_checkpoint_loaded_on_another_number_of_ranks(folder):
+    for flat in (False, True):
+        go_on(folder, *sharded(), flat, mine)
+
+
+def check_checkpoint_along_another_dimension(folder):
+    go_on(folder, *sharded(1), False, mine)
+
+
+def check_checkpoint_without_its_multipliers_is_refused(folder):
+    """Distributed checkpoint drops the key 'grad_mults'; the fingerprint in the groups tells."""
+    for flat in (False, True):
+        model, optimizer = sharded(multiplied=False)
+        with pytest.raises(ValueError, match="group 0 had some, which the checkpoint has lost, and none are set"):
+            dcp_load(f"{folder}/ours{flat:d}", model, optimizer, flat)
+
+
+def check_checkpoint_of_torch_sgd(folder):
+    """It has no fingerprint, which dcp.load must be told; the live multipliers stay."""
+    for flat in (False, True):
+        model, optimizer = sharded()
+        dcp_load(f"{folder}/sgd{flat:d}", model, optimizer, flat, partial=True)
+        train(model, optimizer, range(STEPS, STEPS + MORE))
+        expected = net(torch.float64)
+        sgd = torch.optim.SGD(expected.parameters(), **OPTIONS)
+        train(expected, sgd, range(STEPS), data)
+        ours = FusedRepSGD(expected.parameters(), **OPTIONS, grad_mults=mults(expected))
+        ours.load_state_dict(sgd.state_dict())
+        train(expected, ours, range(STEPS, STEPS + MORE), data)
+        assert_same(model, expected)
+
+
+# ---- running them
+
+EVERYWHERE = [
+    check_ddp,
+    check_ddp_with_gradients_as_bucket_views,
+    check_zero_redundancy_optimizer,
+    check_zero_redundancy_optimizer_with_bucket_views,
+    check_zero_redundancy_optimizer_refuses_grad_mults_on_every_rank,
+    check_fsdp2_uneven_shards,
+    check_fsdp2_sharded_along_dimension_1,
+    check_tensor_parallel_colwise_and_rowwise,
+    check_every_placement_of_a_weight,
+    check_a_gradient_that_is_still_a_sum_over_the_ranks,
+]
+LOADS = [
+    check_checkpoint_loaded_on_another_number_of_ranks,
+    check_checkpoint_along_another_dimension,
+    check_checkpoint_without_its_multipliers_is_refused,
+    check_checkpoint_of_torch_sgd,
+]
+WORLDS = {
+    2: [check_checkpoint_saved, *EVERYWHERE, check_fsdp2_grad_scaler, check_fsdp2_compiled_step, check_a_dtensor_is_no_multiplier],
+    3: [*EVERYWHERE, *LOADS],
+    4: [check_every_placement_on_two_dimensions_of_ranks, check_fsdp2_over_tensor_parallelism],
+}
+FOLDER = {check_checkpoint_saved, *LOADS}
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=30))
+    failures = {}
+    for check in WORLDS[world]:
+        try:
+            check(f"{folder}/checkpoint") if check in FOLDER else check()
+        except (Exception, pytest.fail.Exception):  # the latter is what raises() and warns() raise
+            failures[check.__name__] = traceback.format_exc()
+    torch.save(failures, f"{folder}/failures{world}_{rank}")
+    with contextlib.suppress(Exception):  # after a failure the ranks may be out of step
+        dist.barrier()
+    os._exit(0)  # gloo's threads, when torn down at exit, end one process in ten with "terminate called without an active exception"
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    """world -> {check: tracebacks by rank}; each world is started when first asked for, those that load after the one that saves."""
+    folder, found = str(tmp_path_factory.mktemp("distributed")), {}
+
+    def of(world):
+        if world not in found:
+            if world == 3:
+                of(2)
+            found[world] = f"the {world} processes did not end well"  # said to every test, not tried again by each
+            torch.multiprocessing.spawn(work, (world, folder), nprocs=world)
+            found[world] = [torch.load(f"{folder}/failures{world}_{rank}") for rank in range(world)]
+        assert not isinstance(found[world], str), found[world]
+        return found[world]
+
+    of.folder = f"{folder}/checkpoint"
+    return of
+
+
+@pytest.mark.parametrize(("world", "check"), [(world, check) for world, checks in WORLDS.items() for check in checks], ids=lambda x: getattr(x, "__name__", x))
+def test_ranks(failures, world, check):
+    found = [f"rank {rank}:\n{failed[check.__name__]}" for rank, failed in enumerate(failures(world)) if check.__name__ in failed]
+    assert not found, "\n".join(found)
+
+
+def test_checkpoint_of_two_ranks_in_one_process(failures):
+    """No process group here, plain parameters."""
+    assert not any("check_checkpoint_saved" in failed for failed in failures(2))
+    for flat in (False, True):
+        model = net(torch.float64)
+        go_on(failures.folder, model, FusedRepSGD(model.parameters(), **OPTIONS, grad_mults=mults(model)), flat, data)
