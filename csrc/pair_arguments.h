@@ -1,0 +1,63 @@
+// What the ops over pairs of pixels check and unpack, on every device.
+#pragma once
+
+#include "common.h"
+#include "feature_map.h"
+
+#include <string>
+#include <tuple>
+
+namespace gradrep {
+
+// A map [N, C, H, W], displacements (di0, dj0, di1, dj1, ...) and padding (rows, columns) that the kernels can take.
+inline std::vector<Displacement> check_pairs(const std::string& op, const Tensor& x, const std::vector<int64_t>& displacements, const std::vector<int64_t>& padding) {
+  STD_TORCH_CHECK(x.dim() == 4, op + ": x must be a map [N, C, H, W]");
+  STD_TORCH_CHECK(displacements.size() % 2 == 0, op + ": displacements must be pairs (rows, columns)");
+  STD_TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, op + ": padding must be two numbers, none below 0");
+  constexpr int64_t most = int64_t{1} << 30;  // pixels of a padded plane
+  const int64_t height = x.size(2) + 2 * std::min(padding[0], most), width = x.size(3) + 2 * std::min(padding[1], most);
+  STD_TORCH_CHECK(height < most && width < most && height * width < most, op + ": x must have fewer than 2^30 pixels in a padded plane");
+  std::vector<Displacement> pairs;
+  for (size_t i = 0; i < displacements.size(); i += 2) pairs.push_back({displacements[i], displacements[i + 1]});
+  return pairs;
+}
+
+inline torch::headeronly::ScalarType arithmetic_dtype(const Tensor& x) {
+  return dtype_of(x) == aoti_torch_dtype_float64() ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+}
+
+// ranges [C, D, 2, 2] in the arithmetic dtype, bins [C, D] int32, both where x is.
+inline void check_binning(const Tensor& x, int64_t displacements, const Tensor& ranges, const Tensor& bins, int64_t max_bins) {
+  const bool wide = dtype_of(x) == aoti_torch_dtype_float64();
+  STD_TORCH_CHECK(dtype_of(ranges) == (wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()) && equal(ranges.sizes(), {x.size(1), displacements, 2, 2}),
+                  "joint_histogram: ranges must be [C, D, 2, 2], float64 for a float64 map, else float32");
+  STD_TORCH_CHECK(dtype_of(bins) == aoti_torch_dtype_int32() && equal(bins.sizes(), {x.size(1), displacements}), "joint_histogram: bins must be int32 [C, D]");
+  STD_TORCH_CHECK(ranges.is_cpu() == x.is_cpu() && bins.is_cpu() == x.is_cpu() && ranges.get_device() == x.get_device() && bins.get_device() == x.get_device(),
+                  "joint_histogram: x, ranges and bins must be on one device");
+  STD_TORCH_CHECK(max_bins >= 1 && max_bins <= kMaxBins, "joint_histogram: max_bins must be between 1 and " + std::to_string(kMaxBins));
+}
+
+// visit(S()) with S the stored type of x.
+template <typename Visit>
+void visit_dtype(const std::string& op, const Tensor& x, const Visit& visit) {
+  const int32_t dtype = dtype_of(x);
+  if (dtype == aoti_torch_dtype_float32()) return visit(float());
+  if (dtype == aoti_torch_dtype_float64()) return visit(double());
+  if (dtype == aoti_torch_dtype_bfloat16()) return visit(BFloat16());
+  if (dtype == aoti_torch_dtype_float16()) return visit(Half());
+  STD_TORCH_CHECK(false, op + ": x must be float32, float64, bfloat16 or float16");
+}
+
+template <typename S>
+FeatureMap<S> feature_map(const Tensor& x) {
+  return {static_cast<const S*>(x.const_data_ptr()), x.size(0), x.size(1), x.size(2), x.size(3), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+// f() about n times at once.
+constexpr auto parallel = [](int64_t n, const auto& f) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) f();
+  });
+};
+
+}  // namespace gradrep
