@@ -183,7 +183,7 @@ class GradMult:
     @classmethod
     def from_masks(cls, masks: Iterable[Tensor]) -> GradMult:
         """Sum of binary masks [kh, kw] (or any shape that broadcasts to the weight): SGS paper, Lemma 1."""
-        masks = [_constant(f"masks[{n}]", mask.detach().to(torch.float32)) for n, mask in enumerate(masks)]
+        masks = [_constant(f"masks[{n}]", mask).float() for n, mask in enumerate(masks)]
         if not masks:
             raise ValueError("masks must hold at least one mask, got none")
         for n, mask in enumerate(masks):
@@ -277,7 +277,10 @@ class BranchScales:
         The sum is formed in float64 and rounded once to the dtype of the scales. The identity's trainable scale has the
         constant factor 1, whatever its searched value.
         """
-        kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        if len(sides) != 2:
+            raise ValueError(f"kernel_size must be a number or (rows, columns), got {kernel_size!r}")
+        kh, kw = sides
         if kh < 1 or kw < 1 or kh % 2 == 0 or kw % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kh} x {kw}")
         squares = self.kxk.double().square().reshape(-1, 1, 1, 1).repeat(1, 1, kh, kw)

@@ -128,7 +128,11 @@ PAIRS = (
     Pairs("7x7 on a map of 4 x 4", (6, 3, 4, 4), kernel_size=(7, 7), padding=(3, 3)),
     Pairs("7x7 on a map of 3 x 4, no padding: some have no pair", (6, 3, 3, 4), kernel_size=(7, 7), padding=(0, 0)),
     Pairs("11x11", (2, 2, 17, 18), kernel_size=(11, 11), padding=(5, 5)),
-    Pairs("negative, far, repeated and no displacement at all", (3, 4, 7, 8), displacements=((0, -1), (-1, 1), (-2, -2), (0, 0), (50, 0), (0, -1), (0, -9), (2, 2))),
+    Pairs(
+        "negative, far, repeated and no displacement at all",
+        (3, 4, 7, 8),
+        displacements=((0, -1), (-1, 1), (-2, -2), (0, 0), (50, 0), (0, -1), (0, -9), (2, 2)),
+    ),
     Pairs("one displacement", (3, 4, 7, 8), displacements=((1, -1),)),
     Pairs("three that could share an increment", (3, 4, 7, 8), displacements=((0, 1), (1, 0), (1, 1))),
     Pairs("float64", (3, 4, 9, 11), dtype=torch.float64, kind="noise"),

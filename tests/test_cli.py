@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -260,6 +261,7 @@ def wrong_cases(source, tmp_path, finished):
         "scales not there": (["train", *ours, "--data", source, "--scales", "/nowhere.pt"], "--scales /nowhere.pt: no scales file"),
         "scales that do not fit": (["train", *ours, "--data", source, "--scales", str(unfit)], "stage0.conv: missing"),
         "scales of another kind": (["train", *ours, "--data", source, "--scales", str(finished / "summary.md")], "is not a scales file"),
+        "scales that nobody uses": (["train", *ours, "--data", source, "--recipe", "sgd", "--scales", str(unfit)], "none of the recipes sgd uses scales"),
         "folder in use": (["train", *ours, "--data", source, "--name", "full"], "has something in it already"),
         "finished run": (["train", *theirs, "--data", source], "has something in it already"),
         "nothing to resume": (["train", *ours, "--name", "none", "--resume"], "there is no run to resume"),
@@ -282,6 +284,23 @@ def test_wrong_input_is_one_line_and_status_2_and_leaves_nothing(source, finishe
         assert err.count("\n") == 1, name
         assert out == "", name
     assert before == (sorted(tmp_path.rglob("*")), {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()})
+
+
+def test_a_damaged_checkpoint_is_told(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "damaged")
+    checkpoint = tmp_path / "damaged" / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert main(["train", "--out", str(tmp_path), "--name", "damaged", "--resume"]) == 2
+    err = capsys.readouterr().err
+    assert f"{checkpoint}: cannot be read, it is damaged" in err
+    assert err.count("\n") == 1
+
+
+def test_env_into_a_pipe_that_closes():
+    command = f"{sys.executable} -m gradrep_kernels env | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
 
 
 def test_a_folder_that_cannot_be_written_is_told(source, tmp_path, capsys):

@@ -127,6 +127,8 @@ WRONG = {
     "identity_length": (lambda: GradMult(torch.ones(1), torch.ones(3)).dense((4, 4, 3, 3)), ValueError, "3 elements, the weight has 4"),
     "negative_with_identity": (lambda: GradMult(torch.tensor(-1.0), torch.ones(4)).dense((4, 4, 3, 3)), ValueError, "not be negative, got -1"),
     "negative_dense": (lambda: GradMult.from_dense(torch.tensor([[1.0, -3.0]])), ValueError, "M has -3"),
+    "mask_of_lists": (lambda: GradMult.from_masks([[1]]), TypeError, r"masks\[0\] must be a Tensor, got list"),
+    "scales_kernel": (lambda: BranchScales(torch.ones(4)).grad_mult((1, 2, 3)), ValueError, "kernel_size must be a number or"),
     "scales_number": (lambda: BranchScales(1.0), TypeError, "kxk must be a Tensor"),
     "scales_channels": (lambda: BranchScales(torch.ones(4), torch.ones(5)), ValueError, "one_by_one has 5 channels, kxk has 4"),
     "scales_shape": (lambda: BranchScales(torch.ones(4, 1)), ValueError, r"kxk must have shape \[O\]"),

@@ -138,10 +138,10 @@ class Code:
 
 ONES = torch.ones(3)
 NOT_SCALES = {
-    "text": (b"not a file of torch", "is not a scales file"),
+    "text": (b"not a file of torch", "is not a scales file: it is not torch's, or holds more than tensors; code is never unpickled"),
     "empty_file": (b"", "is not a scales file"),
     "list": ([ONES], "it holds a list, needed is a flat dict of tensors"),
-    "code": ({"a.scale_conv.weight": Code()}, "is not a scales file"),
+    "code": ({"a.scale_conv.weight": Code()}, "holds more than tensors; code is never unpickled"),
     "empty": ({}, "it is empty"),
     "checkpoint": ({"model": {"a.scale_conv.weight": ONES}}, "unknown key 'model'"),
     "state_dict": (

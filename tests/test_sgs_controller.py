@@ -1069,10 +1069,11 @@ def test_a_run_that_updates_every_n_steps_resumes_exactly(stop, kind):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda s: s.clear(), "it has no 'scalings'"),
         (lambda s: s["scalings"].pop("3"), "missing 3"),
         (lambda s: s["scalings"].update({"stem": torch.ones(3, 3)}), "unexpected stem"),
-        (lambda s: s["scalings"].update({"3": torch.ones(3, 3)}), r"3 must be finite, not negative and \[3, 5\], got \[3, 3\]"),
-        (lambda s: s["scalings"].update({"0": -torch.ones(3, 3)}), "0 must be finite, not negative"),
+        (lambda s: s["scalings"].update({"3": torch.ones(3, 3)}), r"scalings: 3 must be \[3, 5\], got \[3, 3\]"),
+        (lambda s: s["scalings"].update({"0": -torch.ones(3, 3)}), r"0 must be finite and not negative, got \[\[-1"),
         (lambda s: s["scalings"].update({"0": torch.full((3, 3), math.nan)}), "0 must be finite"),
         (lambda s: s["ranges"].update({"0": (torch.zeros(5, 4, 2, 2), torch.ones(5, 4))}), r"ranges: 0 must be of \[2, 4\] pairs, got \[5, 4\]"),
     ],

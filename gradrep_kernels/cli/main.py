@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,6 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as wrong:
         print(f"error: {wrong}", file=sys.stderr)
         return _WRONG_INPUT
+    except BrokenPipeError:  # `env | head`: who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+        return 0
     except KeyboardInterrupt:
         print("interrupted; --resume goes on after the last whole epoch", file=sys.stderr)
         return _INTERRUPTED

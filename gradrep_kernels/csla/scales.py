@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -136,8 +137,10 @@ def load_scales(path: str | os.PathLike[str]) -> Scales:
         raise FileNotFoundError(f"no scales file at {path}")
     try:
         flat = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} is not a scales file: it is not torch's, or holds more than tensors; code is never unpickled") from error
     except Exception as error:  # torch.load raises half a dozen unrelated classes for what is not its file
-        raise ValueError(f"{path} is not a scales file: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        raise ValueError(f"{path} is not a scales file: torch.load cannot read it ({type(error).__name__})") from error
     if not isinstance(flat, Mapping):
         raise ValueError(f"{path} is not a scales file: it holds a {type(flat).__name__}, needed is a flat dict of tensors")
     branches: dict[str, dict[str, Tensor]] = {}

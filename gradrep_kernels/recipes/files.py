@@ -23,6 +23,8 @@ def whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # or a power failure could leave the new name on an empty file
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -90,7 +90,7 @@ def _resumed(out: Path, name: str | None, given: Mapping[str, Any], search: bool
         stored = json.loads((folder / _OPTIONS).read_text(encoding="utf-8"))
         options = Options.from_json(stored["options"])
     except FileNotFoundError:
-        raise InputError(f"{folder}: there is no run to resume") from None
+        raise InputError(f"{folder}: there is no run to resume; start it without --resume") from None
     except (OSError, ValueError, KeyError, TypeError) as reason:
         raise InputError(f"{folder / _OPTIONS} cannot be read by this version ({reason})") from None
     if search != (not options.recipe):
@@ -131,6 +131,8 @@ def _last_name(out: Path, base: str) -> str:
 def _given_scales(options: Options, data: Data) -> csla.Scales | None:
     """What --scales names, known to fit; and the model known to be one that the recipes can convert."""
     if not any(row.recipe not in ("sgd", "sgs") for row in rows(options)) and options.recipe:
+        if options.scales is not None:
+            raise InputError(f"--scales {options.scales}: none of the recipes {', '.join(options.recipe)} uses scales")
         return None
     with torch.random.fork_rng():
         model = plain_model(options, data, options.seed)
@@ -166,7 +168,10 @@ class _Job:
         # finished: {run: its figures}; current: the run under way with its states, or None; seconds: spent so far
         self.state: dict[str, Any] = {"finished": {}, "current": None, "check": None, "seconds": 0.0}
         if checkpoint.exists():
-            self.state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            try:
+                self.state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch.load raises half a dozen unrelated classes
+                raise InputError(f"{checkpoint}: cannot be read, it is damaged ({type(error).__name__}); start the run anew under another --name") from error
         self.before, self.begun = self.state["seconds"], time.monotonic()
 
     def run(self) -> dict[str, Any]:

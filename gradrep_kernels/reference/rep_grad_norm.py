@@ -1,4 +1,4 @@
-"""The gradient norm that the explicit CSLA model would report : clipping by it keeps CSLA = GR exactly."""
+"""The gradient norm that the explicit CSLA model would report: clipping by it keeps CSLA = GR exactly."""
 
 from __future__ import annotations
 

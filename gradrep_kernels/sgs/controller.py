@@ -42,7 +42,8 @@ class SpatialGradientScaling:
 
     Args:
         model:         may be wrapped (DistributedDataParallel, torch.compile); names are those of the model inside
-        optimizer:     torch.optim.Optimizer; convolutions whose weight it does not hold are skipped
+        optimizer:     torch.optim.Optimizer; convolutions whose weight it does not hold are skipped. Of two controllers of
+                       one weight in an optimizer with `set_spatial_scaling` the last update wins
         k:             of the transform (Eq. 8); positive, 5 is the paper's
         every, warmup: an update is due at epoch `warmup` and after it at each epoch that `every` divides
         batches:       drawn for an update, on each rank
@@ -152,13 +153,17 @@ class SpatialGradientScaling:
             ValueError: names or shapes that do not fit this model, scalings that are negative or not finite. Nothing is
                 changed then.
         """
+        if not isinstance(state_dict.get("scalings"), Mapping):
+            raise ValueError("state_dict must be what state_dict() gave: it has no 'scalings'")
         saved, live, ranges = state_dict["scalings"], self.scalings, state_dict.get("ranges", {})
         for what, names in (("missing", live.keys() - saved.keys()), ("unexpected", saved.keys() - live.keys())):
             if names:
                 raise ValueError(f"scalings do not fit the model: {what} {_first_few(names)}")
         for name, g in saved.items():
-            if g.shape != live[name].shape or not bool(torch.isfinite(g).all() and (g >= 0).all()):
-                raise ValueError(f"scalings: {name} must be finite, not negative and {list(live[name].shape)}, got {list(g.shape)}")
+            if g.shape != live[name].shape:
+                raise ValueError(f"scalings: {name} must be {list(live[name].shape)}, got {list(g.shape)}")
+            if not bool(torch.isfinite(g).all() and (g >= 0).all()):
+                raise ValueError(f"scalings: {name} must be finite and not negative, got {g.tolist()}")
         for layer in self._layers:
             if layer.name in ranges and tuple(ranges[layer.name][1].shape) != layer.statistics_shape:
                 raise ValueError(f"ranges: {layer.name} must be of {list(layer.statistics_shape)} pairs, got {list(ranges[layer.name][1].shape)}")
