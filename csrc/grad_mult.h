@@ -160,31 +160,4 @@ class Multiplier {
   std::vector<Tap> diagonal_;  // in the order of memory
 };
 
-// The loops run over the identity's taps with the wrong M: their values are kept before, and those elements redone after.
-template <typename T>
-class Diagonal {
- public:
-  Diagonal(const Multiplier<T>& mult, int64_t begin, int64_t end, T* p, T* v, bool has_v) : p_(p), v_(v), has_v_(has_v) {
-    mult.each_diagonal(begin, end, [&](const auto& tap) { taps_.push_back({tap.at, tap.m, p[tap.at], has_v ? v[tap.at] : T(0)}); });
-  }
-
-  template <typename F>
-  void redo(const F& f) const {
-    for (const Kept& tap : taps_) {
-      p_[tap.at] = tap.p;
-      if (has_v_) v_[tap.at] = tap.v;
-      f(tap.at, tap.m);
-    }
-  }
-
- private:
-  struct Kept {
-    int64_t at;
-    T m, p, v;
-  };
-  T *p_, *v_;
-  bool has_v_;
-  std::vector<Kept> taps_;
-};
-
 }  // namespace gradrep

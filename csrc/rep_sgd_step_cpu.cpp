@@ -45,22 +45,35 @@ template <typename T, int mode, bool decays>
   for (int64_t i = 0; i < n; ++i) element<T, mode, decays>(p[i], g[i], v + i, m[i], h);
 }
 
-// M repeats the K taps of a kernel. The trip count must be known at compile time: a run-time tile loses 6-20 %.
+// M repeats the K taps of a kernel, but for the element `odd` (the identity's; -1: none), where it is m_odd. The trip count
+// must be known at compile time (a run-time tile loses 6-20 %), and the identity's element must not be fetched apart from
+// the stream (keeping and redoing it lost 7 %): its tile has a number of its own.
 template <typename T, int K, int mode, bool decays>
-[[gnu::always_inline]] inline void taps_loop(T* __restrict p, const T* __restrict g, T* __restrict v, const T* __restrict taps, int64_t n, Hyper<T> h) {
+[[gnu::always_inline]] inline void taps_loop(T* __restrict p, const T* __restrict g, T* __restrict v, const T* __restrict taps, int64_t n, Hyper<T> h,
+                                             int64_t odd, T m_odd) {
   constexpr int kTile = 16 * K;  // a multiple of the vector width and of K
-  alignas(64) T tile[kTile];
+  alignas(64) T tile[kTile], odd_tile[kTile];
   for (int r = 0; r < 16; ++r)
     for (int k = 0; k < K; ++k) tile[r * K + k] = taps[k];
+  const int64_t odd_at = odd < 0 ? -1 : odd / kTile * kTile;
+  if (odd >= 0) {
+    for (int j = 0; j < kTile; ++j) odd_tile[j] = tile[j];
+    odd_tile[odd - odd_at] = m_odd;
+  }
   int64_t i = 0;
-  for (; i + kTile <= n; i += kTile)
-    for (int j = 0; j < kTile; ++j) element<T, mode, decays>(p[i + j], g[i + j], v + i + j, tile[j], h);
-  for (int j = 0; i < n; ++i, ++j) element<T, mode, decays>(p[i], g[i], v + i, tile[j], h);
+  for (; i + kTile <= n; i += kTile) {
+    const T* m = i == odd_at ? odd_tile : tile;
+    for (int j = 0; j < kTile; ++j) element<T, mode, decays>(p[i + j], g[i + j], v + i + j, m[j], h);
+  }
+  const T* m = i == odd_at ? odd_tile : tile;
+  for (int j = 0; i < n; ++i, ++j) element<T, mode, decays>(p[i], g[i], v + i, m[j], h);
 }
 
 // target_clones does not work on templates, so each loop is stamped out as a plain function.
 template <typename T>
 using Loop = void (*)(T*, const T*, T*, const T*, int64_t, Hyper<T>);
+template <typename T>
+using TapsLoop = void (*)(T*, const T*, T*, const T*, int64_t, Hyper<T>, int64_t, T);
 
 #define GRADREP_STAMP(T, NAME, BODY)                                                                               \
   GRADREP_CLONES void NAME(T* __restrict p, const T* __restrict g, T* __restrict v, const T* __restrict m, int64_t n, Hyper<T> h) { \
@@ -69,10 +82,14 @@ using Loop = void (*)(T*, const T*, T*, const T*, int64_t, Hyper<T>);
 #define GRADREP_STAMP_MODE(T, SUFFIX, mode, decays)                                      \
   GRADREP_STAMP(T, constant_##SUFFIX, (constant_loop<T, mode, decays>))                   \
   GRADREP_STAMP(T, array_##SUFFIX, (array_loop<T, mode, decays>))
+#define GRADREP_STAMP_K(T, NAME, BODY)                                                                             \
+  GRADREP_CLONES void NAME(T* __restrict p, const T* __restrict g, T* __restrict v, const T* __restrict m, int64_t n, Hyper<T> h, int64_t odd, T m_odd) { \
+    BODY(p, g, v, m, n, h, odd, m_odd);                                                                            \
+  }
 #define GRADREP_STAMP_TAPS(T, SUFFIX, mode, decays)                                      \
-  GRADREP_STAMP(T, taps9_##SUFFIX, (taps_loop<T, 9, mode, decays>))                       \
-  GRADREP_STAMP(T, taps25_##SUFFIX, (taps_loop<T, 25, mode, decays>))                     \
-  GRADREP_STAMP(T, taps49_##SUFFIX, (taps_loop<T, 49, mode, decays>))
+  GRADREP_STAMP_K(T, taps9_##SUFFIX, (taps_loop<T, 9, mode, decays>))                     \
+  GRADREP_STAMP_K(T, taps25_##SUFFIX, (taps_loop<T, 25, mode, decays>))                   \
+  GRADREP_STAMP_K(T, taps49_##SUFFIX, (taps_loop<T, 49, mode, decays>))
 
 #define GRADREP_LOOPS(T)                                                                                  \
   GRADREP_STAMP_MODE(T, T##_0, kNone, false)                                                              \
@@ -101,7 +118,7 @@ using Loop = void (*)(T*, const T*, T*, const T*, int64_t, Hyper<T>);
                                         {array_##T##_2, array_##T##_2d},                                  \
                                         {array_##T##_3, array_##T##_3d},                                  \
                                         {array_##T##_4, array_##T##_4d}};                                 \
-  const Loop<T> taps_##T[3][kModes][2] = {                                                                \
+  const TapsLoop<T> taps_##T[3][kModes][2] = {                                                            \
       {{taps9_##T##_0, taps9_##T##_0d}, {taps9_##T##_1, taps9_##T##_1d}, {taps9_##T##_2, taps9_##T##_2d}},       \
       {{taps25_##T##_0, taps25_##T##_0d}, {taps25_##T##_1, taps25_##T##_1d}, {taps25_##T##_2, taps25_##T##_2d}}, \
       {{taps49_##T##_0, taps49_##T##_0d}, {taps49_##T##_1, taps49_##T##_1d}, {taps49_##T##_2, taps49_##T##_2d}}};
@@ -115,13 +132,13 @@ template <>
 struct Loops<float> {
   static Loop<float> constant(int mode, bool decays) { return constant_float[mode][decays]; }
   static Loop<float> array(int mode, bool decays) { return array_float[mode][decays]; }
-  static Loop<float> taps(int64_t k, int mode, bool decays) { return taps_float[k == 9 ? 0 : k == 25 ? 1 : 2][mode][decays]; }
+  static TapsLoop<float> taps(int64_t k, int mode, bool decays) { return taps_float[k == 9 ? 0 : k == 25 ? 1 : 2][mode][decays]; }
 };
 template <>
 struct Loops<double> {
   static Loop<double> constant(int mode, bool decays) { return constant_double[mode][decays]; }
   static Loop<double> array(int mode, bool decays) { return array_double[mode][decays]; }
-  static Loop<double> taps(int64_t k, int mode, bool decays) { return taps_double[k == 9 ? 0 : k == 25 ? 1 : 2][mode][decays]; }
+  static TapsLoop<double> taps(int64_t k, int mode, bool decays) { return taps_double[k == 9 ? 0 : k == 25 ? 1 : 2][mode][decays]; }
 };
 
 // ---- one parameter
@@ -151,35 +168,54 @@ void update(void* params, void* grads, void* buffers, const Multiplier<T>& mult,
       const T by = static_cast<T>(*grad_scale);
       for (int64_t i = begin; i < end; ++i) g[i] = g[i] / by;
     }
-    const auto run = [&](Loop<T> loop, const T* m, int64_t at, int64_t n) { loop(p + at, g + at, mode == kNone ? p + at : v + at, m, n, h); };
     // `element` never touches *v in mode kNone, so v may alias p there; the loops' __restrict is then vacuous.
+    const Loop<T> constant = Loops<T>::constant(mode, decays), array = Loops<T>::array(mode, decays);
+    const auto run = [&](Loop<T> loop, const T* m, int64_t at, int64_t n) { loop(p + at, g + at, v + at, m, n, h); };
+    // f over [at, at + n) between the identity's elements, and those one by one.
+    const auto around_diagonal = [&](int64_t at, int64_t n, const auto& f) {
+      int64_t from = at;
+      mult.each_diagonal(at, at + n, [&](const auto& tap) {
+        const T m = tap.m * sign;
+        f(from, tap.at - from);
+        run(constant, &m, tap.at, 1);
+        from = tap.at + 1;
+      });
+      f(from, at + n - from);
+    };
     const int64_t taps = mult.taps();
     if (mult.is_constant()) {
       const T m = mult.constant() * sign;
-      return run(Loops<T>::constant(mode, decays), &m, begin, end - begin);
+      return run(constant, &m, begin, end - begin);
     }
     if (taps != 0 && mode <= kNesterov) {
-      Diagonal<T> diagonal(mult, begin, end, p, v, mode != kNone);
-      mult.each_row(begin, end, [&](const T* row, int64_t at, int64_t n) {
+      const TapsLoop<T> loop = Loops<T>::taps(taps, mode, decays);
+      return mult.each_row(begin, end, [&](const T* row, int64_t at, int64_t n) {
         T signed_taps[49];
         for (int64_t k = 0; k < taps; ++k) signed_taps[k] = row[k] * sign;
-        run(Loops<T>::taps(taps, mode, decays), signed_taps, at, n);
+        int64_t from = at, odd = -1;  // of several identity elements in one row each gets a call of its own
+        T m_odd = 0;
+        const auto run_to = [&](int64_t to) { loop(p + from, g + from, v + from, signed_taps, to - from, h, odd < 0 ? -1 : odd - from, m_odd); };
+        mult.each_diagonal(at, at + n, [&](const auto& tap) {
+          if (odd >= 0) {
+            const int64_t cut = odd / taps * taps + taps;
+            run_to(cut);
+            from = cut;
+          }
+          odd = tap.at;
+          m_odd = tap.m * sign;
+        });
+        run_to(at + n);
       });
-      return diagonal.redo([&](int64_t at, T m) { m *= sign; run(Loops<T>::constant(mode, decays), &m, at, 1); });
     }
-    if (mult.is_segments()) {
-      Diagonal<T> diagonal(mult, begin, end, p, v, mode != kNone);
-      mult.each_row(begin, end, [&](const T* row, int64_t at, int64_t n) {
+    if (mult.is_segments())
+      return mult.each_row(begin, end, [&](const T* row, int64_t at, int64_t n) {
         const T m = *row * sign;
-        run(Loops<T>::constant(mode, decays), &m, at, n);
+        around_diagonal(at, n, [&](int64_t from, int64_t count) { run(constant, &m, from, count); });
       });
-      return diagonal.redo([&](int64_t at, T m) { m *= sign; run(Loops<T>::constant(mode, decays), &m, at, 1); });
-    }
-    if (mult.is_arrays() && sign == 1) {
-      Diagonal<T> diagonal(mult, begin, end, p, v, mode != kNone);
-      mult.each_row(begin, end, [&](const T* row, int64_t at, int64_t n) { run(Loops<T>::array(mode, decays), row, at, n); });
-      return diagonal.redo([&](int64_t at, T m) { run(Loops<T>::constant(mode, decays), &m, at, 1); });
-    }
+    if (mult.is_arrays() && sign == 1)
+      return mult.each_row(begin, end, [&](const T* row, int64_t at, int64_t n) {
+        around_diagonal(at, n, [&](int64_t from, int64_t count) { run(array, row + (from - at), from, count); });
+      });
   }
   // Any other course of M, and bf16 / fp16: M is written out for a block at a time.
   alignas(64) T pm[kBlock], pp[kBlock], pg[kBlock], pv[kBlock];
@@ -229,8 +265,17 @@ struct Row {
 };
 
 // Same dtype, shape and strides as the parameter had when its row was made, and on the CPU.
+// Five calls into torch and no more: a step of 62 small tensors asks this 186 times.
 bool matches(const Tensor& t, const Row& row) {
-  return dtype_of(t) == row.dtype && t.numel() == row.numel && t.is_cpu() && equal(t.sizes(), row.sizes) && equal(t.strides(), row.strides);
+  const AtenTensorHandle handle = t.get();
+  int64_t dim, *sizes, *strides;
+  int32_t device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
+  if (dim != static_cast<int64_t>(row.sizes.size()) || dtype_of(t) != row.dtype) return false;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device));
+  return device == aoti_torch_device_type_cpu() && std::equal(sizes, sizes + dim, row.sizes.begin()) && std::equal(strides, strides + dim, row.strides.begin());
 }
 
 // ---- all parameters

@@ -154,7 +154,6 @@ class FusedRepSGD(SGD):
         self._plan: StepPlan | None = None  # the cached steady state of the CPU kernels, see plan.py
         self._last_step: list[int] = []
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None):
         """One update of every parameter that has a gradient; returns what `closure` returns."""
         loss = None
@@ -165,7 +164,7 @@ class FusedRepSGD(SGD):
             with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
                 for group in self.param_groups:
                     self._torch_step(group)
-        elif torch.compiler.is_compiling() or not self._planned_step():
+        elif torch.compiler.is_compiling() or not self._planned_step():  # which needs no torch.no_grad(): 1.4 µs
             self._step()
         return loss
 
@@ -180,6 +179,7 @@ class FusedRepSGD(SGD):
         return plan.step(self, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
 
     @torch.compiler.disable
+    @torch.no_grad()
     def _step(self) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         self._plan = None
