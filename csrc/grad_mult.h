@@ -87,10 +87,27 @@ class Multiplier {
     T m, scale;  // M there, and M without the identity
   };
 
+  // Walks forwards over the identity's taps: a search for every short stretch of M would cost as much as the stretch.
+  class Cursor {
+   public:
+    Cursor(const Tap* next, const Tap* last) : next_(next), last_(last) {}
+    template <typename F>
+    void each_before(int64_t end, const F& f) {
+      for (; next_ != last_ && next_->at < end; ++next_) f(*next_);
+    }
+
+   private:
+    const Tap *next_, *last_;
+  };
+
+  Cursor diagonal_from(int64_t begin) const {
+    const auto first = std::lower_bound(diagonal_.begin(), diagonal_.end(), begin, [](const Tap& t, int64_t at) { return t.at < at; });
+    return {diagonal_.data() + (first - diagonal_.begin()), diagonal_.data() + diagonal_.size()};
+  }
+
   template <typename F>
   void each_diagonal(int64_t begin, int64_t end, const F& f) const {
-    auto tap = std::lower_bound(diagonal_.begin(), diagonal_.end(), begin, [](const Tap& t, int64_t at) { return t.at < at; });
-    for (; tap != diagonal_.end() && tap->at < end; ++tap) f(*tap);
+    diagonal_from(begin).each_before(end, f);
   }
 
  private:

@@ -53,11 +53,12 @@ template <typename T, int K, int mode, bool decays>
                                              int64_t odd, T m_odd) {
   constexpr int kTile = 16 * K;  // a multiple of the vector width and of K
   alignas(64) T tile[kTile], odd_tile[kTile];
-  for (int r = 0; r < 16; ++r)
-    for (int k = 0; k < K; ++k) tile[r * K + k] = taps[k];
+  const int used = n >= kTile ? kTile : static_cast<int>((n + K - 1) / K * K);  // of both; rows of small tensors are short
+  for (int r = 0; r < used; r += K)
+    for (int k = 0; k < K; ++k) tile[r + k] = taps[k];
   const int64_t odd_at = odd < 0 ? -1 : odd / kTile * kTile;
   if (odd >= 0) {
-    for (int j = 0; j < kTile; ++j) odd_tile[j] = tile[j];
+    for (int j = 0; j < used; ++j) odd_tile[j] = tile[j];
     odd_tile[odd - odd_at] = m_odd;
   }
   int64_t i = 0;
@@ -171,10 +172,11 @@ void update(void* params, void* grads, void* buffers, const Multiplier<T>& mult,
     // `element` never touches *v in mode kNone, so v may alias p there; the loops' __restrict is then vacuous.
     const Loop<T> constant = Loops<T>::constant(mode, decays), array = Loops<T>::array(mode, decays);
     const auto run = [&](Loop<T> loop, const T* m, int64_t at, int64_t n) { loop(p + at, g + at, v + at, m, n, h); };
+    auto diagonal = mult.diagonal_from(begin);
     // f over [at, at + n) between the identity's elements, and those one by one.
     const auto around_diagonal = [&](int64_t at, int64_t n, const auto& f) {
       int64_t from = at;
-      mult.each_diagonal(at, at + n, [&](const auto& tap) {
+      diagonal.each_before(at + n, [&](const auto& tap) {
         const T m = tap.m * sign;
         f(from, tap.at - from);
         run(constant, &m, tap.at, 1);
@@ -195,7 +197,7 @@ void update(void* params, void* grads, void* buffers, const Multiplier<T>& mult,
         int64_t from = at, odd = -1;  // of several identity elements in one row each gets a call of its own
         T m_odd = 0;
         const auto run_to = [&](int64_t to) { loop(p + from, g + from, v + from, signed_taps, to - from, h, odd < 0 ? -1 : odd - from, m_odd); };
-        mult.each_diagonal(at, at + n, [&](const auto& tap) {
+        diagonal.each_before(at + n, [&](const auto& tap) {
           if (odd >= 0) {
             const int64_t cut = odd / taps * taps + taps;
             run_to(cut);
