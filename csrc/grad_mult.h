@@ -48,6 +48,9 @@ class Multiplier {
   // A chunk of work must begin at a multiple of this.
   int64_t period() const { return std::max<int64_t>(1, taps()); }
 
+  // Elements over which M repeats the same taps.
+  int64_t row_length() const { return dims_.back().size * (dims_.size() > 1 ? dims_[dims_.size() - 2].size : 1); }
+
   // f(M's values, position, n) for the stretches of [begin, end) in which M repeats its taps, stays the same, or lies in memory.
   template <typename F>
   void each_row(int64_t begin, int64_t end, const F& f) const {
@@ -66,8 +69,15 @@ class Multiplier {
 
   // out = M at the positions [at, at + n), identity included; right for every course.
   void fill(int64_t at, int64_t n, T* out) const {
+    const int64_t k = taps();
     if (dims_.empty()) {
       std::fill(out, out + n, constant());
+    } else if (k != 0 && at % k == 0) {
+      each_row(at, at + n, [&](const T* row, int64_t position, int64_t count) {
+        T* to = out + (position - at);
+        for (; count >= k; count -= k) to = std::copy_n(row, k, to);
+        std::copy_n(row, count, to);
+      });
     } else {
       const Dimension last = dims_.back();
       for (int64_t done = 0; done < n;) {

@@ -53,12 +53,12 @@ template <typename T, int K, int mode, bool decays>
                                              int64_t odd, T m_odd) {
   constexpr int kTile = 16 * K;  // a multiple of the vector width and of K
   alignas(64) T tile[kTile], odd_tile[kTile];
-  const int used = n >= kTile ? kTile : static_cast<int>((n + K - 1) / K * K);  // of both; rows of small tensors are short
-  for (int r = 0; r < used; r += K)
-    for (int k = 0; k < K; ++k) tile[r + k] = taps[k];
+  for (int r = 0; r < 16; ++r)
+    for (int k = 0; k < K; ++k) tile[r * K + k] = taps[k];
   const int64_t odd_at = odd < 0 ? -1 : odd / kTile * kTile;
   if (odd >= 0) {
-    for (int j = 0; j < used; ++j) odd_tile[j] = tile[j];
+    for (int r = 0; r < 16; ++r)  // not from tile: what was just stored is slow to load
+      for (int k = 0; k < K; ++k) odd_tile[r * K + k] = taps[k];
     odd_tile[odd - odd_at] = m_odd;
   }
   int64_t i = 0;
@@ -189,14 +189,17 @@ void update(void* params, void* grads, void* buffers, const Multiplier<T>& mult,
       const T m = mult.constant() * sign;
       return run(constant, &m, begin, end - begin);
     }
-    if (taps != 0 && mode <= kNesterov) {
+    if (taps != 0 && mode <= kNesterov && mult.row_length() >= 32 * taps) {  // two tiles: shorter rows are not worth one
       const TapsLoop<T> loop = Loops<T>::taps(taps, mode, decays);
       return mult.each_row(begin, end, [&](const T* row, int64_t at, int64_t n) {
-        T signed_taps[49];
-        for (int64_t k = 0; k < taps; ++k) signed_taps[k] = row[k] * sign;
+        T negative[49];
+        if (sign != 1) {
+          for (int64_t k = 0; k < taps; ++k) negative[k] = -row[k];
+          row = negative;
+        }
         int64_t from = at, odd = -1;  // of several identity elements in one row each gets a call of its own
         T m_odd = 0;
-        const auto run_to = [&](int64_t to) { loop(p + from, g + from, v + from, signed_taps, to - from, h, odd < 0 ? -1 : odd - from, m_odd); };
+        const auto run_to = [&](int64_t to) { loop(p + from, g + from, v + from, row, to - from, h, odd < 0 ? -1 : odd - from, m_odd); };
         diagonal.each_before(at + n, [&](const auto& tap) {
           if (odd >= 0) {
             const int64_t cut = odd / taps * taps + taps;
@@ -221,8 +224,9 @@ void update(void* params, void* grads, void* buffers, const Multiplier<T>& mult,
   }
   // Any other course of M, and bf16 / fp16: M is written out for a block at a time.
   alignas(64) T pm[kBlock], pp[kBlock], pg[kBlock], pv[kBlock];
-  for (int64_t at = begin; at < end; at += kBlock) {
-    const int64_t n = std::min(kBlock, end - at);
+  const int64_t block = kBlock / mult.period() * mult.period();
+  for (int64_t at = begin; at < end; at += block) {
+    const int64_t n = std::min(block, end - at);
     mult.fill(at, n, pm);
     if (sign != 1)
       for (int64_t i = 0; i < n; ++i) pm[i] *= sign;
