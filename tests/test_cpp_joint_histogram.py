@@ -186,9 +186,7 @@ def test_the_op_refuses_what_would_write_out_of_bounds(case):
     arguments = dict(x=torch.zeros(2, 1, 4, 4), displacements=[0, 1, 1, 0], ranges=torch.zeros(1, 2, 2, 2), bins=[[4, 4]], most=8, padding=[0, 0]) | change
     bins = torch.tensor(arguments["bins"], dtype=torch.int32)
     with pytest.raises(RuntimeError, match=message):
-        cpp("joint_histogram")(
-            arguments["x"], arguments["displacements"], arguments["ranges"], bins, arguments["most"], arguments["padding"], False
-        )
+        cpp("joint_histogram")(arguments["x"], arguments["displacements"], arguments["ranges"], bins, arguments["most"], arguments["padding"], False)
 
 
 @st.composite
