@@ -45,8 +45,8 @@ class Multiplier {
   bool is_segments() const { return !dims_.empty() && dims_.back().stride == 0 && is_long(); }
   bool is_arrays() const { return !dims_.empty() && dims_.back().stride == 1 && is_long(); }
 
-  // A chunk of work must begin at a multiple of this.
-  int64_t period() const { return std::max<int64_t>(1, taps()); }
+  // Chunks of work begin at multiples of this: where M repeats its taps at their first one, and on a cache line.
+  int64_t period() const { return 16 * std::max<int64_t>(1, taps()); }
 
   // Elements over which M repeats the same taps.
   int64_t row_length() const { return dims_.back().size * (dims_.size() > 1 ? dims_[dims_.size() - 2].size : 1); }
@@ -90,6 +90,18 @@ class Multiplier {
       }
     }
     each_diagonal(at, at + n, [&](const Tap& tap) { out[tap.at - at] = tap.m; });
+  }
+
+  // From now on M is read from memory, element by element.
+  void write_out(int64_t numel) {
+    if (is_constant() || numel == 0) return;
+    std::vector<T> m(numel);
+    fill(0, numel, m.data());
+    scale_.copy = std::move(m);
+    scale_.data = scale_.copy.data();
+    scale_.kept.reset();
+    diagonal_.clear();
+    dims_ = {{numel, 1}};
   }
 
   struct Tap {  // of the identity
