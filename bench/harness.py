@@ -150,13 +150,21 @@ def device_clock(run: Callable[[], object], calls: int) -> float:
     return start.elapsed_time(end) / 1e3 / calls
 
 
-def compare(benchmark, setup: Setup, candidates: Sequence[Candidate], *, threads: int | None = None, clock: Callable | None = None) -> Comparison:
-    """Time the candidates in turns for about `setup.seconds`, as rounds of pytest-benchmark's `benchmark`."""
+def compare(
+    benchmark, setup: Setup, candidates: Sequence[Candidate], *, threads: int | None = None, clock: Callable | None = None, settle: bool = False
+) -> Comparison:
+    """Time the candidates in turns for about `setup.seconds`, as rounds of pytest-benchmark's `benchmark`.
+
+    With `settle` each runs once unseen before the clock is read: what another left in the L3 cache is no longer there then,
+    which is up to 15 % of a step of ResNet-18.
+    """
     clock = clock or (device_clock if setup.device.type == "cuda" else host_clock)
     comparison = Comparison(threads or torch.get_num_threads())
 
     def measure(candidate: Candidate) -> float:
         with torch_threads(candidate.threads or comparison.threads):
+            if settle:
+                candidate.run()
             return clock(candidate.run, candidate.calls) / candidate.share
 
     for candidate in candidates:
