@@ -73,6 +73,8 @@ def make(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -
             x = x * 10.0 ** (torch.arange(shape[1], dtype=torch.float64) % 7 - 3).view(-1, 1, 1) + 1
         case "8-bit":  # multiples of 1/8: with 8 bins each value is a bin's edge
             x = torch.randint(0, 9, shape, generator=generator).double() / 8
+        case "bytes":  # with 15 bins every 17th is an edge
+            x = torch.randint(0, 256, shape, generator=generator).double()
         case "NaN":
             x = torch.where(chosen < 0.02, math.nan, x)
         case "infinities":
@@ -108,6 +110,7 @@ PAIRS = (
     Pairs("dead channels", (3, 5, 12, 12), kind="dead channels"),
     Pairs("unlike channels", (3, 9, 12, 12), kind="unlike channels"),
     Pairs("values on the bins' edges", (3, 4, 16, 16), kind="8-bit"),
+    Pairs("bytes, of which every 17th is the edge of one of Sturges' 15 bins", (33, 2, 16, 16), kind="bytes"),
     Pairs("values on the bins' edges, bf16", (3, 4, 16, 16), kind="8-bit", dtype=torch.bfloat16),
     Pairs("NaN", (3, 4, 9, 11), kind="NaN"),
     Pairs("infinities", (3, 4, 9, 11), kind="infinities"),

@@ -34,6 +34,12 @@ def test_equals_the_reference(case):
     assert_interpreted(few_channels(case.tensor(), case), case)
 
 
+def test_513_channels():
+    """All of them, at 14 ms a program: in the least of their forms."""
+    case = Pairs("", (2, 513, 3, 3), displacements=((0, 1),))
+    assert_interpreted(case.tensor(), case, modes=[False])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, dtype):
