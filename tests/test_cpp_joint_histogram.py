@@ -28,7 +28,11 @@ def cpp(op):
 
 
 def check(x, displacements, padding, remove_near, *, bins=None, ranges=None, threads=(1, 2)):
-    """Both ops against the reference, the histogram in Sturges' bins and in those given."""
+    """Both ops against the reference, the histogram in Sturges' bins and in those given; the last of the threads stay set.
+
+    The reference gets one: on a busy machine, threads that wait for each other take 50 times as long.
+    """
+    torch.set_num_threads(1)
     x_ranges, n = reference.pair_ranges(x, displacements, padding, remove_near)
     ranges = x_ranges if ranges is None else ranges
     for count in threads:
@@ -38,6 +42,7 @@ def check(x, displacements, padding, remove_near, *, bins=None, ranges=None, thr
         assert same_bits(found, x_ranges), (found, x_ranges)
     for numbers in (sturges(n), *([] if bins is None else [bins])):
         most = int(numbers.max())
+        torch.set_num_threads(1)
         expected = reference.joint_histogram(x, displacements, ranges, numbers, most, padding, remove_near)
         for count in threads:
             torch.set_num_threads(count)
@@ -204,7 +209,7 @@ def drawn_cases(draw):
     return x, [v for d in displacements for v in d], padding, draw(st.booleans()), bins
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(drawn_cases(), st.integers(1, 3), st.integers(0, 6))
 def test_drawn_cases(case, threads, cut):
     x, displacements, padding, remove_near, bins = case

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import logging
 import math
 import pickle
 import random
@@ -1221,3 +1222,82 @@ def test_two_ranks(tmp_path):
     assert first["empty on rank 1"] == second["empty on rank 1"] == one_process(rank_batches(), 2)
     assert first["steps"] == second["steps"]
     assert first["steps"]["always"] != np.ones((3, 3)).tolist()
+
+
+MANY_DEALT = {1: [[0, 1, 2, 3, 4]], 2: [[4], [0, 1, 2, 3]], 4: [[0, 3], [1], [], [2, 4]]}  # ranks: which batches each gets
+
+
+def unlike_batches():
+    """Of other numbers of images and other sizes; the second convolution is not called for the second."""
+    shapes = [(5, 2, 14, 13), (2, 2, 9, 17), (7, 2, 6, 6), (3, 2, 12, 12), (1, 2, 20, 8)]
+    batches = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    for i, batch in enumerate(batches):
+        batch[0, 0, 0, 0] = -1.0 if i == 1 else 1.0
+    return batches
+
+
+def scalings_and_bytes(batches, **options):
+    """{name: G} and what the update says in its log of the bytes to other ranks."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("gradrep_kernels.sgs.controller")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # fewer batches than asked for
+            sgs = controller(Uneven(), batches=5, **options)
+            sgs.update(batches)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return {name: g.tolist() for name, g in sgs.scalings.items()}, int(records[-1].getMessage().split()[-5])
+
+
+def on_one_of_four(rank, address, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=4, timeout=timedelta(seconds=60))
+    groups = {4: None, 2: dist.new_group([0, 1])}
+    batches, found = unlike_batches(), {}
+    for ranks, group in groups.items():
+        for remove_near in (False, True):
+            if rank < ranks:
+                mine = [batches[i] for i in MANY_DEALT[ranks][rank]]
+                found[ranks, remove_near] = scalings_and_bytes(mine, remove_near=remove_near, process_group=group)
+    results[rank] = found
+    dist.destroy_process_group()
+
+
+def test_the_same_batches_on_one_two_and_four_ranks(tmp_path):
+    with mp.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        mp.spawn(on_one_of_four, args=(tmp_path / "store", results), nprocs=4)
+        results = dict(results)
+    batches = unlike_batches()
+    maps = {"always": [(batch, 3, 1) for batch in batches]}
+    called = [batch for i, batch in enumerate(batches) if i != 1]
+    maps["rarely"] = [(torch.empty(len(batch), 3, *batch.shape[2:]), 5, 2) for batch in called]
+    for remove_near in (False, True):
+        expected, nothing_sent = scalings_and_bytes(batches, remove_near=remove_near)
+        assert nothing_sent == 0
+        assert all(torch.tensor(g).ne(1).any() for g in expected.values())
+        for ranks in (2, 4):
+            for rank in range(ranks):
+                found, sent = results[rank][ranks, remove_near]
+                assert found == expected, (ranks, rank)  # to the bit
+                if not remove_near:  # where n does not depend on the values
+                    assert sent == bytes_of_an_update(maps)
+
+
+def bytes_of_an_update(maps):
+    """Of one rank: n and a flag of each layer and two numbers (int64), both ends of ranges (float64), tables and a flag (int32)."""
+    pairs, cells = 0, 0
+    for calls in maps.values():
+        channels, radius = calls[0][0].shape[1], calls[0][1] // 2
+        displacements = [(i, j) for i in range(radius + 1) for j in range(-radius, radius + 1) if (i, j) > (0, 0)]
+        n = [sum(len(x) * (x.shape[2] + 2 * pad - abs(i)) * (x.shape[3] + 2 * pad - abs(j)) for x, _, pad in calls) for i, j in displacements]
+        pairs += channels * len(displacements)
+        cells += channels * len(displacements) * (1 + (max(n) - 1).bit_length()) ** 2
+    return 8 * (pairs + len(maps) + 2) + 8 * 4 * pairs + 4 * (cells + 1)
