@@ -207,8 +207,9 @@ class SpatialGradientScaling:
                      model(**b), copied to the device of the parameters
             forward: forward(model, batch) instead, with the model free of its wrappers and the whole batch copied there
 
-        One map is alive at a time: hooks take its statistics and let it go. Modes, buffers, hooks and random states (of
-        torch, numpy, Python and the loader's generator) are afterwards as before, also if a pass raises.
+        One map is alive at a time: hooks take its statistics and let it go. The passes run under the caller's autocast, and
+        a map is what the convolution is given, before it casts it. Modes, buffers, hooks and random states (of torch, numpy,
+        Python and the loader's generator) are afterwards as before, also if a pass raises.
 
         Warns where there are fewer batches than asked for, and with the names of layers whose map is not finite.
 
