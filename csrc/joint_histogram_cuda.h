@@ -21,10 +21,14 @@ struct HistogramWork : PairWork<S> {
   // has the number max_bins, for which tables have a row and a column more: so a pair needs no test.
   bool tiled;
   int32_t up, down, gap, pitch, stored_rows, plane;  // rows beyond a band that its pairs reach; bytes of a channel
-  Division by_words, by_lines, by_stored_rows;
+  bool quads_lie_together;  // four pixels of a row can be read at once
+  Division by_words, by_lines, by_stored_rows, by_quads;
 
   using PairWork<S>::PairWork;
 
+  struct alignas(4 * sizeof(S)) Quad {
+    S pixels[4];
+  };
   static constexpr int64_t kTableBytes = 72 << 10;   // of a block: three on a multiprocessor with 228 KiB, two with 164
   static constexpr int64_t kTileBytes = 8 << 10;
   static constexpr int64_t kGroup = 32;  // displacements of a block at most
@@ -69,6 +73,11 @@ struct HistogramWork : PairWork<S> {
     by_words = Division(words(this->columns));
     by_lines = Division(static_cast<int64_t>(this->images_together) * this->rows_together);
     by_stored_rows = Division(stored_rows);
+    const FeatureMap<S>& x = this->map;
+    by_quads = Division(words(x.width));
+    const auto fours = [](int64_t n) { return n % 4 == 0; };
+    quads_lie_together = x.column_stride == 1 && fours(x.width) && fours(x.row_stride) && fours(x.channel_stride) && fours(x.image_stride) &&
+                         reinterpret_cast<uintptr_t>(x.data) % sizeof(Quad) == 0;
   }
 
   GRADREP_HD static int64_t words(int64_t bytes) { return (bytes + 3) / 4; }
@@ -108,8 +117,6 @@ struct HistogramBlock : Share<S> {
     }
     if (work.private_tables)
       for (int64_t i = thread; i < static_cast<int64_t>(this->channels) * this->count * work.table_cells(); i += kThreads) tables[i] = 0;
-    if (work.tiled)  // gaps stay as they are
-      for (int64_t i = thread; i < work.channels_together * static_cast<int64_t>(work.plane); i += kThreads) numbers[i] = static_cast<uint8_t>(work.max_bins);
   }
 
   // Padding no smaller than the radius and nothing dropped: one range per channel, so each pixel has one bin number.
@@ -122,26 +129,43 @@ struct HistogramBlock : Share<S> {
 
   GRADREP_HD int32_t stored_from(const Tile& tile) const { return tile.row > work.up ? tile.row - work.up : 0; }
 
-  // Bin numbers of a tile and of the rows around it that its pairs reach.
+  GRADREP_HD uint8_t number(int32_t c, T v) const { return static_cast<uint8_t>(bin_number(v, binnings[c * 2 * this->count])); }
+
+  // What is the same in all tiles: the padding left and right of the images, and the gaps.
+  GRADREP_HD void frame(int thread) const {
+    for (int32_t i = thread; i < this->channels * work.plane; i += kThreads) {
+      const int32_t c = i / work.plane, at = i % work.plane - work.before(), line = at / work.pitch;
+      const bool inside = at >= 0 && at % work.pitch < work.columns && line < work.images_together * work.stored_rows;
+      numbers[i] = inside ? number(c, 0) : static_cast<uint8_t>(work.max_bins);
+    }
+  }
+
+  // Bin numbers of a tile and of the rows around it that its pairs reach, four pixels of a row at a time.
   GRADREP_HD void fill(const Tile& tile, int thread) const {
-    constexpr int kAtOnce = 4;  // loads under way
-    const int32_t from = stored_from(tile), end = tile.row + tile.rows + work.down;
-    const uint32_t all = this->places(tile.images * ((end < work.rows ? end : work.rows) - from));
-    for (uint32_t n = thread; n < all; n += kAtOnce * kThreads) {
-      T values[kAtOnce];
-      int32_t to[kAtOnce], channel[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const Place at = this->place(n + j * kThreads);
-        channel[j] = n + j * kThreads < all && at.channel < this->channels ? at.channel : -1;
-        if (channel[j] < 0) continue;
-        const auto image = static_cast<int32_t>(work.by_stored_rows.quotient(at.line));
-        values[j] = this->pixel(this->plane(at.channel, tile.image + image), from + at.line - image * work.stored_rows, at.column);
-        to[j] = at.channel * work.plane + work.before() + at.line * work.pitch + at.column;
+    const int32_t from = stored_from(tile), end = tile.row + tile.rows + work.down, lines = tile.images * ((end < work.rows ? end : work.rows) - from);
+    const uint32_t all = static_cast<uint32_t>(lines) * work.by_quads.by * work.by_channels.by;
+    const auto width = static_cast<int32_t>(work.map.width);
+#pragma unroll 2
+    for (uint32_t n = thread; n < all; n += kThreads) {
+      const uint32_t quad = work.by_channels.quotient(n), line = work.by_quads.quotient(quad);
+      const auto c = static_cast<int32_t>(n - quad * work.by_channels.by), column = static_cast<int32_t>(quad - line * work.by_quads.by) * 4;
+      if (c >= this->channels) continue;
+      const auto image = static_cast<int32_t>(work.by_stored_rows.quotient(line));
+      const int32_t row = from + static_cast<int32_t>(line) - image * work.stored_rows - work.pad_rows;
+      const S* at = this->plane(c, tile.image + image) + row * work.map.row_stride + column * work.map.column_stride;
+      T values[4] = {};  // zeros above and below the image
+      if (static_cast<uint32_t>(row) < work.map.height) {
+        if (work.quads_lie_together) {
+          const auto read = *reinterpret_cast<const typename HistogramWork<S>::Quad*>(at);
+          for (int j = 0; j < 4; ++j) values[j] = widen(read.pixels[j]);
+        } else {
+          for (int j = 0; j < 4; ++j)
+            if (column + j < width) values[j] = widen(at[j * work.map.column_stride]);
+        }
       }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        if (channel[j] >= 0) numbers[to[j]] = static_cast<uint8_t>(bin_number(values[j], binnings[channel[j] * 2 * this->count]));
+      uint8_t* to = numbers + c * work.plane + work.before() + static_cast<int32_t>(line) * work.pitch + work.pad_columns + column;
+      for (int j = 0; j < 4; ++j)
+        if (column + j < width) to[j] = number(c, values[j]);
     }
   }
 
@@ -208,6 +232,7 @@ GRADREP_HD void joint_histogram_block(const HistogramWork<S>& work, int64_t numb
   run([&](int thread) { block.prepare(thread); });
   run([&](int thread) { block.compare(thread); });
   const bool tiled = private_tables && work.tiled && *block.unlike == 0;
+  if (tiled) run([&](int thread) { block.frame(thread); });
   for (int64_t n = block.tile; n < block.tile_end; ++n) {
     const Tile tile = block.tile_at(n);
     if (tiled) {
