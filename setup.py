@@ -6,16 +6,29 @@ TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CXX and CXXFLAGS are honoured as torc
 
 _C (CPU) and _C_cuda are separate modules: a CUDA build that fails must not lose the CPU kernels. Both use LibTorch's
 stable ABI and Python's limited API, so that one binary serves torch >= 2.11 and Python >= 3.10.
+
+nvcc is called here and not by torch's BuildExtension, which builds no module at all where a .cu file is among the sources
+and torch is a CPU build or of another CUDA release. The headers of a CPU build suffice, and so does nvcc without a GPU.
 """
 
 import os
+import re
+import shlex
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
 
 CHOICES = {"GRADREP_BUILD": ("auto", "require", "none"), "GRADREP_CUDA": ("auto", "1", "0")}
 TORCH_TARGET = "0x020b000000000000"  # 2.11
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"  # where TORCH_CUDA_ARCH_LIST is unset and no GPU is visible
+# No FMA contraction, no approximate division, no flushed denormals: every operation is rounded on its own, as the reference does.
+NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-prec-div=true", "-ftz=false", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+ROOT = Path(__file__).resolve().parent
 
 
 def option(name):
@@ -50,19 +63,107 @@ def cpp_extension():
     return cpp_extension
 
 
-def cpu_module(ext):
-    sources = ["csrc/module.cpp", *sorted(str(p) for p in Path("csrc").glob("*_cpu.cpp"))]
-    # No FMA contraction: every product and sum is rounded on its own, as the reference does.
-    flags = ["/O2", "/fp:precise"] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+def nvcc() -> str | None:
+    """The CUDA compiler of CUDA_HOME, else on the PATH, else where it usually is."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def ask_nvcc(*arguments: str) -> str:
+    done = subprocess.run([nvcc(), *arguments], capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def cuda_library_folders() -> list[str]:
+    steps = ask_nvcc("--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull)
+    return [os.path.realpath(folder) for line in re.findall("LIBRARIES=.*", steps) for folder in re.findall(r'-L([^"\s]+)', line)]
+
+
+def module(ext, name, sources, flags, **more):
     return ext.CppExtension(
-        "gradrep_kernels._C",
-        sources,
+        f"gradrep_kernels.{name}",
+        ["csrc/module.cpp", *sources],
         depends=sorted(str(p) for p in Path("csrc").glob("*.h")),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],  # py_limited_api sets Py_LIMITED_API
         extra_compile_args={"cxx": flags},
         py_limited_api=True,
         optional=BUILD != "require",
+        **more,
     )
+
+
+def cpu_module(ext):
+    # No FMA contraction: every product and sum is rounded on its own, as the reference does.
+    flags = ["/O2", "/fp:precise"] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    return module(ext, "_C", sorted(str(p) for p in Path("csrc").glob("*_cpu.cpp")), flags)
+
+
+def why_no_cuda() -> str | None:
+    """Why _C_cuda cannot be built here; None if it can be."""
+    import torch
+
+    if os.name == "nt":
+        return "it is built on Linux only"
+    if nvcc() is None:
+        return "nvcc is not found; set CUDA_HOME or put it on the PATH"
+    if torch.version.hip is not None:
+        return "torch is a ROCm build; its kernels are Triton's"
+    release = re.search(r"release (\d+)", ask_nvcc("--version"))
+    if release is None:
+        return f"{nvcc()} does not say its release"
+    if torch.version.cuda is not None and torch.version.cuda.split(".")[0] != release[1]:
+        return f"nvcc is of CUDA {release[1]} and torch of CUDA {torch.version.cuda}; set CUDA_HOME to a toolkit of torch's"
+    if torch.version.cuda is None and CUDA == "auto":
+        return "torch is a CPU build; GRADREP_CUDA=1 builds it nevertheless, for another torch"
+    return None
+
+
+def cuda_module(ext):
+    import torch
+
+    # What torch loads at import is found by its name. A CPU build of torch has no libtorch_cuda, but libtorch.so leads to it.
+    last = ["-Wl,--no-as-needed", "-ltorch_cuda" if torch.version.cuda else "-ltorch"]
+    flags = ["-O2", "-g0", "-fvisibility=hidden"]
+    return module(ext, "_C_cuda", [], flags, libraries=["cudart"], library_dirs=cuda_library_folders(), extra_link_args=last)
+
+
+def cuda_objects(ext, folder: Path) -> list[str]:
+    """The .cu files compiled into `folder`, MAX_JOBS at a time."""
+    import torch
+
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+        os.environ["TORCH_CUDA_ARCH_LIST"] = CUDA_ARCHITECTURES
+    flags = [*NVCC_FLAGS, *ext._get_cuda_arch_flags(), *(f"-I{include}" for include in ext.include_paths())]
+    host = shutil.which(os.environ.get("CXX") or "")
+    if host:
+        flags += ["-ccbin", host]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source: Path) -> str:
+        target = str(folder / f"{source.stem}.o")
+        command = [nvcc(), *flags, "-c", str(source), "-o", target]
+        say(shlex.join(command))
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"nvcc failed on {source}\n{done.stdout}")
+        return target
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        return list(pool.map(compiled, sorted(ROOT.glob("csrc/*.cu"))))
+
+
+def modules(ext):
+    found = [cpu_module(ext)]
+    if CUDA == "0":
+        return found
+    reason = why_no_cuda()
+    if reason is None:
+        return [*found, cuda_module(ext)]
+    if CUDA == "1":
+        if BUILD == "require":
+            raise SystemExit(f"gradrep_kernels: GRADREP_CUDA=1, but _C_cuda cannot be built: {reason}")
+        say(f"_C_cuda is not built: {reason}")
+    return found
 
 
 def commands(ext):
@@ -71,7 +172,17 @@ def commands(ext):
             self._or_give_up(super().run)
 
         def build_extension(self, extension):
-            self._or_give_up(lambda: super(Build, self).build_extension(extension), extension.name)
+            self._or_give_up(lambda: self._build(extension), extension.name)
+
+        def _build(self, extension):
+            folder = self.build_temp
+            self.build_temp = os.path.join(folder, extension.name)  # both modules have a module.o
+            try:
+                if extension.name.endswith("._C_cuda"):
+                    extension.extra_objects = cuda_objects(ext, Path(self.build_temp))
+                super().build_extension(extension)
+            finally:
+                self.build_temp = folder
 
         def _or_give_up(self, build, name="the kernels"):
             try:
@@ -88,8 +199,13 @@ def commands(ext):
     return {"build_ext": Build.with_options(no_python_abi_suffix=False)}
 
 
-ext = None if BUILD == "none" else cpp_extension()
-if ext is None:
-    setup()
-else:
-    setup(ext_modules=[cpu_module(ext)], cmdclass=commands(ext), options={"bdist_wheel": {"py_limited_api": "cp310"}})
+def main():
+    ext = None if BUILD == "none" else cpp_extension()
+    if ext is None:
+        setup()
+    else:
+        setup(ext_modules=modules(ext), cmdclass=commands(ext), options={"bdist_wheel": {"py_limited_api": "cp310"}})
+
+
+if __name__ == "__main__":  # the compile gate of the tests imports this file to compile as the build does
+    main()

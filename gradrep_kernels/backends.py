@@ -45,12 +45,15 @@ def _module(name: str) -> ModuleType | str:
         return f"{type(error).__name__}: {error}"
 
 
-def _compiled(module: str, device_type: str, how: str) -> Callable[[str, str], Callable]:
-    """A loader of kernels that registered themselves with torch when their module was imported."""
+def _compiled(module: str, device_type: str, how: str, missing: Callable[[], str | None] = lambda: None) -> Callable[[str, str], Callable]:
+    """A loader of kernels that registered themselves with torch when their module was imported; `missing` says what this machine lacks."""
 
     def load(op: str, device: str) -> Callable:
         if device != device_type:
             raise Unavailable(f"its kernels are for {device_type} tensors")
+        reason = missing()
+        if reason is not None:
+            raise Unavailable(reason)
         found = _module(module)
         if isinstance(found, str):
             raise Unavailable(f"gradrep_kernels.{module} is not usable ({found}); {how}")
@@ -60,6 +63,12 @@ def _compiled(module: str, device_type: str, how: str) -> Callable[[str, str], C
         return getattr(cpp_impl, op, registered) if module == "_C" else registered
 
     return load
+
+
+def _no_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return "torch is not a CUDA build here"
+    return None if torch.cuda.is_available() else "torch sees no GPU here"
 
 
 def _triton(op: str, device: str) -> Callable:
@@ -79,7 +88,7 @@ LOADERS: dict[str, Callable[[str, str], Callable]] = {
     "reference": _reference,
     "cpp": _compiled("_C", "cpu", _BUILD),
     "triton": _triton,
-    "cuda": _compiled("_C_cuda", "cuda", _BUILD_CUDA),
+    "cuda": _compiled("_C_cuda", "cuda", _BUILD_CUDA, _no_cuda),
 }
 
 
