@@ -1,7 +1,8 @@
-"""Compile a Triton kernel ahead of time, for GPUs that need not be there, and read what the compiler made of it."""
+"""Compile kernels ahead of time, in Triton or CUDA, for GPUs that need not be there, and read what the compiler made of them."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import tempfile
@@ -11,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import triton
+from torch.utils import cpp_extension
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -23,6 +26,7 @@ TARGETS = {
 }
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_USAGE = re.compile(r"\b(REG|STACK|LOCAL|SHARED):(\d+)")
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _AMDGCN = re.compile(r"^\t([a-z]+_[a-z0-9_]+)\b", re.MULTILINE)
 
@@ -55,7 +59,7 @@ class Compiled:
     @property
     def double_precision(self) -> int:
         """Instructions that compute in fp64, or convert from or to it."""
-        return self.count(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)|(F2F|I2F|F2I|FRND|MUFU)\S*64|v_\w*f64")
+        return self.count(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)|(F2F|I2F|F2I|FRND)\S*F64|MUFU\S*64|v_\w*f64")  # I2F.U64 is of an integer
 
     @property
     def contracted(self) -> int:
@@ -84,6 +88,48 @@ def compile_variant(kernel: Any, types: Mapping[str, str], constants: Mapping[st
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        usage, sass = (subprocess.run([_CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True) for flag in ("-res-usage", "-sass"))
-    facts = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
-    return Compiled(target, facts["REG"], facts["STACK"] + facts["LOCAL"], built.metadata.shared, Counter(_SASS.findall(sass.stdout)), built.asm["ptx"])
+        usage, sass = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
+    facts = {name: int(n) for name, n in _USAGE.findall(usage)}
+    return Compiled(target, facts["REG"], facts["STACK"] + facts["LOCAL"], built.metadata.shared, Counter(_SASS.findall(sass)), built.asm["ptx"])
+
+
+def _cuobjdump(*arguments: str) -> str:
+    done = subprocess.run([_CUOBJDUMP, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+# -- CUDA
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def setup_py():
+    """The build script, for nvcc and its flags."""
+    spec = importlib.util.spec_from_file_location("gradrep_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _by_kernel(text: str, head: str) -> dict[str, str]:
+    """Parts of a listing, by the mangled name that each begins with."""
+    parts = re.split(head, text)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def compile_cuda(folder: Path, targets: tuple[str, ...]) -> tuple[list[str], dict[tuple[str, str], Compiled]]:
+    """Objects of all .cu files, made as the build makes them, and (mangled name of a kernel, target) -> what nvcc made of it."""
+    numbers = [f"{target[3:-1]}.{target[-1]}" for target in targets]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(numbers) + "+PTX")
+        objects = setup_py().cuda_objects(cpp_extension, folder)
+    found = {}
+    for made in objects:
+        ptx = _by_kernel(_cuobjdump("-ptx", made), r"\.entry (\w+)\(")  # of the last target
+        for target in targets:
+            sass = _by_kernel(_cuobjdump("-sass", "-arch", target, made), r"Function : (\w+)")
+            for name, usage in _by_kernel(_cuobjdump("-res-usage", "-arch", target, made), r"Function (\w+):").items():
+                facts = {fact: int(n) for fact, n in _USAGE.findall(usage)}
+                instructions = Counter(_SASS.findall(sass[name]))
+                found[name, target] = Compiled(target, facts["REG"], facts["STACK"] + facts["LOCAL"], facts["SHARED"], instructions, ptx[name])
+    return objects, found

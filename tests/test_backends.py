@@ -44,6 +44,25 @@ def test_a_request_that_cannot_be_met_says_why(name):
         backends.implementation("rep_sgd_step", device)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_says_why():
+    why = "torch is not a CUDA build here" if torch.version.cuda is None else "torch sees no GPU here"
+    assert {row["cuda"] for row in backends.report(("cuda",))} == {why}
+    with gr.use_backend("cuda"), pytest.raises(RuntimeError, match=f"cannot serve joint_histogram on cuda: {why}"):
+        backends.implementation("joint_histogram", "cuda")
+
+
+def test_a_gpu_takes_cuda_first_then_triton(monkeypatch):
+    available = {"cuda": ("joint_histogram",), "triton": ("joint_histogram", "rep_sgd_step"), "reference": tuple(ops.OPS)}
+
+    def load(backend, op, device):
+        return (backend,) if op in available.get(backend, ()) else f"{backend} has no {op}"
+
+    monkeypatch.setattr(backends, "_load", load)
+    with gr.use_backend("auto"):
+        assert [backends.implementation(op, "cuda") for op in ("joint_histogram", "rep_sgd_step", "rep_grad_norm")] == [("cuda",), ("triton",), ("reference",)]
+
+
 def test_unknown_name():
     with pytest.raises(ValueError, match="one of auto, reference, cpp, triton, cuda, got 'fast'"), gr.use_backend("fast"):
         pass

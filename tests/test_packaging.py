@@ -136,6 +136,40 @@ def test_install_without_torch_tells_how_to_get_the_kernels(source, tmp_path):
     assert "pip install torch, then pip install --no-build-isolation gradrep_kernels" in told
 
 
+CUDA_ASKED_FOR = {
+    # switches besides GRADREP_CUDA: whether the build goes on, what it says
+    "required": (dict(GRADREP_CUDA="1", GRADREP_BUILD="require"), False, "GRADREP_CUDA=1, but _C_cuda cannot be built: nvcc is not found; set CUDA_HOME"),
+    "wanted": (dict(GRADREP_CUDA="1"), True, "_C_cuda is not built: nvcc is not found"),
+    "if it can be": (dict(GRADREP_CUDA="auto"), True, ""),
+}
+
+
+@pytest.mark.parametrize("case", CUDA_ASKED_FOR)
+def test_cuda_without_nvcc(source, tmp_path, case):
+    """Loud when asked for, quiet when absent."""
+    switches, goes_on, says = CUDA_ASKED_FOR[case]
+    told = run(sys.executable, "setup.py", "--version", env=environment(CUDA_HOME=str(tmp_path), **switches), cwd=source, ok=goes_on)
+    assert says in told
+    assert bool(says) == ("_C_cuda" in told)
+
+
+def test_a_cuda_build_that_fails_does_not_lose_the_cpu_kernels(source, tmp_path):
+    copy = shutil.copytree(source, tmp_path / "source")
+    (tmp_path / "bin").mkdir()
+    broken = tmp_path / "bin" / "nvcc"
+    broken.write_text("#!/bin/sh\n[ $1 = --version ] && echo release 13.0 || { echo 'ptxas: out of order'; exit 1; }\n")
+    broken.chmod(0o755)
+    (copy / "csrc" / "module.cpp").rename(copy / "csrc" / "kept.cpp")  # in its place and those of all kernels something that is built at once
+    for file in copy.glob("csrc/*.cpp"):
+        file.unlink() if file.name != "kept.cpp" else file.rename(copy / "csrc" / "module.cpp")
+    env = environment(CUDA_HOME=str(tmp_path), GRADREP_CUDA="1")
+    told = run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", env=env, cwd=copy)
+    assert "gradrep_kernels._C_cuda could not be built (RuntimeError: nvcc failed on " in told
+    assert [file.name for file in copy.glob("gradrep_kernels/*.so")] == ["_C.abi3.so"]
+    told = run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", env={**env, "GRADREP_BUILD": "require"}, cwd=copy, ok=False)
+    assert "ptxas: out of order" in told
+
+
 @pytest.mark.parametrize("switch", ["GRADREP_BUILD", "GRADREP_CUDA"])
 def test_unknown_switch(source, switch):
     told = run(sys.executable, "setup.py", "--version", env=environment(**{switch: "sometimes"}), cwd=source, ok=False)
