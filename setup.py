@@ -11,6 +11,7 @@ nvcc is called here and not by torch's BuildExtension, which builds no module at
 and torch is a CPU build or of another CUDA release. The headers of a CPU build suffice, and so does nvcc without a GPU.
 """
 
+import functools
 import os
 import re
 import shlex
@@ -138,18 +139,17 @@ def cuda_objects(ext, folder: Path) -> list[str]:
     if host:
         flags += ["-ccbin", host]
     folder.mkdir(parents=True, exist_ok=True)
-
-    def compiled(source: Path) -> str:
-        target = str(folder / f"{source.stem}.o")
-        command = [nvcc(), *flags, "-c", str(source), "-o", target]
+    sources = sorted(ROOT.glob("csrc/*.cu"))
+    objects = [str(folder / f"{source.stem}.o") for source in sources]
+    commands = [[nvcc(), *flags, "-c", str(source), "-o", made] for source, made in zip(sources, objects)]
+    for command in commands:
         say(shlex.join(command))
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"nvcc failed on {source}\n{done.stdout}")
-        return target
-
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        return list(pool.map(compiled, sorted(ROOT.glob("csrc/*.cu"))))
+        run = functools.partial(subprocess.run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for source, done in zip(sources, pool.map(run, commands)):
+            if done.returncode != 0:
+                raise RuntimeError(f"nvcc failed on {source}\n{done.stdout}")
+    return objects
 
 
 def modules(ext):

@@ -152,6 +152,9 @@ void each_launch(const Work& work, const std::vector<Displacement>& displacement
 
 // ---- a block's part of it
 
+GRADREP_HD GRADREP_INLINE int32_t lesser_of(int32_t a, int64_t b) { return a < b ? a : static_cast<int32_t>(b); }
+GRADREP_HD GRADREP_INLINE bool within(int32_t n, int64_t size) { return static_cast<uint32_t>(n) < static_cast<uint32_t>(size); }  // 0 <= n < size
+
 struct Tile {
   int64_t image;
   int32_t images, row, rows;
@@ -175,32 +178,33 @@ struct Share {
     slab = block / w.groups;
     tile = w.tiles * slab / w.slabs;
     tile_end = w.tiles * (slab + 1) / w.slabs;
-    channels = static_cast<int32_t>(w.map.channels - channel < w.channels_together ? w.map.channels - channel : w.channels_together);
-    count = w.displacements - first < w.group ? w.displacements - first : w.group;
+    channels = lesser_of(w.channels_together, w.map.channels - channel);
+    count = lesser_of(w.group, w.displacements - first);
   }
 
   GRADREP_HD Tile tile_at(int64_t n) const {
     const int64_t image = n / work.bands * work.images_together;
     const auto row = static_cast<int32_t>(n % work.bands) * work.rows_together;
-    const int64_t images = work.map.images - image;
-    const int32_t rows = work.rows - row;
-    return {image, images < work.images_together ? static_cast<int32_t>(images) : work.images_together, row, rows < work.rows_together ? rows : work.rows_together};
+    return {image, lesser_of(work.images_together, work.map.images - image), row, lesser_of(work.rows_together, work.rows - row)};
   }
 
   // Neighbouring threads take neighbouring channels, then neighbouring columns.
   GRADREP_HD uint32_t places(int32_t lines) const { return static_cast<uint32_t>(lines) * work.columns * work.channels_together; }
   GRADREP_HD Place place(uint32_t n) const {
     const uint32_t pixel = work.by_channels.quotient(n), line = work.by_columns.quotient(pixel);
-    return {static_cast<int32_t>(n - pixel * work.by_channels.by), static_cast<int32_t>(line), static_cast<int32_t>(pixel - line * work.by_columns.by)};
+    const uint32_t c = n - pixel * work.by_channels.by, column = pixel - line * work.by_columns.by;
+    return {static_cast<int32_t>(c), static_cast<int32_t>(line), static_cast<int32_t>(column)};
   }
 
-  GRADREP_HD const S* plane(int32_t c, int64_t image) const { return work.map.data + image * work.map.image_stride + (channel + c) * work.map.channel_stride; }
+  GRADREP_HD const S* plane(int32_t c, int64_t image) const {
+    return work.map.data + image * work.map.image_stride + (channel + c) * work.map.channel_stride;
+  }
 
   GRADREP_HD T pixel(const S* plane, int32_t row, int32_t column) const {
     row -= work.pad_rows;
     column -= work.pad_columns;
-    const bool inside = static_cast<uint32_t>(row) < work.map.height && static_cast<uint32_t>(column) < work.map.width;
-    return inside ? widen(plane[row * work.map.row_stride + column * work.map.column_stride]) : T(0);
+    if (!within(row, work.map.height) || !within(column, work.map.width)) return T(0);
+    return widen(plane[row * work.map.row_stride + column * work.map.column_stride]);
   }
 
   // visit(channel of the block, number in the group, p, q) for a thread's part of the pairs of a tile that are left. Groups of
@@ -221,7 +225,7 @@ struct Share {
         if (most > 0 && g >= count) continue;
         const Listed d = work.list[first + g];
         const int32_t q_row = row + d.rows, q_column = at.column + d.columns;
-        if (static_cast<uint32_t>(q_row) >= static_cast<uint32_t>(work.rows) || static_cast<uint32_t>(q_column) >= static_cast<uint32_t>(work.columns)) continue;
+        if (!within(q_row, work.rows) || !within(q_column, work.columns)) continue;
         const T q = pixel(values, q_row, q_column);
         if (!(work.remove_near && q == 0)) visit(at.channel, g, p, q);
       }

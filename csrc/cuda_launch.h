@@ -21,7 +21,7 @@ class Launcher {
   }
 
   int64_t most_shared() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
-  int64_t threads_at_once() const { return static_cast<int64_t>(attribute(cudaDevAttrMultiProcessorCount)) * attribute(cudaDevAttrMaxThreadsPerMultiProcessor); }
+  int64_t threads_at_once() const { return int64_t{attribute(cudaDevAttrMultiProcessorCount)} * attribute(cudaDevAttrMaxThreadsPerMultiProcessor); }
 
   // Memory until the launcher ends; torch keeps it for this stream's later work.
   template <typename T>
@@ -37,7 +37,7 @@ class Launcher {
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
     int blocks = 0;
     STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared));
-    return static_cast<int64_t>(blocks) * attribute(cudaDevAttrMultiProcessorCount);
+    return int64_t{blocks} * attribute(cudaDevAttrMultiProcessorCount);
   }
 
   template <typename Work>

@@ -26,10 +26,11 @@ struct HistogramLauncher : Launcher {
 Tensor joint_histogram_cuda(Tensor x, std::vector<int64_t> displacements, Tensor ranges, Tensor bins, int64_t max_bins, std::vector<int64_t> padding,
                             bool remove_near) {
   const auto pairs = check_pairs("joint_histogram", x, displacements, padding);
-  check_binning(x, pairs.size(), ranges, bins, max_bins);
+  const auto count = static_cast<int64_t>(pairs.size());
+  check_binning(x, count, ranges, bins, max_bins);
   ranges = torch::stable::contiguous(ranges);
   bins = torch::stable::contiguous(bins);
-  Tensor counts = torch::stable::new_zeros(x, {x.size(1), static_cast<int64_t>(pairs.size()), max_bins, max_bins}, torch::headeronly::ScalarType::Long);
+  Tensor counts = torch::stable::new_zeros(x, {x.size(1), count, max_bins, max_bins}, torch::headeronly::ScalarType::Long);
   const HistogramLauncher launch(x);
   visit_dtype("joint_histogram", x, [&](auto stored) {
     using S = decltype(stored);

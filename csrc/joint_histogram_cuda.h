@@ -29,20 +29,22 @@ struct HistogramWork : PairWork<S> {
   struct alignas(4 * sizeof(S)) Quad {
     S pixels[4];
   };
+  static constexpr int64_t kCellBytes = sizeof(uint32_t);
   static constexpr int64_t kTableBytes = 72 << 10;   // of a block: three on a multiprocessor with 228 KiB, two with 164
   static constexpr int64_t kTileBytes = 8 << 10;
   static constexpr int64_t kGroup = 32;  // displacements of a block at most
 
   GRADREP_HD int32_t cells() const { return max_bins * max_bins; }  // of the result; below 2^30, see kMaxBins
   GRADREP_HD int32_t table_cells() const { return (max_bins + 1) * (max_bins + 1); }
-  GRADREP_HD int64_t channel_groups() const { return static_cast<int64_t>(this->channels_together) * this->group; }
-  GRADREP_HD int64_t tables_at() const { return (channel_groups() * 2 * static_cast<int64_t>(sizeof(Binning<T>)) + 15) / 8 * 8; }  // a flag before them
-  GRADREP_HD int64_t tile_at_byte() const { return tables_at() + (private_tables ? channel_groups() * table_cells() * static_cast<int64_t>(sizeof(uint32_t)) : 0); }
-  int64_t shared_bytes() const { return tile_at_byte() + (tiled ? static_cast<int64_t>(this->channels_together) * plane : 0); }
+  // Where in a block's shared memory they are, in bytes: binnings, a flag, tables, the tile.
+  GRADREP_HD int64_t tables() const { return int64_t{this->channels_together} * this->group; }
+  GRADREP_HD int64_t tables_at() const { return (tables() * 2 * static_cast<int64_t>(sizeof(Binning<T>)) + 15) / 8 * 8; }
+  GRADREP_HD int64_t tile_at() const { return tables_at() + (private_tables ? tables() * table_cells() * kCellBytes : 0); }
+  int64_t shared_bytes() const { return tile_at() + (tiled ? int64_t{this->channels_together} * plane : 0); }
 
   // Once the displacements are known; `most_shared`: bytes that a block can have.
   void plan(int64_t most_shared) {
-    const int64_t table = table_cells() * static_cast<int64_t>(sizeof(uint32_t)), room = std::min(kTableBytes, most_shared / 2);
+    const int64_t table = table_cells() * kCellBytes, room = std::min(kTableBytes, most_shared / 2);
     private_tables = table + 64 <= most_shared;  // 64: what else a block has with one channel and one displacement
     tiled = false;
     if (!private_tables) return this->take_groups(kGroup);
@@ -60,7 +62,7 @@ struct HistogramWork : PairWork<S> {
       down = std::max(down, to.rows);
       gap = std::max({gap, to.columns, -to.columns});
     }
-    const int64_t wide = words(static_cast<int64_t>(this->columns) + gap) * 4, margin = before() + gap + 16, reach = static_cast<int64_t>(up) + down;
+    const int64_t wide = words(int64_t{this->columns} + gap) * 4, margin = before() + gap + 16, reach = int64_t{up} + down;
     // A band has at least as many rows as are read again for the next one.
     const int64_t wanted = std::max(kTileBytes / this->channels_together / wide, std::min<int64_t>(this->rows, 2 * reach + 1));
     const int64_t lines = std::min((most_bytes - margin) / wide, wanted);
@@ -69,9 +71,10 @@ struct HistogramWork : PairWork<S> {
     this->take_lines(lines < this->rows ? lines - reach : lines);
     pitch = static_cast<int32_t>(wide);
     stored_rows = std::min(this->rows, this->rows_together + up + down);
-    plane = static_cast<int32_t>((words(this->images_together * static_cast<int64_t>(stored_rows) * pitch + margin - 8) | 1) * 4);  // odd: on unlike banks
+    const int64_t all_rows = int64_t{this->images_together} * stored_rows;
+    plane = static_cast<int32_t>((words(all_rows * pitch + margin - 8) | 1) * 4);  // odd: channels begin on unlike banks
     by_words = Division(words(this->columns));
-    by_lines = Division(static_cast<int64_t>(this->images_together) * this->rows_together);
+    by_lines = Division(int64_t{this->images_together} * this->rows_together);
     by_stored_rows = Division(stored_rows);
     const FeatureMap<S>& x = this->map;
     by_quads = Division(words(x.width));
@@ -101,7 +104,7 @@ struct HistogramBlock : Share<S> {
         binnings(reinterpret_cast<Binning<T>*>(shared)),
         unlike(reinterpret_cast<uint32_t*>(shared + w.tables_at()) - 1),
         tables(reinterpret_cast<uint32_t*>(shared + w.tables_at())),
-        numbers(reinterpret_cast<uint8_t*>(shared + w.tile_at_byte())) {}
+        numbers(reinterpret_cast<uint8_t*>(shared + w.tile_at())) {}
 
   GRADREP_HD void prepare(int thread) const {
     if (thread == 0) *unlike = 0;
@@ -116,7 +119,7 @@ struct HistogramBlock : Share<S> {
       binnings[i] = b;
     }
     if (work.private_tables)
-      for (int64_t i = thread; i < static_cast<int64_t>(this->channels) * this->count * work.table_cells(); i += kThreads) tables[i] = 0;
+      for (int64_t i = thread; i < int64_t{this->channels} * this->count * work.table_cells(); i += kThreads) tables[i] = 0;
   }
 
   // Padding no smaller than the radius and nothing dropped: one range per channel, so each pixel has one bin number.
@@ -142,8 +145,8 @@ struct HistogramBlock : Share<S> {
 
   // Bin numbers of a tile and of the rows around it that its pairs reach, four pixels of a row at a time.
   GRADREP_HD void fill(const Tile& tile, int thread) const {
-    const int32_t from = stored_from(tile), end = tile.row + tile.rows + work.down, lines = tile.images * ((end < work.rows ? end : work.rows) - from);
-    const uint32_t all = static_cast<uint32_t>(lines) * work.by_quads.by * work.by_channels.by;
+    const int32_t from = stored_from(tile), end = lesser_of(work.rows, tile.row + tile.rows + work.down);
+    const uint32_t all = static_cast<uint32_t>(tile.images * (end - from)) * work.by_quads.by * work.by_channels.by;
     const auto width = static_cast<int32_t>(work.map.width);
 #pragma unroll 2
     for (uint32_t n = thread; n < all; n += kThreads) {
@@ -154,7 +157,7 @@ struct HistogramBlock : Share<S> {
       const int32_t row = from + static_cast<int32_t>(line) - image * work.stored_rows - work.pad_rows;
       const S* at = this->plane(c, tile.image + image) + row * work.map.row_stride + column * work.map.column_stride;
       T values[4] = {};  // zeros above and below the image
-      if (static_cast<uint32_t>(row) < work.map.height) {
+      if (within(row, work.map.height)) {
         if (work.quads_lie_together) {
           const auto read = *reinterpret_cast<const typename HistogramWork<S>::Quad*>(at);
           for (int j = 0; j < 4; ++j) values[j] = widen(read.pixels[j]);
@@ -188,7 +191,7 @@ struct HistogramBlock : Share<S> {
       uint32_t* table = tables + static_cast<int32_t>(c) * this->count * work.table_cells();
       for (int32_t g = 0; g < this->count; ++g, table += work.table_cells()) {
         const Listed d = work.list[this->first + g];
-        if (static_cast<uint32_t>(row + d.rows) >= static_cast<uint32_t>(work.rows)) continue;
+        if (!within(row + d.rows, work.rows)) continue;
         const int32_t q_at = at + d.rows * work.pitch + d.columns;
         const uint64_t both = static_cast<uint64_t>(fours[(q_at >> 2) + 1]) << 32 | fours[q_at >> 2];
         const auto q = static_cast<uint32_t>(both >> (q_at & 3) * 8);

@@ -8,7 +8,7 @@
 #define GRADREP_NAME(name) GRADREP_QUOTED(name)
 
 PyMODINIT_FUNC GRADREP_INIT(TORCH_EXTENSION_NAME)(void) {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, GRADREP_NAME(TORCH_EXTENSION_NAME), "Kernels of gradrep_kernels", -1, nullptr, nullptr, nullptr, nullptr,
-                                   nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, GRADREP_NAME(TORCH_EXTENSION_NAME), "Kernels of gradrep_kernels", -1, nullptr, nullptr,
+                                   nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

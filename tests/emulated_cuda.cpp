@@ -109,7 +109,8 @@ void emulate_as(const Arguments& a, const Emulator& emulator) {
                           a.strides[0],               a.strides[1], a.strides[2], a.strides[3]};
   auto* ranges = static_cast<Arithmetic<S>*>(a.ranges);
   if (a.bins == nullptr) return pair_ranges_launches(map, displacements, a.pad_rows, a.pad_columns, a.remove_near, ranges, a.result, emulator);
-  joint_histogram_launches(map, displacements, ranges, a.bins, a.max_bins, a.pad_rows, a.pad_columns, a.remove_near, a.result, emulator.facts.most_shared, emulator);
+  joint_histogram_launches(map, displacements, ranges, a.bins, a.max_bins, a.pad_rows, a.pad_columns, a.remove_near, a.result, emulator.facts.most_shared,
+                           emulator);
 }
 
 }  // namespace
