@@ -116,7 +116,7 @@ struct RangeWork : PairWork<S> {
 
   using PairWork<S>::PairWork;
 
-  int64_t shared_bytes() const { return this->channels_together * kGroup * static_cast<int64_t>(4 * sizeof(Key<T>) + sizeof(Count)); }
+  int64_t shared_bytes() const { return this->channels_together * kGroup * static_cast<int64_t>(4 * sizeof(Key<T>) + sizeof(uint32_t)); }
 };
 
 template <typename S>
@@ -124,11 +124,14 @@ struct RangeBlock : Share<S> {
   using T = Arithmetic<S>;
   static constexpr int kGroup = RangeWork<S>::kGroup;
   const RangeWork<S>& work;
-  Count* left;   // [channels_together, kGroup]
-  Key<T>* ends;  // [channels_together, kGroup, 4]
+  Key<T>* ends;    // [channels_together, kGroup, 4]
+  uint32_t* left;  // [channels_together, kGroup]; a slab has fewer than 2^31 pixels
 
   GRADREP_HD RangeBlock(const RangeWork<S>& w, int64_t block, char* shared)
-      : Share<S>(w, block), work(w), left(reinterpret_cast<Count*>(shared)), ends(reinterpret_cast<Key<T>*>(left + w.channels_together * kGroup)) {}
+      : Share<S>(w, block),
+        work(w),
+        ends(reinterpret_cast<Key<T>*>(shared)),
+        left(reinterpret_cast<uint32_t*>(ends + w.channels_together * kGroup * 4)) {}
 
   GRADREP_HD void prepare(int thread) const {
     for (int i = thread; i < work.channels_together * kGroup; i += kThreads) left[i] = 0;
@@ -156,7 +159,7 @@ struct RangeBlock : Share<S> {
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
       if (kept[g] == 0) continue;
-      add(left + first + g, static_cast<Count>(kept[g]));
+      add(left + first + g, kept[g]);
       for (int e = 0; e < 4; ++e) raise(ends + (first + g) * 4 + e, key_of(extrema[g][e]));
     }
   }
@@ -169,7 +172,7 @@ struct RangeBlock : Share<S> {
       const int64_t row = work.row(this->channel + c, this->first + g);
       for (int e = 0; e < 4 && left[i] > 0; ++e) raise(work.ends + row * 4 + e, ends[i * 4 + e]);
       if (work.remove_near)
-        add(work.n + row, left[i]);
+        add(work.n + row, static_cast<Count>(left[i]));
       else if (this->slab == 0)
         work.n[row] = static_cast<Count>(work.images * work.pairs(d.rows, d.columns));
     }
