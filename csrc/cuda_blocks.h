@@ -122,7 +122,7 @@ struct PairWork {
 
   // Slabs to keep `blocks_at_once` blocks busy and no more (each adds to the result once), of fewer than 2^31 pixels.
   void take_slabs(int64_t blocks_at_once) {
-    const int64_t pixels = images_together * static_cast<int64_t>(rows_together) * columns;
+    const int64_t pixels = int64_t{images_together} * rows_together * columns;
     const int64_t wanted = std::max(blocks_at_once / (channel_blocks * groups), tiles / std::max<int64_t>(1, INT32_MAX / pixels) + 1);
     slabs = std::clamp<int64_t>(wanted, 1, tiles);
   }

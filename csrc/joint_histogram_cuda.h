@@ -30,7 +30,7 @@ struct HistogramWork : PairWork<S> {
     S pixels[4];
   };
   static constexpr int64_t kCellBytes = sizeof(uint32_t);
-  static constexpr int64_t kTableBytes = 72 << 10;   // of a block: three on a multiprocessor with 228 KiB, two with 164
+  static constexpr int64_t kTableBytes = 72 << 10;  // of a block: all of 7x7 with up to 26 bins; with a tile two or three blocks fit into 228 KiB
   static constexpr int64_t kTileBytes = 8 << 10;
   static constexpr int64_t kGroup = 32;  // displacements of a block at most
 
@@ -125,21 +125,21 @@ struct HistogramBlock : Share<S> {
   // Padding no smaller than the radius and nothing dropped: one range per channel, so each pixel has one bin number.
   GRADREP_HD void compare(int thread) const {
     for (int32_t i = thread; i < this->channels * this->count * 2; i += kThreads) {
-      const Binning<T> mine = binnings[i], its = binnings[i / (2 * this->count) * (2 * this->count)];
+      const Binning<T> mine = binnings[i], its = binning_of(i / (2 * this->count));
       if (!(mine.lo == its.lo && mine.inv == its.inv && mine.top == its.top)) raise(unlike, 1u);
     }
   }
 
   GRADREP_HD int32_t stored_from(const Tile& tile) const { return tile.row > work.up ? tile.row - work.up : 0; }
 
-  GRADREP_HD uint8_t number(int32_t c, T v) const { return static_cast<uint8_t>(bin_number(v, binnings[c * 2 * this->count])); }
+  GRADREP_HD Binning<T> binning_of(int32_t c) const { return binnings[c * 2 * this->count]; }  // of all pixels of a channel, if there is one
 
   // What is the same in all tiles: the padding left and right of the images, and the gaps.
   GRADREP_HD void frame(int thread) const {
     for (int32_t i = thread; i < this->channels * work.plane; i += kThreads) {
       const int32_t c = i / work.plane, at = i % work.plane - work.before(), line = at / work.pitch;
       const bool inside = at >= 0 && at % work.pitch < work.columns && line < work.images_together * work.stored_rows;
-      numbers[i] = inside ? number(c, 0) : static_cast<uint8_t>(work.max_bins);
+      numbers[i] = static_cast<uint8_t>(inside ? bin_number(T(0), binning_of(c)) : work.max_bins);
     }
   }
 
@@ -156,7 +156,8 @@ struct HistogramBlock : Share<S> {
       const auto image = static_cast<int32_t>(work.by_stored_rows.quotient(line));
       const int32_t row = from + static_cast<int32_t>(line) - image * work.stored_rows - work.pad_rows;
       const S* at = this->plane(c, tile.image + image) + row * work.map.row_stride + column * work.map.column_stride;
-      T values[4] = {};  // zeros above and below the image
+      const Binning<T> its = binning_of(c);  // read before the numbers are written, which might be anything to a compiler
+      T values[4] = {};                      // zeros above and below the image
       if (within(row, work.map.height)) {
         if (work.quads_lie_together) {
           const auto read = *reinterpret_cast<const typename HistogramWork<S>::Quad*>(at);
@@ -168,7 +169,7 @@ struct HistogramBlock : Share<S> {
       }
       uint8_t* to = numbers + c * work.plane + work.before() + static_cast<int32_t>(line) * work.pitch + work.pad_columns + column;
       for (int j = 0; j < 4; ++j)
-        if (column + j < width) to[j] = number(c, values[j]);
+        if (column + j < width) to[j] = static_cast<uint8_t>(bin_number(values[j], its));
     }
   }
 
