@@ -310,10 +310,14 @@ def test_division(library, divisor):
 @pytest.mark.parametrize("kind", ["relu", "sparse", "constant", "zeros"])
 def test_many_pixels(ops, kind):
     """Cells that many threads want at once."""
-    for shape in ((500, 9, 32, 32), (2000, 3, 7, 7), (2, 2, 300, 301)):
-        for layout in ("contiguous", "channels_last"):
-            for remove_near in (False, True):
-                check(ops, make(kind, shape, torch.float32), HALF_3X3, [1, 1], remove_near, layout=layout)
+    for shape, layout in (
+        ((300, 3, 32, 32), "contiguous"),
+        ((50, 9, 32, 32), "channels_last"),
+        ((1000, 3, 7, 7), "contiguous"),
+        ((2, 1, 300, 301), "contiguous"),
+    ):
+        for remove_near in (False, True):
+            check(ops, make(kind, shape, torch.float32), HALF_3X3, [1, 1], remove_near, layout=layout)
 
 
 @on_gpu
