@@ -81,8 +81,10 @@ struct FeatureMap {  // [N, C, H, W], strides in elements
   int64_t image_stride, channel_stride, row_stride, column_stride;
 };
 
+constexpr int64_t kSmall = 64;  // planes of fewer pixels are worked on many at a time: a call for each would cost more than its work
+
 // Rows of the planes of some channels of one image as contiguous arrays: in place where they lie so, else copied (and
-// transposed) into a scratch array of this reader.
+// transposed) into a scratch array of this reader. Copied small planes follow one another.
 template <typename S>
 class PlaneReader {
  public:
@@ -112,7 +114,7 @@ class PlaneReader {
       pitch_ = map_.channel_stride;
       return;
     }
-    pitch_ = odd_lines<S>(rows * map_.width);
+    pitch_ = rows * map_.width < kSmall ? rows * map_.width : odd_lines<S>(rows * map_.width);
     copy_.resize(channels * pitch_);
     base_ = copy_.data();
     if (map_.channel_stride == 1)
@@ -122,6 +124,7 @@ class PlaneReader {
   }
 
   const S* plane(int64_t k) const { return base_ + k * pitch_; }
+  int64_t pitch() const { return pitch_; }
 
  private:
   void gather(const S* from, int64_t channels, int64_t rows) {
@@ -184,15 +187,16 @@ class PlaneReader {
 
 // ---- images of one channel, stacked into one flat array
 
-// Between the rows and between the images lie gaps as wide as the displacements reach, filled with a mark that says "no
-// pixel here". So q = p + displacement is one flat offset, valid everywhere, and loops over pairs need no boundary test.
+// Between the rows and between the images lie gaps as wide as the displacements reach, filled with what says "no pixel
+// here". So q = p + displacement is one flat offset, valid everywhere, and loops over pairs need no boundary test.
 struct ImageStack {
-  int64_t height, width;           // of an image, padding included
+  int64_t height, width;           // of an image
   int64_t gap_rows, gap_columns;
 
   int64_t pitch() const { return width + gap_columns; }
   int64_t image() const { return (height + gap_rows) * pitch(); }
-  int64_t margin() const { return gap_rows * pitch() + gap_columns; }  // before the first image and after the last
+  int64_t reach() const { return gap_rows * pitch() + gap_columns; }  // no offset is larger
+  int64_t margin() const { return 2 * reach(); }                      // before the first image and after the last: loops may start and end in a gap
   int64_t size(int64_t images) const { return images * image() + 2 * margin(); }
   int64_t at(int64_t image_number, int64_t row, int64_t column) const { return margin() + image_number * image() + row * pitch() + column; }
   int64_t offset(const Displacement& d) const { return d.rows * pitch() + d.columns; }
@@ -208,22 +212,25 @@ inline ImageStack make_stack(int64_t height, int64_t width, const std::vector<Di
   return stack;
 }
 
-// Rows that follow one another -> rows `pitch` apart, n elements at a time (n <= width). Rows are short: a call of memcpy for
-// each would cost more than the copy.
+// Planes of rows that follow one another -> rows `pitch` apart in planes `plane_pitch` apart, n elements at a time (n <= width).
+// Rows are short: a call of memcpy for each would cost more than the copy.
 template <int n, typename E>
-void spread_rows_by(const E* from, int64_t rows, int64_t width, E* to, int64_t pitch) {
-  for (int64_t y = 0; y < rows; ++y, from += width, to += pitch) {
-    int64_t x = 0;
-    for (; x + n <= width; x += n) std::memcpy(to + x, from + x, n * sizeof(E));
-    if (x < width) std::memcpy(to + width - n, from + width - n, n * sizeof(E));
+void spread_planes_by(const E* from, int64_t planes, int64_t rows, int64_t width, E* to, int64_t plane_pitch, int64_t pitch) {
+  for (int64_t plane = 0; plane < planes; ++plane, to += plane_pitch) {
+    E* row = to;
+    for (int64_t y = 0; y < rows; ++y, from += width, row += pitch) {
+      int64_t x = 0;
+      for (; x + n <= width; x += n) std::memcpy(row + x, from + x, n * sizeof(E));
+      if (x < width) std::memcpy(row + width - n, from + width - n, n * sizeof(E));
+    }
   }
 }
 
 template <typename E>
-void spread_rows(const E* from, int64_t rows, int64_t width, E* to, int64_t pitch) {
-  if (width >= 16) return spread_rows_by<16>(from, rows, width, to, pitch);
-  if (width >= 4) return spread_rows_by<4>(from, rows, width, to, pitch);
-  spread_rows_by<1>(from, rows, width, to, pitch);
+void spread_planes(const E* from, int64_t planes, int64_t rows, int64_t width, E* to, int64_t plane_pitch, int64_t pitch) {
+  const auto by = width >= 16 ? spread_planes_by<16, E> : width >= 8 ? spread_planes_by<8, E> : width >= 4 ? spread_planes_by<4, E>
+                  : width >= 2 ? spread_planes_by<2, E> : spread_planes_by<1, E>;
+  by(from, planes, rows, width, to, plane_pitch, pitch);
 }
 
 // ---- splitting of work

@@ -23,33 +23,53 @@ struct HistogramArguments {  // of the op, checked: see reference/joint_histogra
   int64_t* counts;  // [C, D, max_bins, max_bins], zeros on entry
 };
 
-// ---- values -> bin numbers; with `zeros_drop`, a zero becomes `none`
+// ---- values -> bin numbers; with `zeros_drop`, a zero becomes `none`: the number after the last bin
+
+template <bool zeros_drop, typename T, typename Bin>
+GRADREP_INLINE Bin quantised(T v, const Binning<T>& binning) {
+  const auto number = static_cast<Bin>(bin_number(v, binning));
+  return zeros_drop && v == 0 ? static_cast<Bin>(static_cast<Bin>(binning.top) + 1) : number;
+}
 
 template <bool zeros_drop, typename S, typename T, typename Bin>
-GRADREP_INLINE void quantise_loop(const S* __restrict values, int64_t n, const S* ahead, const Binning<T>& binning, Bin none, Bin* __restrict numbers) {
-  const auto quantise = [&](int64_t i) {
-    const T v = widen(values[i]);
-    const auto number = static_cast<Bin>(bin_number(v, binning));
-    numbers[i] = zeros_drop && v == 0 ? none : number;
-  };
+GRADREP_INLINE void quantise_loop(const S* __restrict values, int64_t n, const S* ahead, const Binning<T>& binning, Bin* __restrict numbers) {
   constexpr int64_t step = 64;
   int64_t i = 0;
   for (; i + step <= n; i += step) {
     prefetch_all(ahead + i, step);
-    for (int64_t j = 0; j < step; ++j) quantise(i + j);
+    for (int64_t j = 0; j < step; ++j) numbers[i + j] = quantised<zeros_drop, T, Bin>(widen(values[i + j]), binning);
   }
-  for (; i < n; ++i) quantise(i);
+  for (; i < n; ++i) numbers[i] = quantised<zeros_drop, T, Bin>(widen(values[i]), binning);
+}
+
+// A binning for each value, as three arrays.
+template <typename T>
+struct Binnings {
+  const T *lo, *inv, *top;
+};
+
+template <bool zeros_drop, typename S, typename T, typename Bin>
+GRADREP_INLINE void quantise_each_loop(const S* __restrict values, int64_t n, const S* ahead, const Binnings<T>& binnings, Bin* __restrict numbers) {
+  prefetch_all(ahead, n);
+  const T *__restrict lo = binnings.lo, *__restrict inv = binnings.inv, *__restrict top = binnings.top;
+  for (int64_t i = 0; i < n; ++i) numbers[i] = quantised<zeros_drop, T, Bin>(widen(values[i]), Binning<T>{lo[i], inv[i], top[i]});
 }
 
 // target_clones does not work on templates, so each loop is stamped out as a plain function.
 #define GRADREP_STAMP_QUANTISE(S, T, Bin)                                                                                                        \
-  GRADREP_CLONES inline void quantise(const S* __restrict values, int64_t n, const S* ahead, Binning<T> binning, Bin none,                       \
-                                      Bin* __restrict numbers) {                                                                                 \
-    quantise_loop<false>(values, n, ahead, binning, none, numbers);                                                                              \
+  GRADREP_CLONES inline void quantise(const S* __restrict values, int64_t n, const S* ahead, Binning<T> binning, Bin* __restrict numbers) {      \
+    quantise_loop<false>(values, n, ahead, binning, numbers);                                                                                    \
   }                                                                                                                                              \
-  GRADREP_CLONES inline void quantise_nonzeros(const S* __restrict values, int64_t n, const S* ahead, Binning<T> binning, Bin none,              \
+  GRADREP_CLONES inline void quantise_nonzeros(const S* __restrict values, int64_t n, const S* ahead, Binning<T> binning,                        \
                                                Bin* __restrict numbers) {                                                                        \
-    quantise_loop<true>(values, n, ahead, binning, none, numbers);                                                                               \
+    quantise_loop<true>(values, n, ahead, binning, numbers);                                                                                     \
+  }                                                                                                                                              \
+  GRADREP_CLONES inline void quantise(const S* __restrict values, int64_t n, const S* ahead, Binnings<T> binnings, Bin* __restrict numbers) {    \
+    quantise_each_loop<false>(values, n, ahead, binnings, numbers);                                                                              \
+  }                                                                                                                                              \
+  GRADREP_CLONES inline void quantise_nonzeros(const S* __restrict values, int64_t n, const S* ahead, Binnings<T> binnings,                      \
+                                               Bin* __restrict numbers) {                                                                        \
+    quantise_each_loop<true>(values, n, ahead, binnings, numbers);                                                                               \
   }
 #define GRADREP_STAMP_QUANTISE_DTYPES(Bin)   \
   GRADREP_STAMP_QUANTISE(float, float, Bin)   \
@@ -59,79 +79,90 @@ GRADREP_INLINE void quantise_loop(const S* __restrict values, int64_t n, const S
 GRADREP_STAMP_QUANTISE_DTYPES(uint8_t)
 GRADREP_STAMP_QUANTISE_DTYPES(uint16_t)
 
-// ---- bin numbers -> counts
+// ---- bin numbers -> cell numbers, a chunk at a time. With vectors, ahead of the counting: one by one it took 0.08 ns of 0.26 a pair.
+
+constexpr int64_t kChunk = 1024;  // even
+
+GRADREP_CLONES inline void pair_cells(const uint8_t* __restrict p, const uint8_t* __restrict q, int64_t n, uint16_t pitch, uint16_t* __restrict cells) {
+  for (int64_t i = 0; i < n; ++i) cells[i] = static_cast<uint16_t>(p[i] * pitch + q[i]);
+}
+
+GRADREP_CLONES inline void triangle_cells(const uint8_t* __restrict a, const uint8_t* __restrict b, const uint8_t* __restrict c, int64_t n, uint16_t pitch,
+                                          uint16_t* __restrict cells) {
+  for (int64_t i = 0; i < n; ++i) cells[i] = static_cast<uint16_t>((a[i] * pitch + b[i]) * pitch + c[i]);
+}
+
+// ---- cell numbers -> counts
 
 // A table per displacement and parity of the pixel: where all data fall into one cell, each increment waits for the one
-// before it in the same table. Tables have a row and a column for the mark between images, so every read counts something.
+// before it in the same table.
 struct Tables {
-  int64_t pitch, size;  // cells of a row, of a table
+  int64_t pitch, size;  // cells of a row (at most 256: a cell's number fits uint16_t), of a table
 
-  explicit Tables(int64_t max_bins) : pitch(max_bins + 1), size(odd_lines<uint32_t>(pitch * pitch)) {}
+  explicit Tables(int64_t pitch) : pitch(pitch), size(odd_lines<uint32_t>(pitch * pitch)) {}
   int64_t cells(int64_t displacements) const { return 2 * size * displacements; }
 };
 
-// K displacements in one loop: K independent chains of increments hide each other's latency. With `one_p`, the first side
-// is the same array for all.
-template <int K, bool one_p>
+// K displacements in one loop: K independent chains of increments hide each other's latency.
+template <int K>
 void count_loop(const uint8_t* const* p, const uint8_t* const* q, int64_t n, const Tables& layout, uint32_t* tables) {
-  const uint8_t *ps[K], *qs[K];
+  uint16_t cells[K][kChunk];
   uint32_t *even[K], *odd[K];
   for (int k = 0; k < K; ++k) {
-    ps[k] = p[k];
-    qs[k] = q[k];
     even[k] = tables + 2 * k * layout.size;
     odd[k] = even[k] + layout.size;
   }
-  const auto pitch = static_cast<uint32_t>(layout.pitch);
-  int64_t i = 0;
-  for (; i + 2 <= n; i += 2) {
-    for (int k = 0; k < K; ++k) ++even[k][ps[one_p ? 0 : k][i] * pitch + qs[k][i]];
-    for (int k = 0; k < K; ++k) ++odd[k][ps[one_p ? 0 : k][i + 1] * pitch + qs[k][i + 1]];
+  for (int64_t done = 0; done < n; done += kChunk) {
+    const int64_t chunk = std::min(kChunk, n - done);
+    for (int k = 0; k < K; ++k) pair_cells(p[k] + done, q[k] + done, chunk, static_cast<uint16_t>(layout.pitch), cells[k]);
+    int64_t i = 0;
+    for (; i + 2 <= chunk; i += 2) {
+      for (int k = 0; k < K; ++k) ++even[k][cells[k][i]];
+      for (int k = 0; k < K; ++k) ++odd[k][cells[k][i + 1]];
+    }
+    if (i < chunk)
+      for (int k = 0; k < K; ++k) ++even[k][cells[k][i]];
   }
-  if (i < n)
-    for (int k = 0; k < K; ++k) ++even[k][ps[one_p ? 0 : k][i] * pitch + qs[k][i]];
 }
 
-inline void count(int64_t displacements, bool one_p, const uint8_t* const* p, const uint8_t* const* q, int64_t n, const Tables& layout, uint32_t* tables) {
-  const auto loop = [&](auto k) { (one_p ? count_loop<k, true> : count_loop<k, false>)(p, q, n, layout, tables); };
-  switch (displacements) {
-    case 1: return loop(std::integral_constant<int, 1>());
-    case 2: return loop(std::integral_constant<int, 2>());
-    case 3: return loop(std::integral_constant<int, 3>());
-    default: return loop(std::integral_constant<int, 4>());
-  }
+inline void count(int64_t displacements, const uint8_t* const* p, const uint8_t* const* q, int64_t n, const Tables& layout, uint32_t* tables) {
+  const auto loops = {count_loop<1>, count_loop<2>, count_loop<3>, count_loop<4>};
+  loops.begin()[displacements - 1](p, q, n, layout, tables);
 }
 
 // Stores bound the loop above: one increment a cycle. Where one of four displacements is the sum of two others, the three
 // pairs among the pixels a, b = a + first, c = b + second need one increment between them: of cell (a, b, c) of a cube, summed
-// over each side later. That leaves 2 increments of 4: 0.16 ns a pair instead of 0.26. Cells are uint16_t to stay in cache.
+// over each side later. That leaves 2 increments of 4. Cells are uint16_t to stay in cache.
 struct Cube {
-  static constexpr int64_t kMostBins = 31;         // two cubes of 64 KiB
+  static constexpr int64_t kMostPitch = 32;         // two cubes of 64 KiB
   static constexpr int64_t kRoom = 2 * UINT16_MAX;  // pixels that cannot overflow a cell of two cubes
 
   int64_t size;  // cells
 
-  explicit Cube(int64_t max_bins) : size(odd_lines<uint16_t>((max_bins + 1) * (max_bins + 1) * (max_bins + 1))) {}
+  explicit Cube(int64_t pitch) : size(odd_lines<uint16_t>(pitch * pitch * pitch)) {}
 };
 
 // Counts displacements first, second, first + second in the cubes and `other` in the tables; b runs over all pixels.
 inline void count_triangle(const uint8_t* b, int64_t n, int64_t first, int64_t second, int64_t other, const Tables& layout, uint16_t* even_cube,
                            const Cube& cube, uint32_t* even_table) {
-  const uint8_t *a = b - first, *c = b + second, *q = b + other;
+  uint16_t triangles[kChunk], pairs[kChunk];
   uint16_t* odd_cube = even_cube + cube.size;
   uint32_t* odd_table = even_table + layout.size;
-  const auto pitch = static_cast<uint32_t>(layout.pitch), square = pitch * pitch;
-  int64_t i = 0;
-  for (; i + 2 <= n; i += 2) {
-    const uint32_t even_row = b[i] * pitch, odd_row = b[i + 1] * pitch;
-    ++even_cube[a[i] * square + even_row + c[i]];
-    ++even_table[even_row + q[i]];
-    ++odd_cube[a[i + 1] * square + odd_row + c[i + 1]];
-    ++odd_table[odd_row + q[i + 1]];
-  }
-  if (i < n) {
-    ++even_cube[a[i] * square + b[i] * pitch + c[i]];
-    ++even_table[b[i] * pitch + q[i]];
+  for (int64_t done = 0; done < n; done += kChunk, b += kChunk) {
+    const int64_t chunk = std::min(kChunk, n - done);
+    triangle_cells(b - first, b, b + second, chunk, static_cast<uint16_t>(layout.pitch), triangles);
+    pair_cells(b, b + other, chunk, static_cast<uint16_t>(layout.pitch), pairs);
+    int64_t i = 0;
+    for (; i + 2 <= chunk; i += 2) {
+      ++even_cube[triangles[i]];
+      ++even_table[pairs[i]];
+      ++odd_cube[triangles[i + 1]];
+      ++odd_table[pairs[i + 1]];
+    }
+    if (i < chunk) {
+      ++even_cube[triangles[i]];
+      ++even_table[pairs[i]];
+    }
   }
 }
 
@@ -159,7 +190,7 @@ GRADREP_CLONES inline void move_tables(uint32_t* __restrict tables, Tables layou
                                        int64_t max_bins) {
   for (int64_t p = 0; p < bins; ++p) {
     const uint32_t *even = tables + p * layout.pitch, *odd = even + layout.size;
-    for (int64_t q = 0; q < bins; ++q) counts[p * max_bins + q] += static_cast<int64_t>(even[q]) + odd[q];
+    for (int64_t q = 0; q < bins; ++q) counts[p * max_bins + q] += even[q] + odd[q];
     if (remove_near) counts[p * max_bins + p] = 0;
   }
   std::memset(tables, 0, layout.cells(1) * sizeof *tables);
@@ -173,7 +204,7 @@ inline void count_wide(const uint16_t* p, const uint16_t* q, int64_t n, int32_t 
 
 // ---- one task
 
-// Bin: uint8_t where all bins and the mark `none` fit it, else uint16_t.
+// Bin: uint8_t where all bins and `none` fit it, else uint16_t.
 template <typename S, typename Bin>
 class HistogramWorker {
  public:
@@ -185,15 +216,28 @@ class HistogramWorker {
         split_(split),
         counts_in_use_(counts_in_use),
         reader_(arguments.map),
-        in_row_(arguments.remove_near ? 0 : arguments.pad_rows),  // zeros around the image are dropped with all the others
-        in_column_(arguments.remove_near ? 0 : arguments.pad_columns),
-        stack_(make_stack(arguments.map.height + 2 * in_row_, arguments.map.width + 2 * in_column_, arguments.displacements)),
-        layout_(kWide ? 0 : arguments.max_bins),
-        cube_(!kWide && arguments.max_bins <= Cube::kMostBins ? arguments.max_bins : 0) {
+        // zeros around the image are dropped with all the others
+        height_(arguments.map.height + (arguments.remove_near ? 0 : 2 * arguments.pad_rows)),
+        width_(arguments.map.width + (arguments.remove_near ? 0 : 2 * arguments.pad_columns)),
+        stack_(make_stack(height_, width_, arguments.displacements)),
+        zeros_between_(!arguments.remove_near && stack_.gap_rows <= arguments.pad_rows && stack_.gap_columns <= arguments.pad_columns),
+        layout_(kWide ? 0 : arguments.max_bins + (zeros_between_ ? 0 : 1)),
+        cube_(layout_.pitch <= Cube::kMostPitch ? layout_.pitch : 0) {
+    if (zeros_between_) {
+      stack_.height = arguments.map.height;
+      stack_.width = arguments.map.width;
+    }
+    in_row_ = (stack_.height - arguments.map.height) / 2;
+    in_column_ = (stack_.width - arguments.map.width) / 2;
     std::vector<int64_t> active;
     for (size_t d = 0; d < a_.displacements.size(); ++d)
-      if (pairs_along(stack_.height, a_.displacements[d].rows) > 0 && pairs_along(stack_.width, a_.displacements[d].columns) > 0) active.push_back(d);
+      if (pairs(a_.displacements[d]) > 0) active.push_back(d);
     groups_ = group_displacements(a_.displacements, active);
+    for (size_t d = 0; d < groups_.order.size(); ++d) {
+      if (zeros_between_) before_ = std::max(before_, offset(d));
+      if (zeros_between_) after_ = std::max(after_, -offset(d));
+      if (groups_.triangular[d / 4] && d % 4 == 0) after_ = std::max(after_, offset(d));
+    }
   }
 
   void run(int64_t task) {
@@ -211,37 +255,43 @@ class HistogramWorker {
   }
 
  private:
+  static constexpr int kMost = 8;  // binnings of a channel in one pass: of both sides of four displacements
+
   struct ChannelBinnings {
-    std::vector<Binning<T>> distinct;
-    std::vector<int32_t> bins;                 // of each distinct one
-    std::vector<std::array<int64_t, 2>> side;  // displacement of the pass, p | q -> its place in `distinct`
+    int count = 0;
+    std::array<Binning<T>, kMost> distinct;
+    std::array<const T*, kMost> range;  // that each was made of, and how many bins
+    std::array<int32_t, kMost> bins;
+    std::array<int, kMost> side;  // displacement of the pass, p | q -> its place in `distinct`; if that holds more than one
+
+    int place(int64_t displacement, int s) const { return count == 1 ? 0 : side[2 * displacement + s]; }
   };
 
   // Row of ranges, bins and counts.
   int64_t row(int64_t c, int64_t d) const { return (channel_ + c) * a_.displacements.size() + groups_.order[d]; }
 
-  // Fills binnings_ for the displacements [begin, end) in the order of the groups; returns the most that a channel needs.
+  // Fills binnings_ for the displacements [begin, end) in the order of the groups; returns the most that a channel needs,
+  // or kMost + 1 if one needs more than kMost.
   int64_t choose_binnings(int64_t begin, int64_t end) {
     binnings_.assign(channels_, {});
-    size_t most = 0;
+    int most = 0;
     for (int64_t c = 0; c < channels_; ++c) {
       ChannelBinnings& mine = binnings_[c];
-      for (int64_t d = begin; d < end; ++d) {
-        const int32_t bins = a_.bins[row(c, d)];
-        mine.side.emplace_back();
-        for (int s = 0; s < 2; ++s) {
-          const T* range = a_.ranges + row(c, d) * 4 + s * 2;
-          const auto wanted = binning(range[0], range[1], bins);
-          size_t k = 0;
-          while (k < mine.distinct.size() && std::memcmp(&mine.distinct[k], &wanted, sizeof wanted) != 0) ++k;
-          if (k == mine.distinct.size()) {
-            mine.distinct.push_back(wanted);
-            mine.bins.push_back(bins);
-          }
-          mine.side.back()[s] = k;
+      for (int64_t side = 0; side < 2 * (end - begin); ++side) {
+        const int64_t from = row(c, begin + side / 2);
+        const T* range = a_.ranges + from * 4 + side % 2 * 2;
+        int k = 0;
+        while (k < mine.count && (mine.bins[k] != a_.bins[from] || std::memcmp(mine.range[k], range, 2 * sizeof *range) != 0)) ++k;
+        if (k == kMost) return kMost + 1;
+        if (k == mine.count) {
+          mine.distinct[k] = binning(range[0], range[1], a_.bins[from]);
+          mine.range[k] = range;
+          mine.bins[k] = a_.bins[from];
+          ++mine.count;
         }
+        if (side < kMost) mine.side[side] = k;
       }
-      most = std::max(most, mine.distinct.size());
+      most = std::max(most, mine.count);
     }
     return most;
   }
@@ -253,16 +303,18 @@ class HistogramWorker {
     stacks_per_channel_ = stacks_per_channel;
     const int64_t first = split_.image(task_), last = split_.image_end(task_);
     // A tile stays in L1 for one channel, in L2 for a block. The tables outlive the tile only if there is one channel.
-    const int64_t room = channels_ == 1 ? 1024 : (int64_t{1} << 21) / (channels_ * stacks_per_channel);
+    const int64_t room = channels_ == 1 ? 8192 / stacks_per_channel : (int64_t{1} << 21) / (channels_ * stacks_per_channel);
     tile_ = std::clamp<int64_t>(room / stack_.image(), 1, last - first);
     prepare_stacks();
+    prepare_small_planes();
     const int64_t groups = (end - begin + 3) / 4;
     if (!kWide) tables_.resize(std::max<size_t>(tables_.size(), layout_.cells(end - begin)));  // zeros: flushing leaves zeros behind
     const int64_t pixels_between_flushes = (channels_ == 1 ? last - first : tile_) * stack_.image();
-    use_cubes_ = !kWide && a_.max_bins <= Cube::kMostBins && pixels_between_flushes > 2 * cube_.size;  // else flushing costs more than it saves
+    use_cubes_ = !kWide && layout_.pitch <= Cube::kMostPitch && pixels_between_flushes > cube_.size;  // else flushing costs more than it saves
     if (use_cubes_) cubes_.resize(std::max<size_t>(cubes_.size(), 2 * cube_.size * groups));
     for (int64_t image = first; image < last; image += tile_) {
       const int64_t images = std::min(tile_, last - image);
+      if (images < tile_) prepare_stacks();  // no images of the tile before behind the last
       fill(image, images);
       const bool flush = channels_ > 1 || image + images == last;
       for (int64_t c = 0; c < channels_; ++c)
@@ -275,62 +327,108 @@ class HistogramWorker {
 
   Bin* stack(int64_t c, int64_t binning) { return stacks_.data() + (c * stacks_per_channel_ + binning) * stack_pitch_; }
 
-  // Marks everywhere, and the padding's bin around each image; the images themselves are filled in tile by tile.
+  Bin zero(int64_t c, int64_t binning) const { return static_cast<Bin>(bin_number(T(0), binnings_[c].distinct[binning])); }
+
+  // Zeros between the images, or `none` between them and zeros around each; the images themselves are filled in tile by tile.
   void prepare_stacks() {
     stack_pitch_ = odd_lines<Bin>(stack_.size(tile_));
     stacks_.resize(channels_ * stacks_per_channel_ * stack_pitch_);
     for (int64_t c = 0; c < channels_; ++c)
-      for (size_t b = 0; b < binnings_[c].distinct.size(); ++b) {
-        std::fill_n(stack(c, b), stack_pitch_, static_cast<Bin>(binnings_[c].bins[b]));
+      for (int b = 0; b < binnings_[c].count; ++b) {
+        std::fill_n(stack(c, b), stack_pitch_, zeros_between_ ? zero(c, b) : static_cast<Bin>(binnings_[c].bins[b]));
         if (in_row_ == 0 && in_column_ == 0) continue;
-        const auto zero = static_cast<Bin>(bin_number(T(0), binnings_[c].distinct[b]));
         for (int64_t image = 0; image < tile_; ++image)
-          for (int64_t y = 0; y < stack_.height; ++y) std::fill_n(stack(c, b) + stack_.at(image, y, 0), stack_.width, zero);
+          for (int64_t y = 0; y < stack_.height; ++y) std::fill_n(stack(c, b) + stack_.at(image, y, 0), stack_.width, zero(c, b));
+      }
+  }
+
+  // Binnings pixel by pixel, for planes that are quantised all at once.
+  void prepare_small_planes() {
+    const int64_t plane = a_.map.height * a_.map.width, n = channels_ * plane;
+    if (plane >= kSmall) return;
+    small_.resize(3 * n * stacks_per_channel_);
+    for (int64_t b = 0; b < stacks_per_channel_; ++b)
+      for (int64_t c = 0; c < channels_; ++c) {
+        const Binning<T>& mine = binnings_[c].distinct[std::min<int64_t>(b, binnings_[c].count - 1)];
+        T* to = small_.data() + 3 * n * b + c * plane;
+        std::fill_n(to, plane, mine.lo);
+        std::fill_n(to + n, plane, mine.inv);
+        std::fill_n(to + 2 * n, plane, mine.top);
       }
   }
 
   void fill(int64_t image, int64_t images) {
     const int64_t together = reader_.rows_together(channels_), width = a_.map.width;
-    numbers_.resize(together * width);
+    const int64_t plane = a_.map.height * width, n = channels_ * plane;
+    numbers_.resize(std::max(together * width, plane < kSmall ? n : 0));
     for (int64_t i = 0; i < images; ++i)
       for (int64_t row = 0; row < a_.map.height; row += together) {
-        const int64_t rows = std::min(together, a_.map.height - row);
+        const int64_t rows = std::min(together, a_.map.height - row), at = stack_.at(i, in_row_ + row, in_column_);
         reader_.read(image + i, channel_, channels_, row, rows);
+        if (rows == a_.map.height && plane < kSmall && (channels_ == 1 || reader_.pitch() == plane)) {
+          for (int64_t b = 0; b < stacks_per_channel_; ++b) {
+            const T* binnings = small_.data() + 3 * n * b;
+            to_numbers(reader_.plane(0), n, reader_.plane(0) + a_.map.image_stride, Binnings<T>{binnings, binnings + n, binnings + 2 * n});
+            spread_planes(numbers_.data(), channels_, rows, width, stack(0, b) + at, stacks_per_channel_ * stack_pitch_, stack_.pitch());
+          }
+          continue;
+        }
         for (int64_t c = 0; c < channels_; ++c)
-          for (size_t b = 0; b < binnings_[c].distinct.size(); ++b) {
+          for (int b = 0; b < binnings_[c].count; ++b) {
             const S* ahead = c + 1 < channels_ ? reader_.plane(c + 1) : reader_.plane(0) + a_.map.image_stride;
-            const Quantise run = a_.remove_near ? static_cast<Quantise>(quantise_nonzeros) : static_cast<Quantise>(quantise);
-            run(reader_.plane(c), rows * width, ahead, binnings_[c].distinct[b], static_cast<Bin>(binnings_[c].bins[b]), numbers_.data());
-            spread_rows(numbers_.data(), rows, width, stack(c, b) + stack_.at(i, in_row_ + row, in_column_), stack_.pitch());
+            to_numbers(reader_.plane(c), rows * width, ahead, binnings_[c].distinct[b]);
+            spread_planes(numbers_.data(), 1, rows, width, stack(c, b) + at, stack_pitch_, stack_.pitch());
           }
       }
   }
 
-  // Where side s of displacement d starts in the stack of its bin numbers.
-  const Bin* side(int64_t c, int64_t d, int s) {
-    return stack(c, binnings_[c].side[d - begin_][s]) + stack_.margin() + (s == 0 ? 0 : offset(d));
+  template <typename Each>
+  void to_numbers(const S* values, int64_t n, const S* ahead, const Each& binning) {
+    if (a_.remove_near)
+      quantise_nonzeros(values, n, ahead, binning, numbers_.data());
+    else
+      quantise(values, n, ahead, binning, numbers_.data());
   }
+
+  // ---- counting: p runs from `before_` pixels before the first of the tile to `after_` behind the last
+
+  int64_t pairs(const Displacement& d) const { return pairs_along(height_, d.rows) * pairs_along(width_, d.columns); }
   int64_t offset(int64_t d) const { return stack_.offset(a_.displacements[groups_.order[d]]); }
+  int64_t places(int64_t images) const { return before_ + images * stack_.image() - stack_.reach() + after_; }
+
+  // Where p, or q, of displacement d starts in the stack of its bin numbers.
+  const Bin* side(int64_t c, int64_t d, int s) {
+    return stack(c, binnings_[c].place(d - begin_, s)) + stack_.margin() - before_ + (s == 0 ? 0 : offset(d));
+  }
+
+  // With zeros between, all pairs with a pixel in them were counted once. What was counted in all, less those that are pairs
+  // of the padded images, had zeros on both sides. The number may be negative.
+  int64_t zeros_missing(int64_t d, int64_t images) const {
+    return zeros_between_ ? images * pairs(a_.displacements[groups_.order[d]]) - places(images) : 0;
+  }
+  int64_t zeros_cell(int64_t c, int64_t d, int64_t pitch) const {
+    return zero(c, binnings_[c].place(d - begin_, 0)) * pitch + zero(c, binnings_[c].place(d - begin_, 1));
+  }
 
   uint32_t* tables(int64_t d) { return tables_.data() + layout_.cells(d - begin_); }
   uint16_t* cubes(int64_t d) { return cubes_.data() + (d - begin_) / 4 * 2 * cube_.size; }
-  bool in_cubes(int64_t c, int64_t d) const { return use_cubes_ && groups_.triangular[d / 4] && binnings_[c].distinct.size() == 1; }
+  bool in_cubes(int64_t c, int64_t d) const { return use_cubes_ && groups_.triangular[d / 4] && binnings_[c].count == 1; }
 
   void count_channel(int64_t c, int64_t images, bool last) {
-    const int64_t n = images * stack_.image();
+    const int64_t n = places(images);
+    if (in_tables_ + n > kTableRoom) flush_tables(c);
     for (int64_t done = 0, step; done < n; done += step) {
-      step = std::min({n - done, kTableRoom - in_tables_, use_cubes_ ? Cube::kRoom - in_cubes_ : n});
+      step = use_cubes_ ? std::min(n - done, Cube::kRoom - in_cubes_) : n;
       for (int64_t d = begin_; d < end_; d += 4)
         if (in_cubes(c, d))
           count_triangle(side(c, d, 0) + done, step, offset(d), offset(d + 1), offset(d + 3), layout_, cubes(d), cube_, tables(d + 3));
         else
           count_pairs(c, d, done, step);
-      const int64_t counted = step + step % 2;  // an even table may have had one more
-      in_tables_ += counted;
-      in_cubes_ += counted;
+      in_cubes_ += step + step % 2;  // the even cube may have had one more
       if (use_cubes_ && in_cubes_ == Cube::kRoom) flush_cubes(c);
-      if (in_tables_ == kTableRoom) flush_tables(c);
     }
+    in_tables_ += n;
+    for (int64_t d = begin_; d < end_; ++d) tables(d)[zeros_cell(c, d, layout_.pitch)] += static_cast<uint32_t>(zeros_missing(d, images));  // modulo 2^32
     if (last) flush_tables(c);
   }
 
@@ -341,7 +439,7 @@ class HistogramWorker {
       p[k] = side(c, d + k, 0) + from;
       q[k] = side(c, d + k, 1) + from;
     }
-    count(together, binnings_[c].distinct.size() == 1, p, q, n, layout_, tables(d));
+    count(together, p, q, n, layout_, tables(d));
   }
 
   void flush_cubes(int64_t c) {
@@ -358,8 +456,10 @@ class HistogramWorker {
   }
 
   void count_channel_wide(int64_t c, int64_t images) {
-    for (int64_t d = begin_; d < end_; ++d)
-      count_wide(side(c, d, 0), side(c, d, 1), images * stack_.image(), a_.bins[row(c, d)], a_.remove_near, counts(c, d), a_.max_bins);
+    for (int64_t d = begin_; d < end_; ++d) {
+      count_wide(side(c, d, 0), side(c, d, 1), places(images), a_.bins[row(c, d)], a_.remove_near, counts(c, d), a_.max_bins);
+      counts(c, d)[zeros_cell(c, d, a_.max_bins)] += zeros_missing(d, images);
+    }
   }
 
   int64_t* counts(int64_t c, int64_t d) { return a_.counts + row(c, d) * a_.max_bins * a_.max_bins; }
@@ -369,24 +469,27 @@ class HistogramWorker {
     return split_.slabs > 1 ? std::unique_lock<std::mutex>(counts_in_use_) : std::unique_lock<std::mutex>();
   }
 
-  using Quantise = void (*)(const S*, int64_t, const S*, Binning<T>, Bin, Bin*);
-  static constexpr int64_t kTableRoom = int64_t{1} << 31;  // pixels that cannot overflow a cell of a table
+  static constexpr int64_t kTableRoom = int64_t{1} << 31;  // pixels that cannot overflow a cell of two tables; more than any plane has
 
   const HistogramArguments<S>& a_;
   const Split& split_;
   std::mutex& counts_in_use_;
   PlaneReader<S> reader_;
-  int64_t in_row_, in_column_;  // where the image lies in its padded one
+  int64_t height_, width_;  // of the padded image
   ImageStack stack_;
+  bool zeros_between_;  // padding reaches as far as the displacements: one gap of zeros serves both neighbours, else padded images lie in gaps of `none`
   Tables layout_;
   Cube cube_;
+  int64_t in_row_, in_column_;  // where the image lies in that of the stack
   DisplacementGroups groups_;  // of the displacements that have pairs
+  int64_t before_ = 0, after_ = 0;
   // of the current task and pass
   int64_t task_ = 0, channel_ = 0, channels_ = 0, begin_ = 0, end_ = 0, tile_ = 0, stacks_per_channel_ = 0, stack_pitch_ = 0;
   int64_t in_cubes_ = 0, in_tables_ = 0;  // pixels counted since the last flush
   bool use_cubes_ = false;
   std::vector<ChannelBinnings> binnings_;
   std::vector<Bin> stacks_, numbers_;
+  std::vector<T> small_;
   std::vector<uint32_t> tables_;
   std::vector<uint16_t> cubes_;
 };

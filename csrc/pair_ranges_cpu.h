@@ -227,7 +227,7 @@ class RangeWorker {
       if (image_end_ - image < tile) pixels_.assign(channels_ * pitch, S{});
       for (int64_t i = 0; i < std::min(tile, image_end_ - image); ++i)
         each_piece_of(image + i, [&](int64_t c, int64_t row, const S* values, int64_t n) {
-          spread_rows(values, n / a_.map.width, a_.map.width, pixels_.data() + c * pitch + stack_.at(i, row, 0), stack_.pitch());
+          spread_planes(values, 1, n / a_.map.width, a_.map.width, pixels_.data() + c * pitch + stack_.at(i, row, 0), pitch, stack_.pitch());
         });
       for (int64_t c = 0; c < channels_; ++c)
         each_displacement([&](int64_t d) {
