@@ -94,6 +94,9 @@ class PlaneReader {
     return (map.width == 1 || map.column_stride == 1) && (map.height == 1 || map.row_stride == map.width);
   }
 
+  // Whether the planes of one image follow one another.
+  static bool planes_follow(const FeatureMap<S>& map) { return reads_in_place(map) && map.channel_stride == map.height * map.width; }
+
   // How many channels are best read together: `bytes` in a row where planes follow one another, else a few lines of each pixel.
   static int64_t channels_together(const FeatureMap<S>& map, int64_t bytes) {
     const int64_t plane_bytes = map.height * map.width * sizeof(S), four_lines = 4 * kLine / sizeof(S);
@@ -238,7 +241,7 @@ void spread_planes(const E* from, int64_t planes, int64_t rows, int64_t width, E
 // Tasks are (block of channels, slab of images). More slabs than one only where blocks alone would leave threads idle.
 struct Split {
   int64_t channels_per_block, blocks, slabs;
-  int64_t images, channels;
+  int64_t images, channels, workers;
 
   int64_t tasks() const { return blocks * slabs; }
   int64_t channel(int64_t task) const { return task / slabs * channels_per_block; }
@@ -250,7 +253,7 @@ struct Split {
 inline Split split_work(int64_t images, int64_t channels, int64_t channels_per_block, int64_t threads) {
   const int64_t blocks = (channels + channels_per_block - 1) / channels_per_block;
   const int64_t slabs = threads <= 1 ? 1 : std::clamp<int64_t>(4 * threads / blocks, 1, images);
-  return {channels_per_block, blocks, slabs, images, channels};
+  return {channels_per_block, blocks, slabs, images, channels, std::min(threads, blocks * slabs)};
 }
 
 // Runs worker(next) on up to `threads` threads; next() gives each of them its next task until it returns `tasks` or more.

@@ -16,7 +16,7 @@ Tensor joint_histogram_cpu(Tensor x, std::vector<int64_t> displacements, Tensor 
   const auto* numbers = static_cast<const int32_t*>(bins.const_data_ptr());
   STD_TORCH_CHECK(std::all_of(numbers, numbers + bins.numel(), [&](int32_t b) { return b >= 1 && b <= max_bins; }),
                   "joint_histogram: bins must be between 1 and max_bins");
-  Tensor counts = torch::stable::new_zeros(x, {x.size(1), count, max_bins, max_bins}, torch::headeronly::ScalarType::Long);
+  Tensor counts = torch::stable::new_empty(x, {x.size(1), count, max_bins, max_bins}, torch::headeronly::ScalarType::Long);
   visit_dtype("joint_histogram", x, [&](auto stored) {
     using S = decltype(stored);
     HistogramArguments<S> arguments{feature_map<S>(x), pairs, static_cast<const Arithmetic<S>*>(ranges.const_data_ptr()), numbers, max_bins, padding[0], padding[1],

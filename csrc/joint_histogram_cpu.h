@@ -20,7 +20,7 @@ struct HistogramArguments {  // of the op, checked: see reference/joint_histogra
   const int32_t* bins;  // [C, D], each from 1 to max_bins
   int64_t max_bins, pad_rows, pad_columns;
   bool remove_near;
-  int64_t* counts;  // [C, D, max_bins, max_bins], zeros on entry
+  int64_t* counts;  // [C, D, max_bins, max_bins], anything on entry
 };
 
 // ---- values -> bin numbers; with `zeros_drop`, a zero becomes `none`: the number after the last bin
@@ -32,14 +32,8 @@ GRADREP_INLINE Bin quantised(T v, const Binning<T>& binning) {
 }
 
 template <bool zeros_drop, typename S, typename T, typename Bin>
-GRADREP_INLINE void quantise_loop(const S* __restrict values, int64_t n, const S* ahead, const Binning<T>& binning, Bin* __restrict numbers) {
-  constexpr int64_t step = 64;
-  int64_t i = 0;
-  for (; i + step <= n; i += step) {
-    prefetch_all(ahead + i, step);
-    for (int64_t j = 0; j < step; ++j) numbers[i + j] = quantised<zeros_drop, T, Bin>(widen(values[i + j]), binning);
-  }
-  for (; i < n; ++i) numbers[i] = quantised<zeros_drop, T, Bin>(widen(values[i]), binning);
+GRADREP_INLINE void quantise_loop(const S* __restrict values, int64_t n, const Binning<T>& binning, Bin* __restrict numbers) {
+  for (int64_t i = 0; i < n; ++i) numbers[i] = quantised<zeros_drop, T, Bin>(widen(values[i]), binning);
 }
 
 // A binning for each value, as three arrays.
@@ -49,28 +43,22 @@ struct Binnings {
 };
 
 template <bool zeros_drop, typename S, typename T, typename Bin>
-GRADREP_INLINE void quantise_each_loop(const S* __restrict values, int64_t n, const S* ahead, const Binnings<T>& binnings, Bin* __restrict numbers) {
-  prefetch_all(ahead, n);
+GRADREP_INLINE void quantise_loop(const S* __restrict values, int64_t n, const Binnings<T>& binnings, Bin* __restrict numbers) {
   const T *__restrict lo = binnings.lo, *__restrict inv = binnings.inv, *__restrict top = binnings.top;
   for (int64_t i = 0; i < n; ++i) numbers[i] = quantised<zeros_drop, T, Bin>(widen(values[i]), Binning<T>{lo[i], inv[i], top[i]});
 }
 
 // target_clones does not work on templates, so each loop is stamped out as a plain function.
-#define GRADREP_STAMP_QUANTISE(S, T, Bin)                                                                                                        \
-  GRADREP_CLONES inline void quantise(const S* __restrict values, int64_t n, const S* ahead, Binning<T> binning, Bin* __restrict numbers) {      \
-    quantise_loop<false>(values, n, ahead, binning, numbers);                                                                                    \
-  }                                                                                                                                              \
-  GRADREP_CLONES inline void quantise_nonzeros(const S* __restrict values, int64_t n, const S* ahead, Binning<T> binning,                        \
-                                               Bin* __restrict numbers) {                                                                        \
-    quantise_loop<true>(values, n, ahead, binning, numbers);                                                                                     \
-  }                                                                                                                                              \
-  GRADREP_CLONES inline void quantise(const S* __restrict values, int64_t n, const S* ahead, Binnings<T> binnings, Bin* __restrict numbers) {    \
-    quantise_each_loop<false>(values, n, ahead, binnings, numbers);                                                                              \
-  }                                                                                                                                              \
-  GRADREP_CLONES inline void quantise_nonzeros(const S* __restrict values, int64_t n, const S* ahead, Binnings<T> binnings,                      \
-                                               Bin* __restrict numbers) {                                                                        \
-    quantise_each_loop<true>(values, n, ahead, binnings, numbers);                                                                               \
+#define GRADREP_STAMP_QUANTISE_BY(S, Binning, Bin)                                                                                   \
+  GRADREP_CLONES inline void quantise(const S* __restrict values, int64_t n, Binning binning, Bin* __restrict numbers) {              \
+    quantise_loop<false>(values, n, binning, numbers);                                                                               \
+  }                                                                                                                                  \
+  GRADREP_CLONES inline void quantise_nonzeros(const S* __restrict values, int64_t n, Binning binning, Bin* __restrict numbers) {     \
+    quantise_loop<true>(values, n, binning, numbers);                                                                                \
   }
+#define GRADREP_STAMP_QUANTISE(S, T, Bin)       \
+  GRADREP_STAMP_QUANTISE_BY(S, Binning<T>, Bin) \
+  GRADREP_STAMP_QUANTISE_BY(S, Binnings<T>, Bin)
 #define GRADREP_STAMP_QUANTISE_DTYPES(Bin)   \
   GRADREP_STAMP_QUANTISE(float, float, Bin)   \
   GRADREP_STAMP_QUANTISE(double, double, Bin) \
@@ -94,6 +82,21 @@ GRADREP_CLONES inline void triangle_cells(const uint8_t* __restrict a, const uin
 
 // ---- cell numbers -> counts
 
+// step(i, parity) for all i < n. Counting leaves the memory idle, so each 16 of them ask for a line of what is read `ahead`:
+// asked for all at once, lines are not fetched.
+template <typename Step>
+GRADREP_INLINE void in_steps(int64_t n, const char* ahead, const Step& step) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16, ahead += kLine) {
+    prefetch_all(ahead, 1);
+    for (int64_t j = i; j < i + 16; j += 2) {
+      step(j, 0);
+      step(j + 1, 1);
+    }
+  }
+  for (; i < n; ++i) step(i, i % 2);
+}
+
 // A table per displacement and parity of the pixel: where all data fall into one cell, each increment waits for the one
 // before it in the same table.
 struct Tables {
@@ -103,31 +106,24 @@ struct Tables {
   int64_t cells(int64_t displacements) const { return 2 * size * displacements; }
 };
 
-// K displacements in one loop: K independent chains of increments hide each other's latency.
+// K displacements in one loop, n <= kChunk: K independent chains of increments hide each other's latency.
 template <int K>
-void count_loop(const uint8_t* const* p, const uint8_t* const* q, int64_t n, const Tables& layout, uint32_t* tables) {
+void count_loop(const uint8_t* const* p, const uint8_t* const* q, int64_t n, const char* ahead, const Tables& layout, uint32_t* tables) {
   uint16_t cells[K][kChunk];
-  uint32_t *even[K], *odd[K];
+  uint32_t* table[K][2];
   for (int k = 0; k < K; ++k) {
-    even[k] = tables + 2 * k * layout.size;
-    odd[k] = even[k] + layout.size;
+    for (int parity = 0; parity < 2; ++parity) table[k][parity] = tables + (2 * k + parity) * layout.size;
+    pair_cells(p[k], q[k], n, static_cast<uint16_t>(layout.pitch), cells[k]);
   }
-  for (int64_t done = 0; done < n; done += kChunk) {
-    const int64_t chunk = std::min(kChunk, n - done);
-    for (int k = 0; k < K; ++k) pair_cells(p[k] + done, q[k] + done, chunk, static_cast<uint16_t>(layout.pitch), cells[k]);
-    int64_t i = 0;
-    for (; i + 2 <= chunk; i += 2) {
-      for (int k = 0; k < K; ++k) ++even[k][cells[k][i]];
-      for (int k = 0; k < K; ++k) ++odd[k][cells[k][i + 1]];
-    }
-    if (i < chunk)
-      for (int k = 0; k < K; ++k) ++even[k][cells[k][i]];
-  }
+  in_steps(n, ahead, [&](int64_t i, int parity) {
+    for (int k = 0; k < K; ++k) ++table[k][parity][cells[k][i]];
+  });
 }
 
-inline void count(int64_t displacements, const uint8_t* const* p, const uint8_t* const* q, int64_t n, const Tables& layout, uint32_t* tables) {
+inline void count(int64_t displacements, const uint8_t* const* p, const uint8_t* const* q, int64_t n, const char* ahead, const Tables& layout,
+                  uint32_t* tables) {
   const auto loops = {count_loop<1>, count_loop<2>, count_loop<3>, count_loop<4>};
-  loops.begin()[displacements - 1](p, q, n, layout, tables);
+  loops.begin()[displacements - 1](p, q, n, ahead, layout, tables);
 }
 
 // Stores bound the loop above: one increment a cycle. Where one of four displacements is the sum of two others, the three
@@ -142,28 +138,18 @@ struct Cube {
   explicit Cube(int64_t pitch) : size(odd_lines<uint16_t>(pitch * pitch * pitch)) {}
 };
 
-// Counts displacements first, second, first + second in the cubes and `other` in the tables; b runs over all pixels.
-inline void count_triangle(const uint8_t* b, int64_t n, int64_t first, int64_t second, int64_t other, const Tables& layout, uint16_t* even_cube,
-                           const Cube& cube, uint32_t* even_table) {
+// Counts displacements first, second, first + second in the cubes and `other` in the tables; b runs over n <= kChunk pixels.
+inline void count_triangle(const uint8_t* b, int64_t n, int64_t first, int64_t second, int64_t other, const char* ahead, const Tables& layout,
+                           uint16_t* cubes, const Cube& cube, uint32_t* tables) {
   uint16_t triangles[kChunk], pairs[kChunk];
-  uint16_t* odd_cube = even_cube + cube.size;
-  uint32_t* odd_table = even_table + layout.size;
-  for (int64_t done = 0; done < n; done += kChunk, b += kChunk) {
-    const int64_t chunk = std::min(kChunk, n - done);
-    triangle_cells(b - first, b, b + second, chunk, static_cast<uint16_t>(layout.pitch), triangles);
-    pair_cells(b, b + other, chunk, static_cast<uint16_t>(layout.pitch), pairs);
-    int64_t i = 0;
-    for (; i + 2 <= chunk; i += 2) {
-      ++even_cube[triangles[i]];
-      ++even_table[pairs[i]];
-      ++odd_cube[triangles[i + 1]];
-      ++odd_table[pairs[i + 1]];
-    }
-    if (i < chunk) {
-      ++even_cube[triangles[i]];
-      ++even_table[pairs[i]];
-    }
-  }
+  triangle_cells(b - first, b, b + second, n, static_cast<uint16_t>(layout.pitch), triangles);
+  pair_cells(b, b + other, n, static_cast<uint16_t>(layout.pitch), pairs);
+  uint16_t* const cubes_by[] = {cubes, cubes + cube.size};
+  uint32_t* const tables_by[] = {tables, tables + layout.size};
+  in_steps(n, ahead, [&](int64_t i, int parity) {
+    ++cubes_by[parity][triangles[i]];
+    ++tables_by[parity][pairs[i]];
+  });
 }
 
 // Both cubes move into the tables of the three displacements.
@@ -301,6 +287,7 @@ class HistogramWorker {
     begin_ = begin;
     end_ = end;
     stacks_per_channel_ = stacks_per_channel;
+    flushes_ = 0;
     const int64_t first = split_.image(task_), last = split_.image_end(task_);
     // A tile stays in L1 for one channel, in L2 for a block. The tables outlive the tile only if there is one channel.
     const int64_t room = channels_ == 1 ? 8192 / stacks_per_channel : (int64_t{1} << 21) / (channels_ * stacks_per_channel);
@@ -321,7 +308,7 @@ class HistogramWorker {
         if constexpr (kWide)
           count_channel_wide(c, images);
         else
-          count_channel(c, images, flush);
+          count_channel(c, image, images, flush);
     }
   }
 
@@ -368,26 +355,37 @@ class HistogramWorker {
         if (rows == a_.map.height && plane < kSmall && (channels_ == 1 || reader_.pitch() == plane)) {
           for (int64_t b = 0; b < stacks_per_channel_; ++b) {
             const T* binnings = small_.data() + 3 * n * b;
-            to_numbers(reader_.plane(0), n, reader_.plane(0) + a_.map.image_stride, Binnings<T>{binnings, binnings + n, binnings + 2 * n});
+            to_numbers(reader_.plane(0), n, Binnings<T>{binnings, binnings + n, binnings + 2 * n});
             spread_planes(numbers_.data(), channels_, rows, width, stack(0, b) + at, stacks_per_channel_ * stack_pitch_, stack_.pitch());
           }
           continue;
         }
         for (int64_t c = 0; c < channels_; ++c)
           for (int b = 0; b < binnings_[c].count; ++b) {
-            const S* ahead = c + 1 < channels_ ? reader_.plane(c + 1) : reader_.plane(0) + a_.map.image_stride;
-            to_numbers(reader_.plane(c), rows * width, ahead, binnings_[c].distinct[b]);
+            to_numbers(reader_.plane(c), rows * width, binnings_[c].distinct[b]);
             spread_planes(numbers_.data(), 1, rows, width, stack(c, b) + at, stack_pitch_, stack_.pitch());
           }
       }
   }
 
   template <typename Each>
-  void to_numbers(const S* values, int64_t n, const S* ahead, const Each& binning) {
+  void to_numbers(const S* values, int64_t n, const Each& binning) {
     if (a_.remove_near)
-      quantise_nonzeros(values, n, ahead, binning, numbers_.data());
+      quantise_nonzeros(values, n, binning, numbers_.data());
     else
-      quantise(values, n, ahead, binning, numbers_.data());
+      quantise(values, n, binning, numbers_.data());
+  }
+
+  // What a chunk of the counting asks for, `chunk` of `chunks` of a tile: as large a part of what will be filled in next, which is
+  // the next tile, or the first of the block that this thread will probably take.
+  const char* ahead(int64_t tile_end, int64_t chunk, int64_t chunks) const {
+    const FeatureMap<S>& map = a_.map;
+    const int64_t run = channels_ * map.height * map.width, piece = std::min<int64_t>(run, kChunk / 16 * kLine / sizeof(S));
+    const bool tile_follows = tile_end < split_.image_end(task_);
+    const int64_t pieces = (run + piece - 1) / piece, at = tile_ * pieces * chunk / chunks;
+    const int64_t image = (tile_follows ? tile_end : split_.image(task_)) + at / pieces;
+    const int64_t channel = channel_ + (tile_follows ? 0 : split_.workers * split_.channels_per_block);
+    return reinterpret_cast<const char*>(map.data + image * map.image_stride + channel * map.channel_stride + at % pieces * piece);
   }
 
   // ---- counting: p runs from `before_` pixels before the first of the tile to `after_` behind the last
@@ -414,16 +412,17 @@ class HistogramWorker {
   uint16_t* cubes(int64_t d) { return cubes_.data() + (d - begin_) / 4 * 2 * cube_.size; }
   bool in_cubes(int64_t c, int64_t d) const { return use_cubes_ && groups_.triangular[d / 4] && binnings_[c].count == 1; }
 
-  void count_channel(int64_t c, int64_t images, bool last) {
-    const int64_t n = places(images);
+  void count_channel(int64_t c, int64_t image, int64_t images, bool last) {
+    const int64_t n = places(images), chunks = (n + kChunk - 1) / kChunk;
     if (in_tables_ + n > kTableRoom) flush_tables(c);
     for (int64_t done = 0, step; done < n; done += step) {
-      step = use_cubes_ ? std::min(n - done, Cube::kRoom - in_cubes_) : n;
+      step = std::min({n - done, kChunk, use_cubes_ ? Cube::kRoom - in_cubes_ : kChunk});
+      const char* soon = ahead(image + images, c * chunks + done / kChunk, channels_ * chunks);
       for (int64_t d = begin_; d < end_; d += 4)
         if (in_cubes(c, d))
-          count_triangle(side(c, d, 0) + done, step, offset(d), offset(d + 1), offset(d + 3), layout_, cubes(d), cube_, tables(d + 3));
+          count_triangle(side(c, d, 0) + done, step, offset(d), offset(d + 1), offset(d + 3), soon, layout_, cubes(d), cube_, tables(d + 3));
         else
-          count_pairs(c, d, done, step);
+          count_pairs(c, d, done, step, soon);
       in_cubes_ += step + step % 2;  // the even cube may have had one more
       if (use_cubes_ && in_cubes_ == Cube::kRoom) flush_cubes(c);
     }
@@ -432,14 +431,14 @@ class HistogramWorker {
     if (last) flush_tables(c);
   }
 
-  void count_pairs(int64_t c, int64_t d, int64_t from, int64_t n) {
+  void count_pairs(int64_t c, int64_t d, int64_t from, int64_t n, const char* soon) {
     const uint8_t *p[4] = {}, *q[4] = {};
     const int64_t together = std::min<int64_t>(4, end_ - d);
     for (int64_t k = 0; k < together; ++k) {
       p[k] = side(c, d + k, 0) + from;
       q[k] = side(c, d + k, 1) + from;
     }
-    count(together, p, q, n, layout_, tables(d));
+    count(together, p, q, n, soon, layout_, tables(d));
   }
 
   void flush_cubes(int64_t c) {
@@ -451,7 +450,11 @@ class HistogramWorker {
   void flush_tables(int64_t c) {
     flush_cubes(c);
     const auto lock = lock_counts();
-    for (int64_t d = begin_; d < end_; ++d) move_tables(tables(d), layout_, a_.bins[row(c, d)], a_.remove_near, counts(c, d), a_.max_bins);
+    const bool first = split_.slabs == 1 && flushes_++ < channels_;  // of this channel in this pass
+    for (int64_t d = begin_; d < end_; ++d) {
+      if (first) std::fill_n(counts(c, d), a_.max_bins * a_.max_bins, 0);
+      move_tables(tables(d), layout_, a_.bins[row(c, d)], a_.remove_near, counts(c, d), a_.max_bins);
+    }
     in_tables_ = 0;
   }
 
@@ -486,6 +489,7 @@ class HistogramWorker {
   // of the current task and pass
   int64_t task_ = 0, channel_ = 0, channels_ = 0, begin_ = 0, end_ = 0, tile_ = 0, stacks_per_channel_ = 0, stack_pitch_ = 0;
   int64_t in_cubes_ = 0, in_tables_ = 0;  // pixels counted since the last flush
+  int64_t flushes_ = 0;                   // of this pass
   bool use_cubes_ = false;
   std::vector<ChannelBinnings> binnings_;
   std::vector<Bin> stacks_, numbers_;
@@ -496,10 +500,22 @@ class HistogramWorker {
 
 // ---- all tasks
 
+template <typename S>
+void clear(const HistogramArguments<S>& arguments) {
+  std::fill_n(arguments.counts, arguments.map.channels * static_cast<int64_t>(arguments.displacements.size()) * arguments.max_bins * arguments.max_bins, 0);
+}
+
 template <typename S, typename Bin, typename Parallel>
 void joint_histogram_tasks(const HistogramArguments<S>& arguments, int64_t threads, const Parallel& parallel) {
-  Split split = split_work(arguments.map.images, arguments.map.channels, PlaneReader<S>::channels_together(arguments.map, 1 << 12), threads);
-  if (std::is_same_v<Bin, uint16_t>) split.slabs = 1;  // it counts without private tables
+  const auto& map = arguments.map;
+  Split split = split_work(map.images, map.channels, PlaneReader<S>::channels_together(map, 1 << 12), threads);
+  constexpr bool wide = std::is_same_v<Bin, uint16_t>;
+  if (wide) split.slabs = 1;  // it counts without private tables
+  // The first tables of a channel that move into its counts clear them, while they are in L1; if there will be such tables.
+  const bool all_clear = !wide && split.slabs == 1 && std::all_of(arguments.displacements.begin(), arguments.displacements.end(), [&](const auto& d) {
+    return pairs_along(map.height, d.rows) > 0 && pairs_along(map.width, d.columns) > 0;
+  });
+  if (!all_clear) clear(arguments);
   std::mutex counts_in_use;
   share_out(split.tasks(), threads, parallel, [&](const auto& next) {
     HistogramWorker<S, Bin> worker(arguments, split, counts_in_use);
@@ -510,7 +526,7 @@ void joint_histogram_tasks(const HistogramArguments<S>& arguments, int64_t threa
 template <typename S, typename Parallel>
 void joint_histogram(const HistogramArguments<S>& arguments, int64_t threads, const Parallel& parallel) {
   const auto& map = arguments.map;
-  if (map.images == 0 || map.channels == 0 || map.height == 0 || map.width == 0) return;
+  if (map.images == 0 || map.channels == 0 || map.height == 0 || map.width == 0) return clear(arguments);
   if (arguments.max_bins < 256)
     joint_histogram_tasks<S, uint8_t>(arguments, threads, parallel);
   else

@@ -168,9 +168,8 @@ class RangeWorker {
   void merge_images(bool places_are_one) {
     const FeatureMap<S>& map = a_.map;
     const int64_t plane = map.height * map.width, images = image_end_ - image_;
-    const bool planes_follow = PlaneReader<S>::reads_in_place(map) && map.channel_stride == plane;
     const S* first = map.data + image_ * map.image_stride + channel_ * map.channel_stride;
-    if (planes_follow && plane < kLanes) {
+    if (PlaneReader<S>::planes_follow(map) && plane <= kLanes) {
       start(plane);
       merge_rows(first, images, map.image_stride, channels_ * plane, least(0), greatest(0));
     } else if (places_are_one && map.channel_stride == 1 && channels_ >= kLanes) {
