@@ -55,6 +55,10 @@ def make(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -
             pass
         case "relu":
             x = x.relu()
+        case "negative":
+            x = -x.abs() - 0.1
+        case "all NaN":
+            x = torch.full(shape, math.nan, dtype=torch.float64)
         case "sparse":
             x = torch.where(chosen < 0.9, 0.0, x.abs())
         case "relu6":
@@ -122,9 +126,16 @@ PAIRS = (
     Pairs("padding below the radius in rows", (4, 5, 11, 10), padding=(0, 1), kind="noise"),
     Pairs("padding below the radius, 5x5", (4, 5, 11, 10), kernel_size=(5, 5), padding=(1, 1), kind="noise"),
     Pairs("padding above the radius", (4, 5, 7, 6), padding=(3, 2), kind="noise"),
+    Pairs("padding far above the radius, one image of one channel", (1, 1, 3, 2), padding=(9, 7), kind="noise"),
+    Pairs("padding above the radius, 300 images of one channel", (300, 1, 7, 6), padding=(2, 3), kind="noise"),
+    Pairs("padding is the largest value", (3, 4, 9, 9), kind="negative"),
+    Pairs("all NaN", (2, 3, 5, 5), kind="all NaN"),
+    Pairs("constant, padding above the radius", (3, 4, 9, 9), kind="constant", padding=(2, 2)),
     Pairs("dilation 2", (4, 5, 11, 10), dilation=(2, 2), padding=(2, 2)),
     Pairs("dilation (1, 3), no padding", (4, 5, 11, 10), dilation=(1, 3), padding=(0, 0)),
     Pairs("3x5", (4, 5, 11, 10), kernel_size=(3, 5), padding=(1, 2)),
+    Pairs("3x5, padding below the radius in columns", (4, 5, 11, 10), kernel_size=(3, 5), padding=(1, 1), kind="noise"),
+    Pairs("3x5, no padding of rows", (4, 5, 11, 10), kernel_size=(3, 5), padding=(0, 1), kind="noise"),
     Pairs("5x3", (4, 5, 11, 10), kernel_size=(5, 3), padding=(2, 1)),
     Pairs("5x5", (4, 5, 11, 10), kernel_size=(5, 5), padding=(2, 2)),
     Pairs("7x7", (6, 3, 20, 20), kernel_size=(7, 7), padding=(3, 3)),
@@ -136,6 +147,15 @@ PAIRS = (
         (3, 4, 7, 8),
         displacements=((0, -1), (-1, 1), (-2, -2), (0, 0), (50, 0), (0, -1), (0, -9), (2, 2)),
     ),
+    Pairs(
+        "negative, repeated and no displacement at all, padding enough",
+        (3, 4, 7, 8),
+        padding=(2, 3),
+        kind="noise",
+        displacements=((0, -1), (-1, 1), (-2, -2), (0, 0), (0, -1), (0, -3), (2, 2), (-1, 0)),
+    ),
+    Pairs("no displacement at all", (3, 4, 7, 8), padding=(0, 0), kind="noise", displacements=((0, 0),)),
+    Pairs("no displacement at all, padded", (3, 4, 7, 8), kind="noise", displacements=((0, 0),)),
     Pairs("one displacement", (3, 4, 7, 8), displacements=((1, -1),)),
     Pairs("three that could share an increment", (3, 4, 7, 8), displacements=((0, 1), (1, 0), (1, 1))),
     Pairs("float64", (3, 4, 9, 11), dtype=torch.float64, kind="noise"),

@@ -118,9 +118,10 @@ def test_the_largest_table():
     assert torch.equal(found.nonzero(), reference.joint_histogram(x, [0, 1], ranges, bins, MAX_BINS // 8, [0, 0], False).nonzero())
 
 
+@pytest.mark.parametrize("padding", [(1, 0), (1, 2)], ids=["little padding", "enough padding"])
 @pytest.mark.parametrize("kind", ["noise", "NaN", "infinities", "wide"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_values_outside_the_ranges(dtype, kind):
+def test_values_outside_the_ranges(dtype, kind, padding):
     """Ranges of other data, reversed, empty and not finite ones: never a bin out of bounds."""
     x = make(kind, (3, 8, 9, 10), dtype)
     displacements = [0, 1, 1, 0]
@@ -130,12 +131,13 @@ def test_values_outside_the_ranges(dtype, kind):
     ranges = torch.tensor(ends, dtype=wide).view(8, 1, 1, 2).expand(8, 2, 2, 2).clone()
     ranges[:, 1, 1] = ranges[:, 1, 1].roll(1, 0)
     for bins in (1, 7, 300):
-        check(x, displacements, [1, 0], False, bins=torch.full((8, 2), bins, dtype=torch.int32), ranges=ranges)
+        check(x, displacements, list(padding), False, bins=torch.full((8, 2), bins, dtype=torch.int32), ranges=ranges)
 
 
 def test_one_channel_is_shared_out_by_images():
     x = make("relu", (500, 1, 12, 12), torch.float32)
     check(x, [0, 1, 1, -1, 1, 0, 1, 1], [1, 1], False, threads=(1, 2, 3, 5))
+    check(x, [0, 1, -1, 1, -1, 0, -1, -1], [3, 2], False, threads=(1, 3))
     check(x, [0, 1, 1, -1, 1, 0, 1, 1], [0, 0], True, threads=(1, 2, 3, 5))
 
 
