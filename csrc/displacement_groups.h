@@ -10,7 +10,7 @@ namespace gradrep {
 
 // Where one displacement is the sum of two others, a, b = a + first and c = b + second make three pairs at once. In a group
 // that says so the order is first, second, first + second, any other; and `first` points forwards in memory, so that going
-// through b in the order of memory, from the first pixel of the images to the last gap behind them, meets every a.
+// through b in the order of memory, from the first pixel of the images to `first` behind the last, meets every a.
 struct DisplacementGroups {
   std::vector<int64_t> order;    // displacement numbers; every four are a group, the last may be smaller
   std::vector<bool> triangular;  // each group
