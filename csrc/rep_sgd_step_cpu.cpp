@@ -260,7 +260,9 @@ struct Row {
   bool first;
   Multiplier<float> mult32;
   Multiplier<double> mult64;
-  void *p, *g, *v;
+  void *p = nullptr, *g = nullptr, *v = nullptr;
+
+  int64_t itemsize() const { return dtype == aoti_torch_dtype_float64() ? 8 : dtype == aoti_torch_dtype_float32() ? 4 : 2; }
 
   void update(const GroupHyper& group_hyper, const float* grad_scale, int64_t begin, int64_t end) const {
     if (dtype == aoti_torch_dtype_float32())
@@ -274,8 +276,8 @@ struct Row {
   }
 };
 
-// Same dtype, shape and strides as the parameter had when its row was made, and on the CPU.
-// Five calls into torch and no more: a step of 62 small tensors asks this 186 times.
+// Same dtype, shape and strides (but for sizes of 1, where a stride says nothing) as the parameter had when its row was made,
+// and on the CPU. Five calls into torch and no more: a step of 62 small tensors asks this 186 times.
 bool matches(const Tensor& t, const Row& row) {
   const AtenTensorHandle handle = t.get();
   int64_t dim, *sizes, *strides;
@@ -285,7 +287,10 @@ bool matches(const Tensor& t, const Row& row) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device));
-  return device == aoti_torch_device_type_cpu() && std::equal(sizes, sizes + dim, row.sizes.begin()) && std::equal(strides, strides + dim, row.strides.begin());
+  if (device != aoti_torch_device_type_cpu()) return false;
+  for (int64_t d = 0; d < dim; ++d)
+    if (sizes[d] != row.sizes[d] || (strides[d] != row.strides[d] && sizes[d] != 1)) return false;
+  return true;
 }
 
 // ---- all parameters
@@ -336,22 +341,26 @@ class Plan {
   bool step(const std::vector<Tensor>& grads, const std::vector<GroupHyper>& hyper, const std::optional<Tensor>& grad_scale,
             const std::optional<Tensor>& found_inf) {
     if (grads.size() != rows_.size()) return false;
+    bool moved = grad_scale.has_value();  // then gradients are written as well
     for (size_t k = 0; k < rows_.size(); ++k) {
       Row& row = rows_[k];
       if (row.group < 0 || row.group >= static_cast<int64_t>(hyper.size())) return false;
       const bool momentum = hyper[row.group].momentum != 0;
       if (!matches(row.param, row) || !matches(grads[k], row) || (momentum && (!row.buffer || !matches(*row.buffer, row)))) return false;
-      row.p = row.param.mutable_data_ptr();
-      row.g = const_cast<void*>(grads[k].const_data_ptr());
-      row.v = momentum ? row.buffer->mutable_data_ptr() : nullptr;
+      void *p = row.param.mutable_data_ptr(), *v = momentum ? row.buffer->mutable_data_ptr() : nullptr;
+      moved = moved || p != row.p || v != row.v;
+      row.p = p;
+      row.v = v;
+      row.g = grad_scale ? grads[k].mutable_data_ptr() : const_cast<void*>(grads[k].const_data_ptr());
     }
+    if (moved) overlapping_ = overlap(grad_scale.has_value());
     if (found_inf && one_float(*found_inf) != 0) return true;
     const float unscale = grad_scale ? one_float(*grad_scale) : 1;
     const float* scale = grad_scale ? &unscale : nullptr;
     const auto run = [&](size_t from, size_t to) {
       for (size_t c = from; c < to; ++c) rows_[chunks_[c].row].update(hyper[rows_[chunks_[c].row].group], scale, chunks_[c].begin, chunks_[c].end);
     };
-    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t threads = overlapping_ ? 1 : torch::stable::get_num_threads();  // what shares memory is stepped one after the other
     if (threads <= 1 || total_ < kChunk) {
       run(0, chunks_.size());
       return true;
@@ -373,9 +382,22 @@ class Plan {
     return std::lower_bound(chunks_.begin(), chunks_.end(), share, [](const Chunk& chunk, int64_t at) { return chunk.before < at; }) - chunks_.begin();
   }
 
+  // Whether two of the arrays that a step writes share memory: parameters made of one tensor, say.
+  bool overlap(bool grads_too) const {
+    std::vector<std::pair<const char*, const char*>> extents;
+    for (const Row& row : rows_)
+      for (const void* begin : {row.p, row.v, grads_too ? row.g : nullptr}) {
+        const auto* first = static_cast<const char*>(begin);
+        if (first != nullptr && row.numel > 0) extents.emplace_back(first, first + row.numel * row.itemsize());
+      }
+    std::sort(extents.begin(), extents.end());
+    return std::adjacent_find(extents.begin(), extents.end(), [](const auto& a, const auto& b) { return b.first < a.second; }) != extents.end();
+  }
+
   std::vector<Row> rows_;
   std::vector<Chunk> chunks_;
   int64_t total_ = 0;
+  bool overlapping_ = false;
 };
 
 void rep_sgd_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers, std::vector<std::optional<Tensor>> scales,

@@ -20,14 +20,15 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
+def lies_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have the same strides, but for sizes of 1, where a stride says nothing."""
+    return a.stride() == b.stride() or all(x == y or n == 1 for x, y, n in zip(a.stride(), b.stride(), a.shape))
+
+
 def takes(p: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
     """Whether the step's kernels take this parameter: all share one dtype they know, one device, and dense strides."""
     others = (grad,) if buffer is None else (grad, buffer)
-    return (
-        p.dtype in DTYPES
-        and is_dense(p)
-        and all(t.dtype == p.dtype and t.device == p.device and t.shape == p.shape and t.stride() == p.stride() for t in others)
-    )
+    return p.dtype in DTYPES and is_dense(p) and all(t.dtype == p.dtype and t.device == p.device and t.shape == p.shape and lies_alike(t, p) for t in others)
 
 
 def rep_sgd_step(params, grads, momentum_buffers, scales, identities, first_steps, groups, hyper, grad_scale=None, found_inf=None) -> None:

@@ -18,10 +18,12 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
 import gradrep_kernels as gr
-from gradrep_kernels import FusedRepSGD, GradMult
+from gradrep_kernels import FusedRepSGD, GradMult, backends
 
 MOMENTUM = {"momentum": 0.9, "weight_decay": 0.01}
 STEADY = 4  # steps after which a cached plan, where there is one, is in use
+
+needs_plan = pytest.mark.skipif(backends.report(("cpu",))[0]["serves"] != "cpp", reason="only the C++ step has a plan")
 
 
 @pytest.fixture(params=["auto", "reference"], autouse=True)
@@ -121,6 +123,46 @@ def test_any_found_inf_that_is_not_zero_skips_the_step(found, steps):
     assert all_equal(before[0], weights(pair.ours))
     assert all_equal(before[1], buffers(pair.opt))
     assert all_equal(before[2], [p.grad for p in pair.ours.parameters()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.bool])
+def test_the_scalers_numbers_in_other_dtypes(dtype):
+    pair = Pair(fused=True, **MOMENTUM)
+    for step in range(2 * STEADY):
+        pair.opt.found_inf = torch.tensor(step == STEADY).to(dtype)
+        pair.opt.grad_scale = torch.tensor(1).to(dtype)
+        if step == STEADY:
+            pair.set_grads(0)
+            pair.opt.step()
+        else:
+            pair.train(1, seed=step)
+    pair.assert_equal()
+
+
+@pytest.mark.parametrize("steps", [0, STEADY])
+def test_unscaling_bumps_the_version_counters_of_gradients(steps):
+    pair = Pair(fused=True, **MOMENTUM)
+    pair.train(steps)
+    pair.set_grads(0)
+    grads = [p.grad for p in pair.ours.parameters()]
+    before = [grad._version for grad in grads]
+    pair.opt.grad_scale, pair.opt.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    pair.opt.step()
+    assert all(grad._version > version for grad, version in zip(grads, before))
+
+
+@pytest.mark.parametrize("steps", [0, STEADY])
+def test_unscaling_leaves_the_origin_of_a_lazy_clone_alone(steps):
+    pair = Pair(fused=True, **MOMENTUM)
+    pair.train(steps)
+    pair.set_grads(0)
+    p = next(pair.ours.parameters())
+    origin = p.grad.clone()
+    p.grad, expected = torch._lazy_clone(origin), origin.clone()
+    pair.opt.grad_scale, pair.opt.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    pair.opt.step()
+    assert torch.equal(origin, expected)
+    assert torch.equal(p.grad, expected / 2)
 
 
 @pytest.mark.parametrize("steps", [0, STEADY])
@@ -658,8 +700,32 @@ def flatten_into_one_buffer(pair):
             at += p.numel()
 
 
+def delete_one_buffer(pair):
+    for opt in (pair.opt, pair.sgd):
+        del opt.state[opt.param_groups[0]["params"][2]]["momentum_buffer"]
+
+
+def exchange_states(pair):
+    """Of two parameters of one shape: the same entries in the same order, under other keys."""
+    for opt in (pair.opt, pair.sgd):
+        same = {}
+        for p in opt.state:
+            same.setdefault(p.shape, []).append(p)
+        p, q = next(alike for alike in same.values() if len(alike) > 1)[:2]
+        entries = {{p: q, q: p}.get(key, key): entry for key, entry in opt.state.items()}
+        opt.state.clear()
+        opt.state.update(entries)
+
+
+def empty_entries(pair):
+    """A look at the defaultdict makes one; whatever else is in it is no concern of the step."""
+    for opt in (pair.opt, pair.sgd):
+        assert opt.state[nn.Parameter(torch.zeros(1))] == {}
+        opt.state["note"] = 5
+
+
 MOVES = [swap_data, swap_storage, to_channels_last, to_and_fro, replace_buffers, swap_buffer_data, drop_one_buffer, clear_state, new_state]
-MOVES += [load_older_state, load_weights, flatten_into_one_buffer]
+MOVES += [load_older_state, load_weights, flatten_into_one_buffer, delete_one_buffer, exchange_states, empty_entries]
 
 
 @pytest.mark.parametrize("move", MOVES)
@@ -669,6 +735,86 @@ def test_after_the_memory_has_moved(move):
     pair.train(STEADY)
     move(pair)
     pair.train(STEADY, seed=20).assert_equal()
+
+
+def to_the_group_before(opt):
+    opt.param_groups[0]["params"].append(opt.param_groups[1]["params"].pop(0))
+
+
+def an_empty_group_in_front(opt):
+    opt.param_groups.insert(0, {**opt.param_groups[0], "params": [], "lr": 10.0})
+
+
+@pytest.mark.parametrize("regroup", [to_the_group_before, an_empty_group_in_front])
+def test_after_a_parameter_has_changed_its_group(regroup):
+    """The same parameters in the same order, with the hyper-parameters of another group."""
+    models = net(torch.float64), net(torch.float64)
+    groups = [[{"params": params[:3], "lr": 0.05}, {"params": params[3:], "lr": 0.2}] for params in (list(model.parameters()) for model in models)]
+    opt, sgd = FusedRepSGD(groups[0], **MOMENTUM), torch.optim.SGD(groups[1], **MOMENTUM, foreach=False)
+    for step in range(2 * STEADY):
+        if step == STEADY:
+            regroup(opt)
+            regroup(sgd)
+        for model, optimizer in zip(models, (opt, sgd)):
+            set_grads(model.parameters(), step)
+            optimizer.step()
+    for p, q in zip(*(model.parameters() for model in models)):
+        assert_close(p, q)
+
+
+def test_parameters_that_share_memory_are_stepped_one_after_the_other(backend):
+    """Threads that share out all parameters must not race: 50 steps of a million elements lost up to 73."""
+    torch.set_num_threads(2)
+
+    def make():
+        base = torch.linspace(-1, 1, 1 << 18, dtype=torch.float64)
+        return [nn.Parameter(base), nn.Parameter(base[:])]
+
+    ours, twin = make(), make()
+    opt, sgd = FusedRepSGD(ours, lr=0.1, momentum=0.9), torch.optim.SGD(twin, lr=0.1, momentum=0.9, foreach=False)
+    for step in range(50):
+        for params, optimizer in ((ours, opt), (twin, sgd)):
+            set_grads(params, step)
+            optimizer.step()
+    assert_close(ours[0], twin[0], 1e-12)
+
+
+@needs_plan
+def test_strides_of_sizes_of_one_say_nothing(backend):
+    """A channels_last input gives the contiguous weight of a 1 x 1 or depthwise convolution a gradient of strides (16, 1, 16, 16)."""
+    weights = [nn.Parameter(torch.randn(8, 16, 1, 1)), nn.Parameter(torch.randn(8, 1, 3, 3))]
+    opt = FusedRepSGD(weights, lr=0.1, momentum=0.9)
+    for _ in range(STEADY):
+        for w in weights:
+            w.grad = torch.randn(w.shape).to(memory_format=torch.channels_last)
+            assert w.grad.stride() != w.stride()
+        opt.step()
+    assert (opt._plan is not None) == (backend == "auto")
+
+
+@pytest.mark.parametrize("look", [lambda opt: opt.state[nn.Parameter(torch.zeros(1))], lambda opt: opt.state.update(note=5)], ids=["entry", "note"])
+@needs_plan
+def test_the_plan_outlives_what_is_no_parameters_state(look, backend):
+    pair = Pair(momentum=0.9)
+    look(pair.opt)
+    pair.train(STEADY)
+    plan = pair.opt._plan
+    pair.train(STEADY)
+    assert pair.opt._plan is plan
+    assert (plan is not None) == (backend == "auto")
+
+
+def test_a_gradient_becomes_sparse():
+    """nn.Embedding(sparse=True), switched on after some steps."""
+    ours, twin = (nn.Embedding(6, 3, dtype=torch.float64, _weight=torch.linspace(0, 1, 18, dtype=torch.float64).view(6, 3)) for _ in range(2))
+    opt, sgd = FusedRepSGD(ours.parameters(), lr=0.1, momentum=0.9), torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    for step in range(2 * STEADY):
+        for model, optimizer in ((ours, opt), (twin, sgd)):
+            model.sparse = step >= STEADY
+            optimizer.zero_grad()
+            model(torch.tensor([1, 4, 1])).pow(2).sum().backward()
+            optimizer.step()
+    assert_close(ours.weight, twin.weight)
 
 
 def test_an_address_that_is_used_again_with_another_size():

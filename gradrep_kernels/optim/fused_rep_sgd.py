@@ -41,6 +41,9 @@ class FusedRepSGD(SGD):
     bf16 and fp16 are computed in float32 and rounded once per stored tensor; products and sums are rounded one by one.
     Where torch.compile traces the step, and with differentiable=True, torch's functional SGD takes M ⊙ g and rounds as it does.
 
+    From its second step on the optimizer holds parameters on the CPU for its kernels too, so torch.utils.swap_tensors refuses
+    them: with torch.__future__.set_swap_module_params_on_conversion(True) convert the model first.
+
     Of sharded parameters (DTensor: FSDP2, tensor parallelism) give the multiplier for the whole weight; make the optimizer
     after the model is sharded. ZeroRedundancyOptimizer cannot pass `grad_mults` on; set them on what each rank holds:
 
@@ -152,7 +155,7 @@ class FusedRepSGD(SGD):
 
     def _forget_plan(self) -> None:
         self._plan: StepPlan | None = None  # the cached steady state of the CPU kernels, see plan.py
-        self._last_step: list[int] = []
+        self._last_step: tuple[int, list[int]] | None = None
 
     def step(self, closure: Callable[[], Any] | None = None):
         """One update of every parameter that has a gradient; returns what `closure` returns."""
@@ -232,11 +235,11 @@ class FusedRepSGD(SGD):
             self._make_plan(work)
 
     def _make_plan(self, work: dict[str, _Work]) -> None:
-        """A plan for the next step, once two steps in a row had the same parameters and all of them suit it."""
+        """A plan for the next step, once two steps in a row had the same parameters and multipliers, and all of them suit it."""
         if work.keys() != {"cpu"} or not StepPlan.wanted() or any(map(is_dtensor, self._params())):
             return
         w, last = work["cpu"], self._last_step
-        self._last_step = list(map(id, w.params))
+        self._last_step = (self._multipliers.version, list(map(id, w.params)))
         if self._last_step != last:
             return
         momentum = [group["momentum"] != 0 for group in self.param_groups]
