@@ -389,6 +389,18 @@ def test_a_checkpoint_whose_grad_mults_are_no_grad_mults():
         opt.load_state_dict({**opt.state_dict(), "grad_mults": {0: {"scale": torch.ones(7), "identity": None}}})
 
 
+@pytest.mark.parametrize("multiplied", [False, True], ids=["none live", "some live"])
+def test_a_checkpoint_with_grad_mults_of_parameters_that_are_not_there(multiplied):
+    opt = Pair(multiplied=multiplied).opt
+    count = len(opt.param_groups[0]["params"])
+    before = opt.state_dict()
+    for position in (-1, count, count + 93):
+        packed = {**before["grad_mults"], position: {"scale": torch.ones(1), "identity": None}}
+        with pytest.raises(ValueError, match=rf"speaks of parameter {position}; this optimizer has {count}"):
+            opt.load_state_dict({**before, "grad_mults": packed}, strict=False)
+    assert opt.state_dict()["grad_mults"].keys() == before["grad_mults"].keys()
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_a_copy_goes_on_by_itself(copied):
     pair = Pair(momentum=0.9, fused=True)

@@ -367,18 +367,19 @@ class FusedRepSGD(SGD):
         the live ones stay. One that lost them on the way (distributed checkpoint drops the key) is told by the number
         `grad_mults_fingerprint` in its groups, and accepted where the live ones have the same.
         """
-        live = self._multipliers.callers(self._params())
+        params = self._params()
+        live = self._multipliers.callers(params)
         restored: dict[int, GradMult] = {}
         problem = None
         if "grad_mults" not in state_dict:
             problem = self._lost(state_dict["param_groups"])
         elif live:
-            problem = self._differences(live, unpack(state_dict["grad_mults"]))
+            problem = self._differences(live, unpack(state_dict["grad_mults"], len(params)))
         else:
-            restored = unpack(state_dict["grad_mults"])
+            restored = unpack(state_dict["grad_mults"], len(params))
         if problem and strict:
             raise ValueError(f"the checkpoint's Grad Mults are not the live ones: {problem}. Set the right ones first, or load with strict=False")
-        checked = [(param, self._checked(param, restored[n])) for n, param in enumerate(self._params()) if n in restored]
+        checked = [(params[n], self._checked(params[n], mult)) for n, mult in restored.items()]
         super().load_state_dict(state_dict)
         if problem:
             warnings.warn(f"the checkpoint's Grad Mults are not the live ones, which stay: {problem}", stacklevel=2)
@@ -399,9 +400,7 @@ class FusedRepSGD(SGD):
         params = self._params()
         found = []
         for n in sorted(live.keys() | saved.keys()):
-            if n >= len(params):
-                found.append(f"parameter {n} does not exist")
-            elif n not in saved:
+            if n not in saved:
                 found.append(f"{self._describe(n)} has none in the checkpoint")
             elif n not in live:
                 found.append(f"{self._describe(n)} has one only in the checkpoint")

@@ -105,10 +105,15 @@ def pack(mults: dict[int, GradMult]) -> dict[int, dict[str, Tensor | None]]:
     return {n: {"scale": mult.scale, "identity": mult.identity} for n, mult in mults.items()}
 
 
-def unpack(packed: Any) -> dict[int, GradMult]:
+def unpack(packed: Any, count: int) -> dict[int, GradMult]:
+    """What `pack` packed, for an optimizer of `count` parameters."""
     if not isinstance(packed, dict):
         raise ValueError(f"state_dict['grad_mults'] must be a dict, got {type(packed).__name__}")
     try:
-        return {int(n): GradMult(parts["scale"], parts["identity"]) for n, parts in packed.items()}
+        mults = {int(n): GradMult(parts["scale"], parts["identity"]) for n, parts in packed.items()}
     except (KeyError, TypeError) as error:
         raise ValueError(f"state_dict['grad_mults'] must hold a 'scale' and an 'identity' per parameter: {error!r}") from None
+    unknown = sorted(n for n in mults if not 0 <= n < count)
+    if unknown:
+        raise ValueError(f"state_dict['grad_mults'] speaks of parameter {unknown[0]}; this optimizer has {count}, numbered from 0")
+    return mults
