@@ -30,6 +30,8 @@ CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"  # where TORCH_CUDA_ARCH_LIST is unset a
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-prec-div=true", "-ftz=false", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
 ROOT = Path(__file__).resolve().parent
+# Also where the package is installed without kernels, or pip kept a wheel of it.
+INSTALL = "pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation PATH-TO-THE-SOURCES"
 
 
 def option(name):
@@ -53,13 +55,9 @@ def cpp_extension():
     except Exception as error:  # a broken torch must not stop a pure Python install either
         if BUILD == "require":
             raise SystemExit(
-                f"gradrep_kernels: GRADREP_BUILD=require, but torch is not importable in the build environment ({error}); "
-                "install torch first and use pip install --no-build-isolation"
+                f"gradrep_kernels: GRADREP_BUILD=require, but torch is not importable in the build environment ({error}); install torch first, then {INSTALL}"
             ) from None
-        say(
-            f"torch is not importable here ({error}), so the package is installed without compiled kernels. "
-            "To get them: pip install torch, then pip install --no-build-isolation gradrep_kernels"
-        )
+        say(f"torch is not importable here ({error}), so the package is installed without compiled kernels. To get them: pip install torch, then {INSTALL}")
         return None
     return cpp_extension
 
@@ -193,7 +191,7 @@ def commands(ext):
                 first_line = (str(error).splitlines() or [""])[0][:200]
                 say(
                     f"{name} could not be built ({type(error).__name__}: {first_line}); the package works without, more slowly. "
-                    "GRADREP_BUILD=require shows the whole error"
+                    f"GRADREP_BUILD=require shows the whole error, as in: GRADREP_BUILD=require {INSTALL}"
                 )
 
     return {"build_ext": Build.with_options(no_python_abi_suffix=False)}

@@ -81,8 +81,10 @@ def _triton(op: str, device: str) -> Callable:
     return getattr(found, op)
 
 
-_BUILD = "build it where torch and a C++ compiler are: GRADREP_BUILD=require pip install --no-build-isolation gradrep_kernels"
-_BUILD_CUDA = "build it where nvcc is: GRADREP_BUILD=require GRADREP_CUDA=1 pip install --no-build-isolation gradrep_kernels"
+# Also where the package is installed without kernels, or pip kept a wheel of it.
+_INSTALL = "pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation PATH-TO-THE-SOURCES"
+_BUILD = f"build it where torch and a C++ compiler are: GRADREP_BUILD=require {_INSTALL}"
+_BUILD_CUDA = f"build it where nvcc is: GRADREP_BUILD=require GRADREP_CUDA=1 {_INSTALL}"
 
 LOADERS: dict[str, Callable[[str, str], Callable]] = {
     "reference": _reference,
