@@ -18,7 +18,7 @@ STAMP := $(VENV)/.ready-$(or $(GRADREP_BUILD),auto)-$(or $(GRADREP_CUDA),auto)
 # torch before anything that depends on it: a bare requirement would fetch the CUDA build.
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(PYTHON) || $(PY) -m venv $(VENV)
-	$(PIP) install --upgrade pip "setuptools>=77" wheel ninja
+	$(PIP) install --upgrade pip setuptools wheel ninja
 	$(PIP) install "$(TORCH)"
 	rm -f gradrep_kernels/_C*.so  # of another GRADREP_BUILD or GRADREP_CUDA
 	$(PIP) install --no-build-isolation -e ".[recipes,test,bench,interop,dev]" "$(TRITON)"

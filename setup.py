@@ -1,4 +1,4 @@
-"""Metadata is in pyproject.toml; this file only decides which native kernels to build.
+"""Metadata is in pyproject.toml; this file decides which native kernels to build.
 
 GRADREP_BUILD = auto (build what the machine can, never fail) | require (fail if a kernel cannot be built) | none
 GRADREP_CUDA  = auto (nvcc is found and torch is a CUDA build) | 1 | 0
@@ -200,9 +200,9 @@ def commands(ext):
 def main():
     ext = None if BUILD == "none" else cpp_extension()
     if ext is None:
-        setup()
+        setup(license="MIT")
     else:
-        setup(ext_modules=modules(ext), cmdclass=commands(ext), options={"bdist_wheel": {"py_limited_api": "cp310"}})
+        setup(license="MIT", ext_modules=modules(ext), cmdclass=commands(ext), options={"bdist_wheel": {"py_limited_api": "cp310"}})
 
 
 if __name__ == "__main__":  # the compile gate of the tests imports this file to compile as the build does

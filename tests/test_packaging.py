@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,14 @@ def test_wheel_serves_every_python_from_3_10(built):
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if name.endswith(".so")] == [name for name in names if name.startswith("gradrep_kernels/_C.") and ".abi3." in name] != []
     assert not [name for name in names if name.startswith(("tests/", "bench/"))]
+
+
+def test_wheel_names_its_license(built):
+    (wheel,) = built.glob("*.whl")
+    archive = zipfile.ZipFile(wheel)
+    files = {Path(name).name: name for name in archive.namelist() if ".dist-info/" in name}
+    assert re.search(r"^License(-Expression)?: MIT$", archive.read(files["METADATA"]).decode(), re.MULTILINE)
+    assert "LICENSE" in files
 
 
 def bare_environment(folder: Path) -> Path:
