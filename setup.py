@@ -21,7 +21,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
+from setuptools.errors import ModuleError
 
 CHOICES = {"GRADREP_BUILD": ("auto", "require", "none"), "GRADREP_CUDA": ("auto", "1", "0")}
 TORCH_TARGET = "0x020b000000000000"  # 2.11
@@ -194,7 +195,19 @@ def commands(ext):
                     f"GRADREP_BUILD=require shows the whole error, as in: GRADREP_BUILD=require {INSTALL}"
                 )
 
-    return {"build_ext": Build.with_options(no_python_abi_suffix=False)}
+    found = {"build_ext": Build.with_options(no_python_abi_suffix=False)}
+    try:
+        BdistWheel = Distribution().get_command_class("bdist_wheel")  # setuptools' own from 70.1 on, before that the package wheel's
+    except ModuleError:
+        return found
+
+    class Wheel(BdistWheel):
+        def get_tag(self):
+            """A wheel without a compiled module is for every platform: cached as one of this platform it would pass for complete."""
+            self.root_is_pure = not any(map(os.path.exists, self.get_finalized_command("build_ext").get_outputs()))
+            return super().get_tag()
+
+    return {**found, "bdist_wheel": Wheel}
 
 
 def main():

@@ -125,6 +125,7 @@ def test_install_without_a_compiler_works_and_says_why(source, tmp_path):
     env = environment(PATH=str(tmp_path / "venv" / "bin"), CXX="")
     told = run(python, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", source, env=env, cwd=tmp_path)
     assert "GRADREP_BUILD=require shows the whole error" in told
+    assert re.search(r"filename=gradrep_kernels-\S+-py3-none-any\.whl", told)  # it must not pass for one with kernels
     output = run(python, "-c", TRAIN, env=env, cwd=tmp_path)
     assert str(tmp_path / "venv") in output
     assert "rep_sgd_step reference | gradrep_kernels._C is not usable (ModuleNotFoundError" in output
