@@ -106,7 +106,7 @@ ON_GPU = [pytest.param(OnGPU(), id=p.id, marks=p.marks) for p in implementations
 
 
 def on_gpu(test):
-    return pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")(pytest.mark.parametrize("ops", ON_GPU or [None])(test))
+    return implementations.on_gpu(pytest.mark.parametrize("ops", ON_GPU or [None])(test))
 
 
 @pytest.fixture(params=["emulated", *ON_GPU])

@@ -13,6 +13,7 @@ import weakref
 import pytest
 import torch
 from cases_optim import Pair, assert_close, batch, dense, mults, net, oracle_step, set_grads
+from implementations import on_gpu
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
@@ -1077,9 +1078,6 @@ class TestCompile:
 # ---- CUDA
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
 def captured(pair: Pair) -> torch.cuda.CUDAGraph:
     """A graph of one step of ours, on the GPU; buffers and what is derived from the multipliers are made before."""
     pair.ours.cuda()
@@ -1102,14 +1100,14 @@ def replay(pair: Pair, graph, steps: int = 3) -> None:
         assert_close(p.cpu(), q, 1e-6)
 
 
-@needs_cuda
+@on_gpu
 @pytest.mark.parametrize("options", [{}, MOMENTUM])
 def test_cuda_graph(options):
     pair = Pair(torch.float32, **options)
     replay(pair, captured(pair))
 
 
-@needs_cuda
+@on_gpu
 def test_cuda_graph_follows_a_tensor_lr(backend):
     if backend == "reference":
         pytest.skip("the reference reads hyper-parameters on the host")
@@ -1123,7 +1121,7 @@ def test_cuda_graph_follows_a_tensor_lr(backend):
     replay(pair, graph)
 
 
-@needs_cuda
+@on_gpu
 def test_models_on_two_kinds_of_device():
     """Some parameters on the CPU, some on the GPU, one scaler."""
     pair = Pair(torch.float32, fused=True, **MOMENTUM)

@@ -12,7 +12,8 @@ from cases_pairs import LAYOUTS, PAIRS, Pairs, laid_out, make, same_bits
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import interpreter
-from test_triton_pair_ranges import DTYPES, MANY, on_gpu
+from implementations import on_gpu
+from test_triton_pair_ranges import DTYPES, MANY
 
 from gradrep_kernels import reference
 from gradrep_kernels.reference.bins import sturges

@@ -13,10 +13,11 @@ from cases_pairs import LAYOUTS, PAIRS, Pairs, laid_out, make, same_bits
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import interpreter
+from implementations import on_gpu
 
 from gradrep_kernels import reference
-from gradrep_kernels.triton_impl import INTERPRETED, pair_ranges, tables
 from gradrep_kernels.triton_impl import bins as rule
+from gradrep_kernels.triton_impl import pair_ranges, tables
 
 
 def assert_ranges(x: torch.Tensor, case: Pairs, op: Callable = pair_ranges) -> None:
@@ -99,7 +100,6 @@ def test_what_goes_to_the_reference():
 
 # ---- on a GPU
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA GPU")
 MANY = (Pairs("many images", (1000, 3, 9, 9)), Pairs("large maps", (2, 2, 300, 301)), Pairs("many of both", (200, 65, 16, 16), kind="noise"))
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import interpreter
+from implementations import on_gpu
 from test_rep_sgd_step import Problem, assert_same_bits
 
 from gradrep_kernels import reference
@@ -158,7 +159,6 @@ def test_without_triton_the_import_says_why(monkeypatch):
 
 # ---- on a GPU
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA GPU")
 SHAPES = [*cases.SHAPES.values(), (64, 48, 3, 3), (300, 70), (5000,)]
 FOUR_GROUPS = [cases.HYPERS[n] for n in (0, 3, 4, 8)]
 
