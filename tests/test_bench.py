@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import subprocess
@@ -242,7 +243,7 @@ def test_numbers(value, shown):
 
 
 def _run(*command: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -282,13 +283,15 @@ def test_gpu_check_says_that_there_is_no_gpu(tmp_path, monkeypatch, capfd):
 
 def test_gpu_check_goes_on_after_a_failure_and_tells_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "gpu_architecture", lambda: None)
-    arguments = ["--dry-run", "--results", str(tmp_path), "--only", "small-run", "tests", "sanitizer", "--test-args", "tests/no_such_file.py"]
+    broken = tmp_path / "test_broken.py"
+    broken.write_text("import pytest\n\n\n@pytest.mark.gpu\ndef test_on_gpu():\n    assert False, 'out of order'\n")
+    arguments = ["--dry-run", "--results", str(tmp_path), "--only", "small-run", "tests", "sanitizer", "--test-args", str(broken)]
     assert gpu_check.main(arguments) == 1
     page = (tmp_path / "summary.md").read_text()
     assert "There is no GPU here" in page
     assert "| small run | passed |" in page
-    assert "| tests | failed |" in page
-    assert "no_such_file" in page.split("## tests")[1]
+    assert "| tests on the GPU | failed |" in page
+    assert "out of order" in page.split("## tests on the GPU")[1]
     assert "| sanitizer | skipped |" in page
 
 
@@ -299,6 +302,20 @@ def test_gpu_check_ends_a_phase_at_its_limit(tmp_path):
     assert run.seconds < 20
     with pytest.raises(ProcessLookupError):
         os.kill(int(run.output.splitlines()[0]), 0)
+
+
+def test_gpu_check_keeps_packages_that_come_by_pythonpath(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "only_here.py").touch()
+    run = gpu_check.Check(tmp_path, True, None, ()).run([sys.executable, "-c", "import only_here, gradrep_kernels; print(gradrep_kernels.__file__)"], 60)
+    assert run.status == 0, run.output
+    assert Path(run.output.strip()).parents[1] == ROOT
+
+
+def test_gpu_check_fits_into_ten_minutes():
+    assert sum(gpu_check.LIMITS.values()) <= gpu_check.DEADLINE  # a phase that takes all it may takes nothing from the next
+    assert gpu_check.DEADLINE + 2 * gpu_check.GRACE < 600
+    assert list(gpu_check.PHASES)[-1] == "other-tests"
 
 
 class _FakeGpu(gpu_check.Check):
@@ -327,8 +344,26 @@ def test_gpu_check_wants_a_test_that_ran_on_the_gpu(tmp_path, cases, state):
     check = _fake_gpu(tmp_path, f"<testsuite>{cases}</testsuite>")
     outcomes = {outcome.phase: outcome.state for outcome in gpu_check.tests(check)}
     assert outcomes["tests on the GPU"] == state
-    assert outcomes["other tests"] == "passed"
-    assert ["cuda" in command for command in check.commands] == [True, False]
+    (command,) = check.commands
+    assert command[command.index("-m", 2) + 1] == "gpu"
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "state"),
+    [(0, "9 passed", "passed"), (1, "FAILED a.py::b", "failed"), (None, "9 passed", "skipped"), (None, "FAILED a.py::b\n1 failed", "failed")],
+    ids=["all ran", "one failed", "no time", "no time, one failed"],
+)
+def test_gpu_check_may_run_out_of_time_for_other_tests_alone(tmp_path, status, output, state):
+    check = _fake_gpu(tmp_path, status=status, output=output)
+    (outcome,) = gpu_check.other_tests(check)
+    assert outcome.state == state
+    (command,) = check.commands
+    assert command[command.index("-m", 2) + 1] == "not gpu"
+    files = {path.name for path in Path(ROOT, "tests").glob("test_*.py")}
+    left_out = [argument.removeprefix("--ignore-glob=tests/") for argument in command if argument.startswith("--ignore-glob=")]
+    assert all(any(fnmatch.fnmatch(file, pattern) for file in files) for pattern in left_out)
+    if status is None:
+        assert gpu_check.tests(check)[0].state == "failed"
 
 
 def test_gpu_check_builds_the_cpu_kernels_where_cuda_fails(tmp_path):
