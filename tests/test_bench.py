@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,12 @@ def test_markdown_marks_what_was_missed_and_by_what_it_is_bound(setup):
 @pytest.mark.parametrize(("value", "shown"), [(0.0, "0"), (1234.5, "1230"), (12.345, "12.3"), (0.00012345, "0.000123"), (0.0000012, "0.000001")])
 def test_numbers(value, shown):
     assert report.number(value) == shown
+
+
+def test_a_wall_clock_counts_the_wait_for_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.05))
+    assert harness.wall_clock(int, 1) >= 0.05 > harness.host_clock(int, 1)
 
 
 # -- the whole
