@@ -250,7 +250,8 @@ def test_a_wall_clock_counts_the_wait_for_the_device(monkeypatch):
 
 
 def _run(*command: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -320,9 +321,9 @@ def test_gpu_check_keeps_packages_that_come_by_pythonpath(tmp_path, monkeypatch)
 
 
 def test_gpu_check_fits_into_ten_minutes():
-    assert sum(gpu_check.LIMITS.values()) <= gpu_check.DEADLINE  # a phase that takes all it may takes nothing from the next
+    assert sum(gpu_check.LIMITS.values()) + 60 <= gpu_check.DEADLINE  # a phase that takes all it may takes nothing from the next
     assert gpu_check.DEADLINE + 2 * gpu_check.GRACE < 600
-    assert list(gpu_check.PHASES)[-1] == "other-tests"
+    assert list(gpu_check.PHASES)[-2:] == ["sanitizer", "other-tests"]  # where running out of time is no failure
 
 
 class _FakeGpu(gpu_check.Check):
