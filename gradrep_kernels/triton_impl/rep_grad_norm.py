@@ -79,8 +79,10 @@ def rep_grad_norm(grads: list[Tensor], scales: list[Tensor | None], identities: 
     if not grads:
         return reference.rep_grad_norm(grads, scales, identities)
     call = _plans.prepare((grads,), scales, identities, [0] * len(grads), [1], [False] * len(grads))
-    norm = reference.rep_grad_norm(*([column[n] for n in call.plan.rest] for column in (grads, scales, identities)))
-    total = norm.to(grads[0].device).double().square()
+    total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
+    if call.plan.rest:
+        norm = reference.rep_grad_norm(*([column[n] for n in call.plan.rest] for column in (grads, scales, identities)))
+        total = norm.to(total.device).double().square()
     for launch, pointers in zip(call.plan.launches, call.pointers):
         partial = torch.empty(len(launch.chunks), dtype=tables.COMPUTE[launch.dtype], device=launch.device)
         _plans.launch(launch, rep_grad_norm_kernel, pointers, partial)
