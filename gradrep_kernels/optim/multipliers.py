@@ -54,6 +54,8 @@ class Multipliers:
         factors.total = None
         if factors.caller is None and factors.spatial is None:
             del self._factors[param]
+        elif not is_dtensor(param):
+            self.total(param)  # now: the next step may be in a CUDA graph capture, which a product on the CPU cannot leave
         self.version += 1
 
     def caller(self, param: Tensor) -> GradMult | None:
