@@ -101,12 +101,13 @@ def options(lanes: int = LANES) -> dict[str, Any]:
 
 def displacement_table(displacements: tuple[int, ...], device: torch.device) -> Tensor:
     """[D, 2] int32 on the device. Farther ones than a plane can be long have no pairs either."""
-    capturing = tables.capturing(device)
+    in_capture = tables.capturing(device)  # where a table that another stream uploaded may not have arrived
     key = (displacements, device, tables.stream(device))
-    if key in _displacement_tables and not capturing:
+    if key in _displacement_tables and not in_capture:
+        tables.staging.reserve()
         return _displacement_tables[key]
-    table = tables.upload(torch.tensor(displacements).clamp(-PLACES, PLACES).to(torch.int32).view(-1, 2), device)
-    if not capturing:
+    table = tables.upload(torch.tensor(displacements, device="cpu").clamp(-PLACES, PLACES).to(torch.int32).view(-1, 2), device)
+    if not in_capture:
         tables.remember(_displacement_tables, key, table)
     return table
 

@@ -107,14 +107,20 @@ def pack(hyper: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat((hyper[:, :2], 1 - hyper[:, 2:3], hyper[:, 3:4], switches), dim=1).to(dtype)
 
 
-def _hyper_table(hyper: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _hyper_table(call: tables.Call, hyper: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     if hyper.device.type != "cpu":
         return pack(hyper, dtype).to(device)
-    if tables.capturing(device):
-        return tables.upload(pack(hyper, dtype), device)
-    key = (*hyper.flatten().tolist(), device, dtype, tables.stream(device))
+    values = hyper.flatten().tolist()
+    if tables.capturing(device):  # only that of an earlier step of these tensors is sure to be there at a replay
+        last, table = call.hyper.get((device, dtype), (None, None))
+        if last != values:
+            return tables.upload(pack(hyper, dtype), device)
+        tables.keep(table)
+        return table
+    key = (*values, device, dtype, tables.stream(device))
     if key not in _hyper_tables:
         tables.remember(_hyper_tables, key, tables.upload(pack(hyper, dtype), device))
+    call.hyper[device, dtype] = values, _hyper_tables[key]
     return _hyper_tables[key]
 
 
@@ -154,7 +160,7 @@ def rep_sgd_step(
             launch,
             rep_sgd_step_kernel,
             pointers,
-            _hyper_table(hyper, launch.device, dtype),
+            _hyper_table(call, hyper, launch.device, dtype),
             None if grad_scale is None else grad_scale.to(device=launch.device, dtype=dtype),
             None if found_inf is None else _flag(found_inf).to(launch.device),
         )

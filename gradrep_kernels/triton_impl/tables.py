@@ -16,7 +16,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -348,26 +348,95 @@ class Call:
     streams: list[int]
     plan: Plan
     pointers: list[Tensor] | None  # per launch  # [pieces, POINTERS + ...] int64; None where tensors overlap each other
+    hyper: dict[tuple[torch.device, torch.dtype], tuple[list[float], Tensor]] = field(default_factory=dict)  # of the last step: values, table
 
+
+ROOM = 2**20
+"""Bytes that are pinned for captures, at least: a table of pointers takes 56 per parameter, 3 KB for RepOpt-VGG-B1."""
 
 _captured: list[Any] = []  # what CUDA graphs read at each replay, so it is never freed
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # scale or identity -> {what for: (version, copy)}
 
 
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return on_gpu(device) and torch.cuda.is_current_stream_capturing()
 
 
 def stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return torch.cuda.current_stream(device).cuda_stream if on_gpu(device) else 0
 
 
-def upload(table: Tensor, device: torch.device) -> Tensor:
-    """`table` on the device, in stream order, without waiting for it. A CUDA graph repeats the copy at each replay."""
+def pinned(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
+def send(table: Tensor, device: torch.device, wait: bool) -> Tensor:
+    return table.to(device, non_blocking=not wait)
+
+
+def keep(*what: Any) -> None:
+    """For the CUDA graph that is being captured."""
+    _captured.append(what)
+
+
+def _written(table: Tensor, memory: Tensor) -> Tensor:
+    return memory[: table.nbytes].view(table.dtype).view(table.shape).copy_(table)
+
+
+class Staging:
+    """Pinned memory for the tables that are new in a capture.
+
+    A graph copies them from the host at each replay, so every table has a part of its own, which is never written to again.
+    Nothing can be pinned inside a capture: that is an allocation, and an error in the default mode. From torch 2.11 on so is a
+    copy from memory that is not pinned (github.com/pytorch/pytorch/pull/172156).
+    """
+
+    def __init__(self):
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._left = self._wanted = 0
+
+    def reserve(self, nbytes: int = 0) -> None:
+        """Outside captures: room for several tables of the largest size so far, once there was one to upload."""
+        if nbytes:
+            self._wanted = max(self._wanted, ROOM, 16 * nbytes)
+        if 2 * self._left < self._wanted:
+            with torch.inference_mode(False):  # else it could not be written to outside that mode
+                self._memory, self._left = pinned(self._wanted), self._wanted
+
+    def take(self, table: Tensor) -> Tensor:
+        """Inside a capture: `table` in pinned memory."""
+        nbytes = -(-table.nbytes // 64) * 64
+        if nbytes > self._left:
+            raise RuntimeError(
+                f"a table of {table.nbytes} bytes is new in this CUDA graph capture, and memory for it can be pinned only outside: "
+                "take one step before the capture"
+            )
+        part = _written(table, self._memory[len(self._memory) - self._left :])
+        self._left -= nbytes
+        keep(part)
+        return part
+
+
+staging = Staging()
+
+
+def upload(table: Tensor, device: torch.device, wait: bool = False) -> Tensor:
+    """`table` on the device, in stream order; with wait=True, outside captures, it is there on return, and any stream can read it.
+
+    A CUDA graph repeats the copy at each replay.
+    """
+    if not on_gpu(device):
+        return table
     if capturing(device):
-        _captured.append(table)  # not pinned: a capture forbids that in some versions (github.com/pytorch/pytorch/pull/166765)
-        return table.to(device, non_blocking=True)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+        return send(staging.take(table), device, wait=False)
+    if wait:
+        return send(table, device, wait=True)
+    staging.reserve(table.nbytes)
+    return send(_written(table, pinned(table.nbytes)), device, wait=False)
 
 
 def remember(memory: dict, key: Any, value: Any) -> None:
@@ -379,14 +448,15 @@ def remember(memory: dict, key: Any, value: Any) -> None:
 
 
 def _copy(part: Tensor, shape: Sizes, dtype: torch.dtype) -> Tensor:
-    """A scale or identity as the kernels can read it, kept until the original is written to or dies."""
+    """A scale or identity as the kernels can read it, kept until the original is written to or dies. A CUDA graph makes it anew at each replay."""
     purpose, version = (shape, dtype, stream(part.device)), 0 if part.is_inference() else part._version
-    kept = _copies.get(part, {}).get(purpose)
+    in_capture = capturing(part.device)
+    kept = None if in_capture else _copies.get(part, {}).get(purpose)
     if kept is not None and kept[0] == version:
         return kept[1]
     copy = part.detach().to(dtype).expand(shape).clone(memory_format=torch.contiguous_format)
-    if capturing(part.device):
-        _captured.append(copy)
+    if in_capture:
+        keep(copy)
     else:
         _copies.setdefault(part, {})[purpose] = (version, copy)
     return copy
@@ -428,16 +498,18 @@ class Plans:
         plan = next((call.plan for call in calls if call.structure == structure), None) or self._plan(structure, tensors[0])
         for which, n, shape, dtype in plan.copied:
             where[which][n] = _copy(columns[which][n], shape, dtype).data_ptr()
-        state, streams = (where, list(first_steps)), plan.streams()
-        for call in calls:
-            if call.plan is plan and call.state == state and call.streams == streams:
-                break
+        state, streams, in_capture = (where, list(first_steps)), plan.streams(), plan.capturing()
+        # A graph may read what any stream uploaded for an earlier step: whoever replays it waits for what that step wrote. Nobody has to
+        # wait for an op that only reads, so there a graph has tables of its own.
+        same = (call for call in calls if call.plan is plan and call.state == state and (self.distinct if in_capture else call.streams == streams))
+        found = next(same, None)
+        call = found or Call(structure, state, streams, plan, self._pointers(plan, np.array(where, dtype=np.int64), np.array(first_steps)))
+        if in_capture:
+            keep(plan, found, scales, identities)  # a new table is in memory of the graph, and copied there at each replay
         else:
-            call = Call(structure, state, streams, plan, self._pointers(plan, np.array(where, dtype=np.int64), np.array(first_steps)))
-            if not plan.capturing():
+            staging.reserve()
+            if found is None:
                 remember(self._calls, key, [call, *calls[:3]])  # the allocator often takes turns with a few addresses
-        if plan.capturing():
-            _captured.append(call)
         return call
 
     def _plan(self, structure: tuple, grads: Sequence[Tensor]) -> Plan:
@@ -453,8 +525,7 @@ class Plans:
         launches = []
         for (device, dtype), numbered in parts.items():
             made = map(torch.from_numpy, chunk_tables([(piece, groups[n]) for n, piece in numbered], self.chunk[dtype]))
-            # A copy that is waited for can be read from any stream later on. Inside a capture nothing can be waited for.
-            there = [upload(table, device) if capturing(device) else table.to(device) for table in made]
+            there = [upload(table, device, wait=True) for table in made]
             offsets = [(piece.scale, piece.identity, piece.start) for _, piece in numbered]
             itemsizes = (COMPUTE[dtype].itemsize, COMPUTE[dtype].itemsize, dtype.itemsize)
             launches.append(Launch(device, dtype, *there, np.array([n for n, _ in numbered]), np.array(offsets) * itemsizes))
