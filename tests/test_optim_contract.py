@@ -1115,10 +1115,95 @@ def test_cuda_graph_follows_a_tensor_lr(backend):
     lr = torch.tensor(0.05, device="cuda")
     pair.opt.param_groups[0]["lr"] = lr
     graph = captured(pair)
-    replay(pair, graph)
-    lr.fill_(0.2)
-    pair.sgd.param_groups[0]["lr"] = 0.2
-    replay(pair, graph)
+    for value in (0.05, 0.2, 0.01):
+        lr.fill_(value)
+        pair.sgd.param_groups[0]["lr"] = value
+        replay(pair, graph, steps=2)
+
+
+class WholeStep:
+    """Forward, backward and step of a Pair on the GPU, in one graph; float64, for convolutions in float32 may use TF32."""
+
+    def __init__(self, pair: Pair, images: int = 4, by_hand: bool = False):
+        self.pair, self.x = pair, batch(torch.float64, images=images).cuda()
+        pair.ours.cuda()
+        side = torch.cuda.Stream()  # the capture is on yet another one
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.ours()
+                self.theirs()
+        torch.cuda.current_stream().wait_stream(side)
+        self.capture(by_hand)
+
+    def ours(self) -> None:
+        self.pair.opt.zero_grad()
+        self.pair.ours(self.x).square().mean().backward()
+        self.pair.opt.step()
+
+    def theirs(self) -> None:
+        self.pair.sgd.zero_grad()
+        self.pair.twin(self.x.cpu()).square().mean().backward()
+        oracle_step(self.pair.sgd, self.pair.masks)
+
+    def capture(self, by_hand: bool = False) -> None:
+        self.pair.opt.zero_grad()  # so that the gradients are in the graph's memory
+        self.graph = torch.cuda.CUDAGraph()
+        if not by_hand:
+            with torch.cuda.graph(self.graph):
+                self.ours()
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.graph.capture_begin()
+            self.ours()
+            self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def replay(self, seed: int) -> None:
+        self.x.copy_(batch(torch.float64, seed, images=len(self.x)))
+        self.graph.replay()
+        self.theirs()
+
+    def check(self) -> None:
+        for p, q in zip(self.pair.ours.parameters(), self.pair.twin.parameters()):
+            assert_close(p.cpu(), q, 1e-10)
+
+
+@needs_cuda
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("options", [{}, MOMENTUM])
+def test_cuda_graph_of_the_whole_training_step(options, by_hand):
+    """After a warm-up on another stream; the gradients' addresses are new in the capture."""
+    whole = WholeStep(Pair(**options), by_hand=by_hand)
+    for seed in range(3):
+        whole.replay(seed)
+    whole.check()
+
+
+@needs_cuda
+def test_two_cuda_graphs_of_one_optimizer_in_turns():
+    pair = Pair(**MOMENTUM)
+    graphs = [WholeStep(pair, images) for images in (4, 3)]
+    for seed in range(4):
+        graphs[seed % 2].replay(seed)
+    graphs[0].check()
+
+
+@needs_cuda
+def test_spatial_scalings_set_between_cuda_graphs():
+    """Neither a step nor anything else comes between the setting and the capture; the first graph keeps its multipliers."""
+    whole = WholeStep(Pair(**MOMENTUM))
+    weight, twin = next(whole.pair.ours.parameters()), next(whole.pair.twin.parameters())
+    plain, graphs = whole.pair.masks[twin], []
+    for scaling in (torch.rand(3, 3), torch.rand(3, 3)):
+        whole.pair.opt.set_spatial_scaling(weight, scaling)
+        whole.capture()
+        graphs.append((whole.graph, plain * scaling))
+    for seed, (whole.graph, whole.pair.masks[twin]) in enumerate(graphs * 2):
+        whole.replay(seed)
+    whole.check()
 
 
 @on_gpu
