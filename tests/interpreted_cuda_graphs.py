@@ -26,13 +26,13 @@ step_module, norm_module = (sys.modules[f"gradrep_kernels.triton_impl.{name}"] f
 
 
 class Graph:
-    """A context in which a capture runs on a stream of its own, as torch.cuda.graph is."""
+    """A context in which a capture runs on a given stream; torch.cuda.graph takes one of its own."""
 
-    def __init__(self, gpu: Gpu):
-        self.gpu, self.nodes, self.copies, self.own = gpu, [], 0, {}
+    def __init__(self, gpu: Gpu, stream: int):
+        self.gpu, self.stream, self.nodes, self.copies, self.own = gpu, stream, [], 0, {}
 
     def __enter__(self):
-        self.gpu.graph, self.gpu.stream, self.before = self, self.gpu.stream + 1, self.gpu.stream
+        self.gpu.graph, self.gpu.stream, self.before = self, self.stream, self.gpu.stream
         return self
 
     def __exit__(self, *_):
@@ -113,8 +113,8 @@ class Gpu:
         assert not wait, "a wait inside a capture"
         return self.graph.copy(table)
 
-    def capture(self) -> Graph:
-        return Graph(self)
+    def capture(self, stream: int = 2) -> Graph:
+        return Graph(self, stream)
 
     def forget(self) -> None:
         """What the ops remember may be dropped at any time; a graph must not need it."""
@@ -141,10 +141,13 @@ def assert_replays(graph: Graph, of: Problem) -> None:
         assert_same_bits(of, expected)
 
 
-def test_a_step_that_was_taken_before_is_a_kernel_alone(gpu):
-    """Its tables were uploaded on another stream."""
+STREAMS = pytest.mark.parametrize("stream", [1, 2], ids=["on the stream of the steps", "on another"])
+
+
+@STREAMS
+def test_a_step_that_was_taken_before_is_a_kernel_alone(gpu, stream):
     ours = problem().run(rep_sgd_step)
-    with gpu.capture() as graph:
+    with gpu.capture(stream) as graph:
         ours.run(rep_sgd_step)
     gpu.forget()
     assert len(graph.nodes) == 1
@@ -280,12 +283,13 @@ def test_multipliers_outlive_their_optimizer_in_a_graph(gpu):
     assert all(ref() is not None for ref in seen)
 
 
-def test_a_scale_that_is_read_from_a_copy(gpu):
+@STREAMS
+def test_a_scale_that_is_read_from_a_copy(gpu, stream):
     """float64 for float32 weights: the conversion is part of the graph, so it is not the one that eager steps use."""
     ours = problem()
     ours.scales = [None if s is None else s.double() for s in ours.scales]
     ours.run(rep_sgd_step)
-    with gpu.capture() as graph:
+    with gpu.capture(stream) as graph:
         ours.run(rep_sgd_step)
     assert graph.copies == 2
     assert_replays(graph, ours)
@@ -322,28 +326,30 @@ def test_spatial_scalings_set_between_captures_of_an_optimizer(gpu, monkeypatch,
     pair.assert_equal(1e-6)
 
 
-def test_the_norm_has_a_table_of_its_own(gpu, monkeypatch):
+@STREAMS
+def test_the_norm_has_a_table_of_its_own(gpu, monkeypatch, stream):
     """An op that only reads: no replay has to wait for an earlier call of it. The reference's norm of nothing is on the CPU, so it must not be asked."""
     monkeypatch.setattr(reference, "rep_grad_norm", None)
     ours = problem()
     columns = ours.grads, ours.scales, ours.identities
     rep_grad_norm(*columns)
-    with gpu.capture() as graph:
+    with gpu.capture(stream) as graph:
         rep_grad_norm(*columns)
     gpu.forget()
     assert graph.copies == 1
     graph.replay()
 
 
-@pytest.mark.parametrize("remove_near", [False, True])
-def test_maps(gpu, remove_near):
+@STREAMS
+def test_maps(gpu, stream):
+    """Ops that only read, too."""
     x, displacements = make("relu", (5, 2, 6, 6), torch.float32), [0, 1, 1, 0]
-    ranges, _ = reference.pair_ranges(x, displacements, [1, 1], remove_near)
+    ranges, _ = reference.pair_ranges(x, displacements, [1, 1], False)
     bins = torch.full((2, 2), 7, dtype=torch.int32)
-    arguments = x, displacements, ranges, bins, 7, [1, 1], remove_near
-    for op, given in ((joint_histogram, arguments), (pair_ranges, (x, displacements, [1, 1], remove_near))):
+    arguments = x, displacements, ranges, bins, 7, [1, 1], False
+    for op, given in ((joint_histogram, arguments), (pair_ranges, (x, displacements, [1, 1], False))):
         op(*given)
-        with gpu.capture() as graph:
+        with gpu.capture(stream) as graph:
             found = op(*given)
         gpu.forget()
         assert graph.copies == 1

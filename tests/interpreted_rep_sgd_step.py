@@ -14,7 +14,7 @@ import test_rep_sgd_step as on_any_device
 import torch
 from test_rep_sgd_step import Problem, assert_same_bits
 
-from gradrep_kernels import reference
+from gradrep_kernels import FusedRepSGD, reference, use_backend
 from gradrep_kernels.triton_impl import rep_sgd_step, tables
 
 BLOCK = tables.BLOCK[torch.float32]
@@ -282,14 +282,24 @@ def test_it_forgets(monkeypatch, no_plans):
     assert len(no_plans._calls) <= 3
 
 
-def test_version_counters_move():
-    problem = Problem([(20,), (20,), (5, 5, 3, 3)], hypers=(cases.HYPERS[0], cases.HYPERS[3]))
-    before = {name: [t._version for t in getattr(problem, name)] for name in ("params", "buffers", "grads")}
-    run(problem)
-    moved = {name: [t._version > v for t, v in zip(getattr(problem, name), before[name])] for name in before}
-    assert moved == {"params": [True] * 3, "buffers": [False, True, False], "grads": [False] * 3}
-    run(problem, grad_scale=torch.tensor(2.0))
-    assert all(t._version > v for t, v in zip(problem.grads, before["grads"]))
+def test_a_step_of_the_optimizer_moves_the_version_counters():
+    """The kernels do not, so the optimizer must; the gradients' only where they are unscaled."""
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((20,), (5, 5, 3, 3))]
+    opt = FusedRepSGD(params, lr=0.1, momentum=0.9, fused=True)
+
+    def versions():
+        return [[t._version for t in (p, opt.state[p]["momentum_buffer"], p.grad)] for p in params]
+
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with use_backend("triton"):
+        opt.step()
+        for unscale in (False, True):
+            before = versions()
+            if unscale:
+                opt.grad_scale, opt.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+            opt.step()
+            assert [[b > a for a, b in zip(*pair)] for pair in zip(before, versions())] == [[True, True, unscale]] * 2
 
 
 def test_nothing_to_do():
