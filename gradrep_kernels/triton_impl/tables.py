@@ -404,8 +404,7 @@ class Staging:
         if nbytes:
             self._wanted = max(self._wanted, ROOM, 16 * nbytes)
         if 2 * self._left < self._wanted:
-            with torch.inference_mode(False):  # else it could not be written to outside that mode
-                self._memory, self._left = pinned(self._wanted), self._wanted
+            self._memory, self._left = pinned(self._wanted), self._wanted
 
     def take(self, table: Tensor) -> Tensor:
         """Inside a capture: `table` in pinned memory."""
@@ -505,7 +504,7 @@ class Plans:
         found = next(same, None)
         call = found or Call(structure, state, streams, plan, self._pointers(plan, np.array(where, dtype=np.int64), np.array(first_steps)))
         if in_capture:
-            keep(plan, found, scales, identities)  # a new table is in memory of the graph, and copied there at each replay
+            keep(plan, found, *scales, *identities)  # a new table is in memory of the graph, and copied there at each replay
         else:
             staging.reserve()
             if found is None:
