@@ -1171,7 +1171,7 @@ class WholeStep:
             assert_close(p.cpu(), q, 1e-10)
 
 
-@needs_cuda
+@on_gpu
 @pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("options", [{}, MOMENTUM])
 def test_cuda_graph_of_the_whole_training_step(options, by_hand):
@@ -1182,7 +1182,7 @@ def test_cuda_graph_of_the_whole_training_step(options, by_hand):
     whole.check()
 
 
-@needs_cuda
+@on_gpu
 def test_two_cuda_graphs_of_one_optimizer_in_turns():
     pair = Pair(**MOMENTUM)
     graphs = [WholeStep(pair, images) for images in (4, 3)]
@@ -1191,7 +1191,7 @@ def test_two_cuda_graphs_of_one_optimizer_in_turns():
     graphs[0].check()
 
 
-@needs_cuda
+@on_gpu
 def test_spatial_scalings_set_between_cuda_graphs(backend):
     """Neither a step nor anything else comes between the setting and the capture; the first graph keeps its multipliers."""
     if backend == "reference":

@@ -270,7 +270,10 @@ class FusedRepSGD(SGD):
             return torch.tensor([[float(v) for v in row] for row in rows], dtype=torch.float64, device=device).reshape(-1, len(HYPER))
         number = {"dtype": torch.float64, "device": device}
         return torch.stack(
-            [torch.stack([v.to(**number).reshape(()) if isinstance(v, Tensor) else torch.full((), float(v), **number) for v in row]) for row in rows]
+            [
+                torch.stack([torch.full((), float(v), **number) if not isinstance(v, Tensor) or v.is_cpu else v.to(**number).reshape(()) for v in row])
+                for row in rows
+            ]
         )
 
     def _torch_step(self, group: dict[str, Any]) -> None:
