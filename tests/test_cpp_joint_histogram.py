@@ -79,7 +79,7 @@ MANY_PIXELS = {
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("kind", ["noise", "constant", "sparse"])
+@pytest.mark.parametrize("kind", ["noise", "constant", "zeros", "sparse"])
 @pytest.mark.parametrize("case", MANY_PIXELS)
 def test_many_pixels(case, kind, layout):
     shape, radius = MANY_PIXELS[case]
