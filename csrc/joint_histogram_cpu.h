@@ -20,7 +20,8 @@ struct HistogramArguments {  // of the op, checked: see reference/joint_histogra
   const int32_t* bins;  // [C, D], each from 1 to max_bins
   int64_t max_bins, pad_rows, pad_columns;
   bool remove_near;
-  int64_t* counts;  // [C, D, max_bins, max_bins], anything on entry
+  int64_t* counts;  // [C, D, max_bins, max_bins]
+  bool add;         // to what is in the counts, which else may be anything on entry
 };
 
 // ---- values -> bin numbers; with `zeros_drop`, a zero becomes `none`: the number after the last bin
@@ -171,13 +172,13 @@ GRADREP_CLONES inline void move_cubes(uint16_t* __restrict even, Cube cube, Tabl
   std::memset(even, 0, 2 * cube.size * sizeof *even);
 }
 
-// Both tables of a displacement move into its counts.
+// Both tables of a displacement are added to its counts.
 GRADREP_CLONES inline void move_tables(uint32_t* __restrict tables, Tables layout, int64_t bins, bool remove_near, int64_t* __restrict counts,
                                        int64_t max_bins) {
   for (int64_t p = 0; p < bins; ++p) {
-    const uint32_t *even = tables + p * layout.pitch, *odd = even + layout.size;
+    uint32_t *even = tables + p * layout.pitch, *odd = even + layout.size;
+    if (remove_near) even[p] = odd[p] = 0;
     for (int64_t q = 0; q < bins; ++q) counts[p * max_bins + q] += even[q] + odd[q];
-    if (remove_near) counts[p * max_bins + p] = 0;
   }
   std::memset(tables, 0, layout.cells(1) * sizeof *tables);
 }
@@ -450,7 +451,7 @@ class HistogramWorker {
   void flush_tables(int64_t c) {
     flush_cubes(c);
     const auto lock = lock_counts();
-    const bool first = split_.slabs == 1 && flushes_++ < channels_;  // of this channel in this pass
+    const bool first = !a_.add && split_.slabs == 1 && flushes_++ < channels_;  // of this channel in this pass
     for (int64_t d = begin_; d < end_; ++d) {
       if (first) std::fill_n(counts(c, d), a_.max_bins * a_.max_bins, 0);
       move_tables(tables(d), layout_, a_.bins[row(c, d)], a_.remove_near, counts(c, d), a_.max_bins);
@@ -501,7 +502,8 @@ class HistogramWorker {
 // ---- all tasks
 
 template <typename S>
-void clear(const HistogramArguments<S>& arguments) {
+void clear_unless_added_to(const HistogramArguments<S>& arguments) {
+  if (arguments.add) return;
   std::fill_n(arguments.counts, arguments.map.channels * static_cast<int64_t>(arguments.displacements.size()) * arguments.max_bins * arguments.max_bins, 0);
 }
 
@@ -515,7 +517,7 @@ void joint_histogram_tasks(const HistogramArguments<S>& arguments, int64_t threa
   const bool all_clear = !wide && split.slabs == 1 && std::all_of(arguments.displacements.begin(), arguments.displacements.end(), [&](const auto& d) {
     return pairs_along(map.height, d.rows) > 0 && pairs_along(map.width, d.columns) > 0;
   });
-  if (!all_clear) clear(arguments);
+  if (!all_clear) clear_unless_added_to(arguments);
   std::mutex counts_in_use;
   share_out(split.tasks(), threads, parallel, [&](const auto& next) {
     HistogramWorker<S, Bin> worker(arguments, split, counts_in_use);
@@ -526,7 +528,7 @@ void joint_histogram_tasks(const HistogramArguments<S>& arguments, int64_t threa
 template <typename S, typename Parallel>
 void joint_histogram(const HistogramArguments<S>& arguments, int64_t threads, const Parallel& parallel) {
   const auto& map = arguments.map;
-  if (map.images == 0 || map.channels == 0 || map.height == 0 || map.width == 0) return clear(arguments);
+  if (map.images == 0 || map.channels == 0 || map.height == 0 || map.width == 0) return clear_unless_added_to(arguments);
   if (arguments.max_bins < 256)
     joint_histogram_tasks<S, uint8_t>(arguments, threads, parallel);
   else

@@ -251,7 +251,7 @@ GRADREP_HD void joint_histogram_block(const HistogramWork<S>& work, int64_t numb
 
 // ---- all launches
 
-// `counts` are zeros; launch(work) chooses the slabs and runs the blocks, each with at most `most_shared` bytes.
+// Adds to `counts`; launch(work) chooses the slabs and runs the blocks, each with at most `most_shared` bytes.
 template <typename S, typename Launch>
 void joint_histogram_launches(const FeatureMap<S>& map, const std::vector<Displacement>& displacements, const Arithmetic<S>* ranges, const int32_t* bins,
                               int64_t max_bins, int64_t pad_rows, int64_t pad_columns, bool remove_near, int64_t* counts, int64_t most_shared,

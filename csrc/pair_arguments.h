@@ -26,15 +26,28 @@ inline torch::headeronly::ScalarType arithmetic_dtype(const Tensor& x) {
   return dtype_of(x) == aoti_torch_dtype_float64() ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
 }
 
+inline bool on_one_device(const Tensor& a, const Tensor& b) { return a.is_cpu() == b.is_cpu() && a.get_device() == b.get_device(); }
+
 // ranges [C, D, 2, 2] in the arithmetic dtype, bins [C, D] int32, both where x is.
-inline void check_binning(const Tensor& x, int64_t displacements, const Tensor& ranges, const Tensor& bins, int64_t max_bins) {
+inline void check_binning(const Tensor& x, int64_t displacements, const Tensor& ranges, const Tensor& bins) {
   const bool wide = dtype_of(x) == aoti_torch_dtype_float64();
   STD_TORCH_CHECK(dtype_of(ranges) == (wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()) && equal(ranges.sizes(), {x.size(1), displacements, 2, 2}),
                   "joint_histogram: ranges must be [C, D, 2, 2], float64 for a float64 map, else float32");
   STD_TORCH_CHECK(dtype_of(bins) == aoti_torch_dtype_int32() && equal(bins.sizes(), {x.size(1), displacements}), "joint_histogram: bins must be int32 [C, D]");
-  STD_TORCH_CHECK(ranges.is_cpu() == x.is_cpu() && bins.is_cpu() == x.is_cpu() && ranges.get_device() == x.get_device() && bins.get_device() == x.get_device(),
-                  "joint_histogram: x, ranges and bins must be on one device");
+  STD_TORCH_CHECK(on_one_device(x, ranges) && on_one_device(x, bins), "joint_histogram: x, ranges and bins must be on one device");
+}
+
+// Of the counts, [C, D, max_bins, max_bins].
+inline std::vector<int64_t> counts_sizes(const Tensor& x, int64_t displacements, int64_t max_bins) {
   STD_TORCH_CHECK(max_bins >= 1 && max_bins <= kMaxBins, "joint_histogram: max_bins must be between 1 and " + std::to_string(kMaxBins));
+  return {x.size(1), displacements, max_bins, max_bins};
+}
+
+// Counts that are written through a pointer.
+inline void check_counts(const Tensor& x, int64_t displacements, const Tensor& counts) {
+  STD_TORCH_CHECK(counts.dim() == 4 && equal(counts.sizes(), counts_sizes(x, displacements, counts.size(3))) && counts.is_contiguous() &&
+                      dtype_of(counts) == aoti_torch_dtype_int64() && on_one_device(x, counts),
+                  "joint_histogram_: counts must be contiguous int64 [C, D, B, B], where x is");
 }
 
 // visit(S()) with S the stored type of x.

@@ -22,7 +22,7 @@ class Op:
     schema: str
     meaning: str
     reference: Callable
-    fake: Callable | None = None  # shapes without data; an op that returns nothing needs none
+    fake: Callable | None = None  # shapes without data; an op that returns nothing needs none unless its reference looks at values
 
 
 def _fake_norm(grads, scales, identities):
@@ -37,6 +37,10 @@ def _fake_pair_ranges(x, displacements, padding, remove_near):
 
 def _fake_joint_histogram(x, displacements, ranges, bins, max_bins, padding, remove_near):
     return x.new_empty((x.shape[1], len(displacements) // 2, max_bins, max_bins), dtype=torch.int64)
+
+
+def _fake_joint_histogram_(counts, x, displacements, ranges, bins, padding, remove_near):
+    return None
 
 
 OPS = {
@@ -69,6 +73,13 @@ OPS = {
             "per channel and displacement: how often a pixel in bin p has its displaced neighbour in bin q",
             reference.joint_histogram,
             _fake_joint_histogram,
+        ),
+        Op(
+            "joint_histogram_",
+            "(Tensor(a!) counts, Tensor x, int[] displacements, Tensor ranges, Tensor bins, int[2] padding, bool remove_near) -> ()",
+            "the same, added to counts: a table that many batches share is neither made anew nor added up for each",
+            reference.joint_histogram_,
+            _fake_joint_histogram_,
         ),
     )
 }

@@ -9,12 +9,12 @@ import pytest
 import torch
 from cases_pairs import LAYOUTS, PAIRS, Pairs, laid_out, make
 from interpreted_pair_ranges import few_channels
-from test_triton_joint_histogram import BINS, RANGES, SMALL, assert_counts, next_to_edges
+from test_triton_joint_histogram import BINS, RANGES, SMALL, assert_counts, in_two_batches, next_to_edges
 from test_triton_pair_ranges import DTYPES
 
 from gradrep_kernels import reference
 from gradrep_kernels.triton_impl import bins as rule
-from gradrep_kernels.triton_impl import joint_histogram, tables
+from gradrep_kernels.triton_impl import joint_histogram, joint_histogram_, tables
 
 module = sys.modules["gradrep_kernels.triton_impl.joint_histogram"]
 
@@ -50,6 +50,11 @@ def test_layouts(layout, dtype):
 @pytest.mark.parametrize("bins", BINS)
 def test_numbers_of_bins(bins, dtype):
     assert_interpreted(make("8-bit" if bins % 2 == 0 else "noise", SMALL.shape, dtype), SMALL, bins=bins, modes=[bins % 3 == 0])
+
+
+@pytest.mark.parametrize("bins", [8, 24, 33])
+def test_batches_add_up_in_place(bins):
+    assert_counts(SMALL.tensor(), SMALL, bins=bins, op=in_two_batches)
 
 
 @pytest.mark.parametrize("most", [20, 24, 30, 40])
@@ -93,8 +98,7 @@ def test_bins_beyond_the_most_write_nowhere_else(most, bins):
     around = torch.zeros(3, 4, most, most, dtype=torch.int64)
     x = torch.linspace(0, 1, 90).view(3, 1, 5, 6)
     ranges, _ = reference.pair_ranges(x, SMALL.flat_displacements(), [1, 1], False)
-    x.new_zeros = lambda *_, **__: around[1:2]
-    joint_histogram(x, SMALL.flat_displacements(), ranges, torch.full((1, 4), bins, dtype=torch.int32), most, [1, 1], False)
+    joint_histogram_(around[1:2], x, SMALL.flat_displacements(), ranges, torch.full((1, 4), bins, dtype=torch.int32), [1, 1], False)
     assert not around[0].any()
     assert not around[2].any()
 
@@ -102,7 +106,8 @@ def test_bins_beyond_the_most_write_nowhere_else(most, bins):
 def test_a_plane_beyond_32_bits_goes_to_the_reference(monkeypatch):
     monkeypatch.setattr(rule, "PLACES", 55)
     tables.LAUNCHES.clear()
-    assert_counts(SMALL.tensor(), SMALL)
+    for op in (joint_histogram, in_two_batches):
+        assert_counts(SMALL.tensor(), SMALL, op=op)
     assert not tables.LAUNCHES
 
 

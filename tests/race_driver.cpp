@@ -70,8 +70,9 @@ Found<S> run(const Case& c, const FeatureMap<S>& map, const std::vector<Displace
   for (int64_t row = 0; row < rows; ++row) bins[row] = c.bins == 0 ? 1 + row % most : c.bins;
   Found<S> found{std::vector<Arithmetic<S>>(rows * 4), std::vector<int64_t>(rows), std::vector<int64_t>(rows * most * most)};
   pair_ranges(RangeArguments<S>{map, displacements, c.padding, c.padding, remove_near, found.ranges.data(), found.n.data()}, threads, parallel);
-  joint_histogram(HistogramArguments<S>{map, displacements, found.ranges.data(), bins.data(), most, c.padding, c.padding, remove_near, found.counts.data()},
-                  threads, parallel);
+  for (const bool add : {false, true})
+    joint_histogram(HistogramArguments<S>{map, displacements, found.ranges.data(), bins.data(), most, c.padding, c.padding, remove_near, found.counts.data(), add},
+                    threads, parallel);
   return found;
 }
 

@@ -94,7 +94,7 @@ LOAD = """
 import importlib.util, sys, torch, gradrep_kernels
 spec = importlib.util.spec_from_file_location("gradrep_kernels._C_cuda", sys.argv[1])
 importlib.util.module_from_spec(spec)
-for op in ("pair_ranges", "joint_histogram", "rep_sgd_step"):
+for op in ("pair_ranges", "joint_histogram", "joint_histogram_", "rep_sgd_step"):
     print(op, torch._C._dispatch_has_kernel_for_dispatch_key("gradrep_kernels::" + op, "CUDA"))
 """
 
@@ -111,4 +111,4 @@ def test_the_module_loads_and_registers(built, tmp_path):
     linked = subprocess.run(["g++", *flags, *sources, *libraries, "-o", module], capture_output=True, text=True)
     assert linked.returncode == 0, linked.stderr
     loaded = subprocess.run([sys.executable, "-c", LOAD, module], cwd=compile_gate.ROOT, capture_output=True, text=True)
-    assert loaded.stdout.split() == ["pair_ranges", "True", "joint_histogram", "True", "rep_sgd_step", "False"], loaded.stderr
+    assert loaded.stdout.split() == ["pair_ranges", "True", "joint_histogram", "True", "joint_histogram_", "True", "rep_sgd_step", "False"], loaded.stderr

@@ -28,7 +28,7 @@ def cpp(op):
 
 
 def check(x, displacements, padding, remove_near, *, bins=None, ranges=None, threads=(1, 2)):
-    """Both ops against the reference, the histogram in Sturges' bins and in those given; the last of the threads stay set.
+    """All ops against the reference, histograms in Sturges' bins and in those given; the last of the threads stay set.
 
     The reference gets one: on a busy machine, threads that wait for each other take 50 times as long.
     """
@@ -47,6 +47,9 @@ def check(x, displacements, padding, remove_near, *, bins=None, ranges=None, thr
         for count in threads:
             torch.set_num_threads(count)
             assert torch.equal(cpp("joint_histogram")(x, displacements, ranges, numbers, most, padding, remove_near), expected)
+            sevens = torch.full_like(expected, 7)
+            cpp("joint_histogram_")(sevens, x, displacements, ranges, numbers, padding, remove_near)
+            assert torch.equal(sevens, expected + 7)
 
 
 @pytest.mark.parametrize("remove_near", [False, True])
@@ -149,7 +152,11 @@ def test_counts_of_parts_add_up(layout, remove_near):
     ranges, n = cpp("pair_ranges")(x, displacements, [1, 1], remove_near)
     bins = sturges(n)
     run = lambda part: cpp("joint_histogram")(part, displacements, ranges, bins, int(bins.max()), [1, 1], remove_near)  # noqa: E731
-    assert torch.equal(run(x), sum(run(part) for part in x.split([1, 7, 3])))
+    parts, counts = x.split([1, 7, 3]), torch.zeros_like(run(x))
+    assert torch.equal(run(x), sum(map(run, parts)))
+    for part in parts:
+        cpp("joint_histogram_")(counts, part, displacements, ranges, bins, [1, 1], remove_near)
+    assert torch.equal(run(x), counts)
 
 
 @pytest.mark.parametrize("remove_near", [False, True])
@@ -163,6 +170,8 @@ def test_nothing_to_count(empty, remove_near):
     counts = cpp("joint_histogram")(x, displacements, ranges, torch.ones(empty[1], 2, dtype=torch.int32), 3, padding, remove_near)
     assert counts.shape == (empty[1], 2, 3, 3)
     assert not counts.any()
+    cpp("joint_histogram_")(counts.fill_(7), x, displacements, ranges, torch.ones(empty[1], 2, dtype=torch.int32), padding, remove_near)
+    assert (counts == 7).all()
 
 
 def test_no_displacement():

@@ -57,7 +57,7 @@ def library(tmp_path_factory) -> ctypes.CDLL:
 
 @dataclass
 class Emulated:
-    """Both ops, on CPU tensors; the facts of the last call."""
+    """The ops, on CPU tensors; the facts of the last call."""
 
     library: ctypes.CDLL
     facts: Facts = field(default_factory=Facts)
@@ -81,9 +81,12 @@ class Emulated:
 
     def joint_histogram(self, x, displacements, ranges, bins, max_bins, padding, remove_near, *, shared=H100, blocks_at_once=5):
         counts = x.new_zeros((x.shape[1], len(displacements) // 2, max_bins, max_bins), dtype=torch.int64)
-        self._run(x, displacements, padding, remove_near, ranges.contiguous(), bins.contiguous(), max_bins, counts, shared, blocks_at_once)
-        assert self.facts.shared <= shared
+        self.joint_histogram_(counts, x, displacements, ranges, bins, padding, remove_near, shared=shared, blocks_at_once=blocks_at_once)
         return counts
+
+    def joint_histogram_(self, counts, x, displacements, ranges, bins, padding, remove_near, *, shared=H100, blocks_at_once=5):
+        self._run(x, displacements, padding, remove_near, ranges.contiguous(), bins.contiguous(), counts.shape[-1], counts, shared, blocks_at_once)
+        assert self.facts.shared <= shared
 
 
 @dataclass
@@ -95,6 +98,9 @@ class OnGPU:
 
     def joint_histogram(self, *arguments, **emulated):
         return implementations.get("joint_histogram", "cuda", "cuda")(*arguments)
+
+    def joint_histogram_(self, *arguments, **emulated):
+        implementations.get("joint_histogram_", "cuda", "cuda")(*arguments)
 
 
 @pytest.fixture
@@ -115,7 +121,7 @@ def ops(request):
 
 
 def check(ops, x, displacements, padding, remove_near, *, layout="contiguous", bins=None, ranges=None, **emulated) -> None:
-    """Both ops against the reference on the CPU; bins and ranges are those of x unless others are given."""
+    """Ranges and counts, added to sevens, against the reference on the CPU; bins and ranges are those of x unless others are given."""
     there, x = laid_out(x.to(ops.device), layout), laid_out(x, layout)
     expected, expected_n = reference.pair_ranges(x, displacements, padding, remove_near)
     found, n = ops.pair_ranges(there, displacements, padding, remove_near, **emulated)
@@ -123,8 +129,10 @@ def check(ops, x, displacements, padding, remove_near, *, layout="contiguous", b
     assert same_bits(found.cpu(), expected), (found, expected)
     ranges, bins = expected if ranges is None else ranges, sturges(expected_n) if bins is None else bins
     most = int(bins.max())
-    counts = ops.joint_histogram(there, displacements, ranges.to(ops.device), bins.to(ops.device), most, padding, remove_near, **emulated)
-    assert torch.equal(counts.cpu(), reference.joint_histogram(x, displacements, ranges, bins, most, padding, remove_near))
+    expected = reference.joint_histogram(x, displacements, ranges, bins, most, padding, remove_near)
+    counts = torch.full_like(expected, 7, device=ops.device)
+    ops.joint_histogram_(counts, there, displacements, ranges.to(ops.device), bins.to(ops.device), padding, remove_near, **emulated)
+    assert torch.equal(counts.cpu(), expected + 7)
 
 
 @pytest.mark.parametrize("remove_near", [False, True])
@@ -374,5 +382,7 @@ def test_wrong_arguments(ops):
     x, bins = torch.zeros(2, 1, 4, 4, device="cuda"), torch.full((1, 1), 4, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="must be on one device"):
         ops.joint_histogram(x, [0, 1], torch.zeros(1, 1, 2, 2, device="cuda"), bins, 4, [0, 0], False)
+    with pytest.raises(RuntimeError, match="counts must be contiguous int64"):
+        ops.joint_histogram_(torch.zeros(1, 1, 4, 4, dtype=torch.int64), x, [0, 1], torch.zeros(1, 1, 2, 2, device="cuda"), bins.cuda(), [0, 0], False)
     with pytest.raises(RuntimeError, match="displacements must be pairs"):
         ops.pair_ranges(x, [0, 1, 1], [0, 0], False)

@@ -9,6 +9,7 @@ from cases_sgs import MAPS, oracle_counts, oracle_pairs
 
 import gradrep_kernels as gr
 from gradrep_kernels import reference
+from gradrep_kernels.backends import implementation
 from gradrep_kernels.reference.bins import MAX_BINS, sturges
 from gradrep_kernels.sgs.dependence import half_displacements
 
@@ -99,8 +100,11 @@ def test_counts_do_not_depend_on_order_or_split_of_the_images(remove_near):
     ranges, n = gr.pair_ranges(x, displacements, padding=1, remove_near=remove_near)
     arguments = (displacements, sturges(n))
     options = dict(padding=1, remove_near=remove_near, ranges=ranges)
-    whole = gr.joint_histogram(x, *arguments, **options)
+    whole, added = gr.joint_histogram(x, *arguments, **options), torch.zeros(3, 3, *[int(sturges(n).max())] * 2, dtype=torch.int64)
+    for part in x.split([1, 5, 3]):
+        implementation("joint_histogram_", "cpu")(added, part, [v for d in displacements for v in d], ranges, sturges(n), [1, 1], remove_near)
     assert whole.sum() > 0
+    assert torch.equal(whole, added)
     assert torch.equal(whole, gr.joint_histogram(x.flip(0), *arguments, **options))
     assert torch.equal(whole, sum(gr.joint_histogram(part, *arguments, **options) for part in x.split([1, 5, 3])))
 
@@ -249,6 +253,33 @@ def test_the_registered_op(remove_near):
     arguments = (x, [0, 1, 1, -1], ranges, bins, int(bins.max()), [1, 0], remove_near)
     assert torch.equal(torch.ops.gradrep_kernels.joint_histogram(*arguments), reference.joint_histogram(*arguments))
     torch.library.opcheck(torch.ops.gradrep_kernels.joint_histogram.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    sevens = torch.full((3, 2, *[int(bins.max())] * 2), 7)
+    added_to = (sevens, *arguments[:4], *arguments[5:])
+    torch.library.opcheck(torch.ops.gradrep_kernels.joint_histogram_.default, added_to, test_utils=("test_schema", "test_faketensor"))
+    sevens.fill_(7)
+    torch.ops.gradrep_kernels.joint_histogram_(*added_to)
+    assert torch.equal(sevens, reference.joint_histogram(*arguments) + 7)
+
+
+WRONG_COUNTS = {
+    "fewer channels": torch.zeros(2, 2, 4, 4, dtype=torch.int64),
+    "one channel, which would broadcast": torch.zeros(1, 2, 4, 4, dtype=torch.int64),
+    "more displacements": torch.zeros(3, 3, 4, 4, dtype=torch.int64),
+    "not square": torch.zeros(3, 2, 5, 4, dtype=torch.int64),
+    "three dimensions": torch.zeros(3, 2, 4, dtype=torch.int64),
+    "half as wide": torch.zeros(3, 2, 4, 4, dtype=torch.int32),
+    "floating": torch.zeros(3, 2, 4, 4, dtype=torch.float64),
+    "transposed": torch.zeros(2, 3, 4, 4, dtype=torch.int64).transpose(0, 1),
+    "one cell for all": torch.zeros(1, dtype=torch.int64).expand(3, 2, 4, 4),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_COUNTS)
+def test_counts_that_cannot_be_added_to(case):
+    x, counts, bins = torch.randn(3, 3, 5, 5), WRONG_COUNTS[case], torch.full((3, 2), 4, dtype=torch.int32)
+    with pytest.raises((ValueError, RuntimeError), match=r"counts must be contiguous int64 \[C, D, B, B\]"):
+        implementation("joint_histogram_", "cpu")(counts, x, [0, 1, 1, 0], torch.zeros(3, 2, 2, 2), bins, [1, 1], False)
+    assert not counts.any()
 
 
 def test_an_empty_batch_counts_nothing():

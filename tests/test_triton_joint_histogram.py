@@ -17,7 +17,7 @@ from test_triton_pair_ranges import DTYPES, MANY
 
 from gradrep_kernels import reference
 from gradrep_kernels.reference.bins import sturges
-from gradrep_kernels.triton_impl import joint_histogram, tables
+from gradrep_kernels.triton_impl import joint_histogram, joint_histogram_, tables
 
 SMALL = Pairs("small", (3, 2, 5, 6), kind="noise")
 BINS = (1, 2, 16, 22, 23, 24, 25, 32, 33, 300)
@@ -62,6 +62,14 @@ def assert_counts(x: torch.Tensor, case: Pairs, *, ranges=None, bins=None, modes
         assert x._version == version
 
 
+def in_two_batches(x, displacements, ranges, bins, max_bins, padding, remove_near) -> torch.Tensor:
+    """joint_histogram by joint_histogram_, from a table that is not empty."""
+    counts = torch.full((x.shape[1], len(displacements) // 2, max_bins, max_bins), 7, device=x.device)
+    for part in (x[:1], x[1:]):
+        joint_histogram_(counts, part, displacements, ranges, bins, padding, remove_near)
+    return counts - 7
+
+
 def test_in_the_interpreter():
     interpreter.run("interpreted_joint_histogram.py")
 
@@ -89,7 +97,8 @@ def test_layouts(layout, dtype):
 @pytest.mark.parametrize("bins", BINS)
 def test_numbers_of_bins(bins, dtype):
     for kind in ("8-bit", "noise", "constant"):
-        assert_counts(make(kind, (20, 3, 17, 13), dtype).cuda(), SMALL, bins=bins)
+        for op in (joint_histogram, in_two_batches):
+            assert_counts(make(kind, (20, 3, 17, 13), dtype).cuda(), SMALL, bins=bins, op=op)
 
 
 @on_gpu

@@ -142,8 +142,9 @@ def gather_table(layer: Layer, conv: nn.Conv2d, args: tuple, kwargs: dict, remov
     x = _input_map(conv, args, kwargs)
     if x is None:
         return
-    table = dependence.table(x, *_geometry(conv), plan, remove_near)
-    layer.table = table if layer.table is None else layer.table.add_(table)
+    if layer.table is None:
+        layer.table = torch.zeros(dependence.shape(plan), dtype=dependence.dtype, device=x.device)
+    dependence.gather(layer.table, x, *_geometry(conv), plan, remove_near)
 
 
 class MutualInformation:
@@ -157,9 +158,9 @@ class MutualInformation:
         return (*plan.n.shape, plan.max_bins, plan.max_bins)
 
     @staticmethod
-    def table(x: Tensor, displacements: list[int], padding: list[int], plan: Plan, remove_near: bool) -> Tensor:
+    def gather(counts: Tensor, x: Tensor, displacements: list[int], padding: list[int], plan: Plan, remove_near: bool) -> None:
         ranges, bins = plan.near(x.device, compute_dtype(x.dtype))
-        return implementation("joint_histogram", x.device.type)(x, displacements, ranges, bins, plan.max_bins, padding, remove_near)
+        implementation("joint_histogram_", x.device.type)(counts, x, displacements, ranges, bins, padding, remove_near)
 
 
 class Autocorrelation:
@@ -173,8 +174,8 @@ class Autocorrelation:
         return (*plan.n.shape, 6)
 
     @staticmethod
-    def table(x: Tensor, displacements: list[int], padding: list[int], plan: Plan, remove_near: bool) -> Tensor:
-        return pair_moments(x, displacements, plan.near(x.device, torch.float64)[0], padding, remove_near)
+    def gather(moments: Tensor, x: Tensor, displacements: list[int], padding: list[int], plan: Plan, remove_near: bool) -> None:
+        moments += pair_moments(x, displacements, plan.near(x.device, torch.float64)[0], padding, remove_near)
 
 
 Dependence = type[MutualInformation] | type[Autocorrelation]

@@ -7,15 +7,15 @@ try:
 except ImportError as error:
     raise ImportError("Triton is not installed (a CUDA build of torch brings it; else pip install 'gradrep_kernels[triton]')") from error
 
-from gradrep_kernels.triton_impl.joint_histogram import joint_histogram
+from gradrep_kernels.triton_impl.joint_histogram import joint_histogram, joint_histogram_
 from gradrep_kernels.triton_impl.pair_ranges import pair_ranges
 from gradrep_kernels.triton_impl.rep_grad_norm import rep_grad_norm
 from gradrep_kernels.triton_impl.rep_sgd_step import rep_sgd_step
 from gradrep_kernels.triton_impl.tables import INTERPRETED
 
-__all__ = ["INTERPRETED", "joint_histogram", "pair_ranges", "rep_grad_norm", "rep_sgd_step", "supports"]
+__all__ = ["INTERPRETED", "joint_histogram", "joint_histogram_", "pair_ranges", "rep_grad_norm", "rep_sgd_step", "supports"]
 
-_OPS = {op.__name__ for op in (joint_histogram, pair_ranges, rep_grad_norm, rep_sgd_step)}
+_OPS = {op.__name__ for op in (joint_histogram, joint_histogram_, pair_ranges, rep_grad_norm, rep_sgd_step)}
 
 
 def supports(op: str, device: str) -> str | None:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradrep_kernels import reference
+from gradrep_kernels.reference.joint_histogram import check_counts
 from gradrep_kernels.triton_impl import bins as rule
 
 GROUP = rule.GROUP
@@ -130,17 +131,25 @@ def private_cells(max_bins: int) -> int:
     return next((cells for most, cells in CELLS.items() if max_bins <= most), 0)
 
 
-@torch.no_grad()
 def joint_histogram(x: Tensor, displacements: list[int], ranges: Tensor, bins: Tensor, max_bins: int, padding: list[int], remove_near: bool) -> Tensor:
     """As `reference.joint_histogram`, to the last count. The host waits for nothing, and a CUDA graph can record it.
 
     With more than 32 bins every pair is an atomic addition to the result itself: the time is that of its most frequent cell.
     A padded image of more than 2^29 pixels goes to the reference.
     """
+    counts = x.new_zeros((x.shape[1], len(displacements) // 2, max_bins, max_bins), dtype=torch.int64)
+    joint_histogram_(counts, x, displacements, ranges, bins, padding, remove_near)
+    return counts
+
+
+@torch.no_grad()
+def joint_histogram_(counts: Tensor, x: Tensor, displacements: list[int], ranges: Tensor, bins: Tensor, padding: list[int], remove_near: bool) -> None:
+    """As `reference.joint_histogram_`."""
+    check_counts(counts, x, displacements)
     work = rule.work(x, displacements, padding, block())
     if work is None:
-        return reference.joint_histogram(x, displacements, ranges, bins, max_bins, padding, remove_near)
-    counts = x.new_zeros((x.shape[1], len(displacements) // 2, max_bins, max_bins), dtype=torch.int64)
+        return reference.joint_histogram_(counts, x, displacements, ranges, bins, padding, remove_near)
+    max_bins = counts.shape[-1]
     rule.launch(
         "joint_histogram",
         joint_histogram_kernel,
@@ -153,4 +162,3 @@ def joint_histogram(x: Tensor, displacements: list[int], ranges: Tensor, bins: T
         CELLS=private_cells(max_bins),
         BLOCK=block(),
     )
-    return counts
