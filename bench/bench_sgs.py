@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from feature_maps import KINDS, conv_inputs, half_displacements, pairs
-from harness import Candidate, Comparison, Figure, Setup, compare, thread_count, wall_clock
+from harness import NO_GPU, Candidate, Comparison, Figure, Setup, compare, thread_count, wall_clock
 from published import Histogram2d, fast_histogram2d, numpy_histogram2d
 from published import spatial_gradient_scaling as published_scaling
 from report import Results, Target
@@ -90,8 +90,9 @@ def test_update(benchmark, setup: Setup, results: Results, threads: int):
     what = f"VGG-16 shapes, {BATCHES} x {images} images, {thread_count(threads)}"
     results.add(f"one update, {what}", timed)
     baseline = FAST if FAST in timed.seconds else NUMPY
+    rate = timed.time(OURS).median / (replay.pairs() * BATCHES) * threads * 1e9
     target = Target("H3", f"one update, statistics only, {what}: as fast as {baseline}", "x", *(AS_FAST if setup.device.type == "cpu" and threads == 2 else ()))
-    results.target(target, timed.ratio(baseline, OURS), bound=f"served by {served}")
+    results.target(target, timed.ratio(baseline, OURS), bound=f"{rate:.2g} ns a pair and thread; maps of 2 x 2 and 4 x 4 cost more a pair than large ones")
 
 
 def _batches(setup: Setup) -> int:
@@ -179,16 +180,19 @@ def _show_shares(setup: Setup, results: Results, timed: Comparison, images: int)
     steps = EPOCH_IMAGES / images
     served = f"served by {_served(setup)}"
 
-    def show(what: str, figure: Figure | None, at_least: float | None = None, aim: float | None = None) -> None:
-        judged = on_gpu and aim is not None
-        target = Target("G4" if judged else "", what, "%", at_least if judged else None, aim if judged else None, less_is_better=True)
-        results.target(target, figure, bound=served)
+    def show(what: str, figure: Figure, at_least: float | None = None, aim: float | None = None) -> None:
+        if on_gpu or aim is None:
+            results.target(Target("" if aim is None else "G4", what, "%", at_least, aim, less_is_better=True), figure, bound=served)
+            return
+        bound = served if figure.low > 0 else "smaller than what rounds differ by"
+        results.target(Target("", what, "%", less_is_better=True), figure, bound=bound)
+        results.target(Target("G4", f"{what}, on a GPU", "%", at_least, aim, less_is_better=True), None, why_not=NO_GPU)
 
     for name in (OURS, WHOLE_20, WHOLE_2, FAST):
         for epochs in (30, 5, 1) if name in timed.seconds else ():
             cost = timed.ratio(name, TRAIN) * (100 / steps / epochs)
             every = "epoch" if epochs == 1 else f"{epochs} epochs"
-            show(f"share of a training: {name}, every {every}", cost, *((0.5, 0.1) if epochs == 1 and name != FAST else ()))
+            show(f"share of a training: {name}, every {every}", cost, *((0.5, 0.1) if epochs == 1 and name in (OURS, WHOLE_20) else ()))
     ratio = timed.ratio(TRAIN_WITH, TRAIN)
     more = Figure(*(100 * (end - 1) for end in (ratio.median, ratio.low, ratio.high)), ratio.n)
     show("share of a training: update in every step, from the training batch", more, None, 5.0)

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+NO_GPU = "no GPU has run it"
 MIN_ROUNDS, MAX_ROUNDS = 5, 60  # 3 where one round takes longer than the comparison may
 _FLUSH_BYTES = 256 << 20  # four times the L2 cache of an H200
 _RUN_AHEAD_CYCLES = 10_000_000  # ~5 ms: the host queues a whole call before the device starts it, so launch gaps do not count

@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 
 import implementations
+import numpy as np
 import pytest
 import torch
 from cases_pairs import LAYOUTS, PAIRS, Pairs, laid_out, make
+from cases_sgs import MAPS, oracle_scaling
 from interpreted_pair_ranges import few_channels
+from test_sgs import TOLERANCE, scaling
 from test_triton_joint_histogram import BINS, RANGES, SMALL, assert_counts, in_two_batches, next_to_edges
 from test_triton_pair_ranges import DTYPES
 
+import gradrep_kernels as gr
 from gradrep_kernels import reference
 from gradrep_kernels.triton_impl import bins as rule
 from gradrep_kernels.triton_impl import joint_histogram, joint_histogram_, tables
@@ -32,6 +36,15 @@ def test_it_is_interpreted():
 @pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.desc)
 def test_equals_the_reference(case):
     assert_interpreted(few_channels(case.tensor(), case), case)
+
+
+@pytest.mark.parametrize("remove_near", [False, True])
+@pytest.mark.parametrize("desc", ["3x5 kernel", "dead channel", "bf16"])
+def test_a_scaling_against_the_oracle(desc, remove_near):
+    case = next(case for case in MAPS if case.desc == desc)
+    with gr.use_backend("triton"):
+        g = scaling(case.tensor(), case, remove_near)
+    assert np.abs(g.numpy() - oracle_scaling(case.tensor().double().numpy(), case, remove_near)).max() < TOLERANCE
 
 
 def test_513_channels():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases_sgs import MAPS, Map, oracle_scaling
+from implementations import DEVICES
 
 import gradrep_kernels as gr
 from gradrep_kernels.sgs.dependence import absolute_correlation, half_displacements, k_transform, pair_moments, resolve_padding, spatial_dependence
@@ -21,11 +22,17 @@ def scaling(x: torch.Tensor, case: Map, remove_near: bool = False) -> torch.Tens
     return gr.spatial_gradient_scaling(x, case.kernel_size, padding=case.padding, dilation=case.dilation, k=case.k, remove_near=remove_near)
 
 
+BACKENDS = [("auto", "cpu"), ("reference", "cpu")]  # interpreted Triton: interpreted_joint_histogram.py
+BACKENDS += [pytest.param(backend, "cuda", marks=pytest.mark.gpu) for backend in ("cuda", "triton") if "cuda" in DEVICES]
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("remove_near", [False, True])
 @pytest.mark.parametrize("case", MAPS, ids=lambda case: case.desc)
-def test_against_the_oracle(case, remove_near):
+def test_against_the_oracle(case, remove_near, backend, device):
     x = case.tensor()
-    g = scaling(x, case, remove_near)
+    with gr.use_backend(backend):
+        g = scaling(x.to(device), case, remove_near).cpu()
     assert g.dtype == torch.float32
     assert g.shape == case.kernel_size
     assert np.abs(g.numpy() - oracle_scaling(x.double().numpy(), case, remove_near)).max() < TOLERANCE
@@ -35,14 +42,17 @@ def test_against_the_oracle(case, remove_near):
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason=f"the published code's results are not at {PUBLISHED}")
-def test_against_the_published_code():
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_against_the_published_code(backend, device):
     data = np.load(PUBLISHED)
     names = sorted({key.split("/")[0] for key in data})
     assert len(names) == 8
     for name in names:
         kh, kw, padding, k, remove_near = data[f"{name}/args"].tolist()
-        g = gr.spatial_gradient_scaling(torch.from_numpy(data[f"{name}/x"]), (int(kh), int(kw)), padding=int(padding), k=k, remove_near=bool(remove_near))
-        assert np.abs(g.numpy() - data[f"{name}/G"]).max() < TOLERANCE, name
+        x = torch.from_numpy(data[f"{name}/x"]).to(device)
+        with gr.use_backend(backend):
+            g = gr.spatial_gradient_scaling(x, (int(kh), int(kw)), padding=int(padding), k=k, remove_near=bool(remove_near))
+        assert np.abs(g.cpu().numpy() - data[f"{name}/G"]).max() < TOLERANCE, name
 
 
 class TestWhereThePublishedScriptDiffers:
