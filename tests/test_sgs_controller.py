@@ -862,6 +862,26 @@ def test_two_controllers_would_scale_twice():
     assert torch.allclose(model[0].weight, before - 0.1 * grad, atol=1e-7)
 
 
+@pytest.mark.parametrize("order", [("gradient", "update"), ("update", "gradient")])
+def test_hooks_beside_an_optimizer_that_is_told_would_scale_twice(order):
+    model = small_model()
+    optimizer = gr.FusedRepSGD(model.parameters(), lr=0.1)
+    first = gr.SpatialGradientScaling(model, optimizer, apply_to=order[0])
+    with pytest.raises(ValueError, match="scaled by another"):
+        gr.SpatialGradientScaling(model, optimizer, apply_to=order[1])
+    first.remove()
+    gr.SpatialGradientScaling(model, optimizer, apply_to=order[1]).remove()
+
+
+def test_two_controllers_that_tell_an_optimizer_are_allowed_and_let_go():
+    model = small_model()
+    optimizer = WithScaling(model.parameters(), lr=0.1)
+    first, second = (gr.SpatialGradientScaling(model, optimizer) for _ in range(2))
+    del first, second
+    gc.collect()
+    gr.SpatialGradientScaling(model, optimizer, apply_to="update")
+
+
 @pytest.mark.parametrize("name", ["adagrad", "sgd", "told"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_update_scaling_is_the_papers_adagrad_star(name, dtype):

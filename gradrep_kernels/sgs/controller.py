@@ -24,7 +24,7 @@ from gradrep_kernels.sgs.ranks import Ranks, on_host
 
 logger = logging.getLogger(__name__)
 
-_hooked: WeakSet[torch.optim.Optimizer] = WeakSet()  # the hooks of a second controller would scale twice
+_controllers: WeakSet[SpatialGradientScaling] = WeakSet()  # that were not removed: hooks scale again what another one scales
 
 
 class SpatialGradientScaling:
@@ -43,7 +43,8 @@ class SpatialGradientScaling:
     Args:
         model:         may be wrapped (DistributedDataParallel, torch.compile); names are those of the model inside
         optimizer:     torch.optim.Optimizer; convolutions whose weight it does not hold are skipped. Of two controllers of
-                       one weight in an optimizer with `set_spatial_scaling` the last update wins
+                       one weight in an optimizer with `set_spatial_scaling` the last update wins; where hooks scale there
+                       can be only one
         k:             of the transform (Eq. 8); positive, 5 is the paper's
         every, warmup: an update is due at epoch `warmup` and after it at each epoch that `every` divides
         batches:       drawn for an update, on each rank
@@ -66,7 +67,7 @@ class SpatialGradientScaling:
     during an update keeps its G; so does one whose map is not finite (with a warning) or whose dependence is undefined.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of its range; an optimizer that has such hooks already.
+        TypeError, ValueError: an argument of the wrong kind or out of its range; an optimizer that hooks would scale twice.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class SpatialGradientScaling:
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         by_hooks = apply_to == "update" or not hasattr(optimizer, "set_spatial_scaling")
-        if by_hooks and optimizer in _hooked:
+        if any(other.optimizer is optimizer and (by_hooks or other._scaler is not None) for other in _controllers):
             raise ValueError("optimizer is scaled by another SpatialGradientScaling already; call its remove() first")
         self.k = check_k(k)
         self.every, self.warmup, self.batches, self.every_steps = every, warmup, batches, every_steps
@@ -114,7 +115,6 @@ class SpatialGradientScaling:
         self._scaler: GradientScaling | UpdateScaling | None = None
         if by_hooks:
             self._scaler = UpdateScaling() if apply_to == "update" else GradientScaling()
-            _hooked.add(optimizer)
         self._handles = []
         if every_steps is not None:
             for layer in self._layers:
@@ -123,6 +123,7 @@ class SpatialGradientScaling:
         if by_hooks or every_steps is not None:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        _controllers.add(self)
 
     # -- what it knows
 
@@ -182,7 +183,7 @@ class SpatialGradientScaling:
         self._handles.clear()
         for layer in self._layers:
             self._set(layer, None)
-        _hooked.discard(self.optimizer)
+        _controllers.discard(self)
 
     # -- updates from batches of a loader, in two passes
 
