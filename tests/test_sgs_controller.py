@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import gradrep_kernels as gr
 from gradrep_kernels import backends
@@ -1032,6 +1033,24 @@ def test_only_training_forwards_of_due_steps_are_counted():
         return sgs.scalings
 
     assert_same(run(True), run(False))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_maps_that_a_checkpoint_recomputes_are_counted_once(reentrant):
+    def run(forward):
+        model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+        model.load_state_dict(weights)
+        optimizer = WithScaling(model.parameters(), lr=0.01)
+        sgs = gr.SpatialGradientScaling(model, optimizer, every_steps=1)
+        for step in range(3):
+            for batch in make_batches(2, seed=step):  # two backwards for a step
+                forward(model, batch.requires_grad_()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {**sgs.scalings, **{f"n of {name}": n for name, (_, n) in sgs.state_dict()["ranges"].items()}}
+
+    weights = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).state_dict()
+    assert_same(run(lambda model, x: checkpoint(model, x, use_reentrant=reentrant)), run(lambda model, x: model(x)))
 
 
 def test_update_if_due_pauses_the_updates_during_warmup():

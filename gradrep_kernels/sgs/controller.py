@@ -52,7 +52,9 @@ class SpatialGradientScaling:
                        the paper: the maps are those of the training forward (train mode, the weights of that step), seen
                        once, so bins lie where the ranges of the update before put them, and the first one only finds
                        ranges. `batches` and `every` then mean nothing, and `update_if_due`, if it is called, pauses the
-                       updates up to epoch `warmup`. In torch.compile the hooks break the graph at each convolution.
+                       updates up to epoch `warmup`. In torch.compile the hooks break the graph at each convolution. What
+                       torch.utils.checkpoint recomputes is counted once; but of a convolution that is called within a
+                       reentrant checkpoint and outside of it, only the calls outside count.
         remove_near:   the paper's ImageNet setting: pairs with a zero and pairs of equal bin numbers do not count
         dependence:    'nmi', or 'autocorrelation' (section 4.3): |Pearson's r| over the same pairs, in float64, with the
                        same k-transform (it has a pole at a negative r, hence the magnitude). Pairs of equal bin numbers
@@ -110,6 +112,7 @@ class SpatialGradientScaling:
         self._ranks = Ranks(process_group)
         self._steps = 0  # of the optimizer, counted with every_steps only
         self._paused = False
+        self._seen: set[nn.Conv2d] = set()  # in forwards since the last update, with every_steps only
         self._step_frame: FrameType | None = None  # of the optimizer's step that is under way, or that raised
         self._steps_inside = 0
         self._scaler: GradientScaling | UpdateScaling | None = None
@@ -256,6 +259,10 @@ class SpatialGradientScaling:
 
     def _watch(self, layer: Layer, conv: nn.Conv2d, args: tuple, kwargs: dict) -> None:
         if self._due_now and conv.training and torch.is_grad_enabled():
+            if torch._C._current_graph_task_id() == -1:
+                self._seen.add(conv)
+            elif conv in self._seen:  # a checkpoint recomputes in backward what the forward showed
+                return
             with torch.no_grad():
                 self._gather_ranges(layer, conv, args, kwargs)
                 if layer.plan is not None:
@@ -356,6 +363,7 @@ class SpatialGradientScaling:
     def _forget(self) -> None:
         for layer in self._layers:
             layer.ranges = layer.n = layer.table = None
+        self._seen.clear()
 
     def _set(self, layer: Layer, g: Tensor | None) -> None:
         layer.g = g
