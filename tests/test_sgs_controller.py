@@ -1184,18 +1184,39 @@ def test_a_run_that_updates_every_n_steps_resumes_exactly(stop, kind):
         (lambda s: s["scalings"].update({"3": torch.ones(3, 3)}), r"scalings: 3 must be \[3, 5\], got \[3, 3\]"),
         (lambda s: s["scalings"].update({"0": -torch.ones(3, 3)}), r"0 must be finite and not negative, got \[\[-1"),
         (lambda s: s["scalings"].update({"0": torch.full((3, 3), math.nan)}), "0 must be finite"),
-        (lambda s: s["ranges"].update({"0": (torch.zeros(5, 4, 2, 2), torch.ones(5, 4))}), r"ranges: 0 must be of \[2, 4\] pairs, got \[5, 4\]"),
+        (lambda s: s["scalings"].update({"0": [[1.0] * 3] * 3}), "scalings: 0 must be a Tensor, got list"),
+        (lambda s: s["scalings"].update({"0": torch.ones(3, 3, dtype=torch.int64)}), "scalings: 0 must be floating point, got torch.int64"),
+        (lambda s: s["scalings"].update({7: torch.ones(3, 3), "stem": torch.ones(3, 3)}), "unexpected 7, stem"),
+        (lambda s: s.update(ranges=3), "ranges must be a dict by layer, got int"),
+        (lambda s: s["ranges"].update(stem=s["ranges"]["0"]), "ranges do not fit the model: unexpected stem"),
+        (lambda s: s["ranges"].update({"0": torch.zeros(2, 4, 2, 2)}), r"ranges: 0 must be a pair \(ranges, n\), got Tensor"),
+        (lambda s: s["ranges"].update({"0": (torch.zeros(2, 4, 2), s["ranges"]["0"][1])}), r"ranges: 0 must be \[2, 4, 2, 2\], got \[2, 4, 2\]"),
+        (lambda s: s["ranges"].update({"0": (s["ranges"]["0"][0].long(), s["ranges"]["0"][1])}), "ranges: 0 must be floating point, got torch.int64"),
+        (lambda s: s["ranges"].update({"0": (s["ranges"]["0"][0], torch.ones(5, 4))}), r"ranges: n of 0 must be \[2, 4\], got \[5, 4\]"),
+        (lambda s: s["ranges"].update({"0": (s["ranges"]["0"][0], torch.ones(2, 4))}), "ranges: n of 0 must be int64, got torch.float32"),
+        (lambda s: s["ranges"].update({"6": (s["ranges"]["6"][0], -s["ranges"]["6"][1])}), "ranges: n of 6 must not be negative"),
+        (lambda s: s.update(steps=None), "steps must be an int, 0 or more, and paused a bool, got None and False"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(change, message):
-    model = small_model()
-    sgs = controller(model)
-    sgs.update(make_batches())
-    before, state = sgs.scalings, controller(small_model()).state_dict()
+    sgs, other = controller(small_model(), every_steps=1), controller(small_model(), every_steps=2)
+    train(sgs._model, sgs.optimizer, make_batches())
+    train(other._model, other.optimizer, make_batches(4, seed=2))
+    before, state = sgs.state_dict(), other.state_dict()
     change(state)
     with pytest.raises(ValueError, match=message):
         sgs.load_state_dict(state)
-    assert_same(sgs.scalings, before)
+    after = sgs.state_dict()
+    assert_same(after["scalings"], before["scalings"])
+    assert (after["steps"], after["paused"]) == (before["steps"], before["paused"])
+    for part in (0, 1):
+        assert_same(*({name: pair[part] for name, pair in found["ranges"].items()} for found in (after, before)))
+
+
+@pytest.mark.parametrize("state", [None, 3, [("scalings", {})]])
+def test_a_state_that_is_no_dict(state):
+    with pytest.raises(ValueError, match="state_dict must be what state_dict"):
+        controller(small_model()).load_state_dict(state)
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -1209,6 +1230,7 @@ def test_a_state_that_does_not_fit_changes_nothing(change, message):
         (dict(warmup=-1), ValueError, "warmup must be an int, 0 or more"),
         (dict(batches=0), ValueError, "batches must be an int, 1 or more"),
         (dict(batches=1.5), ValueError, "batches must be an int"),
+        (dict(every=True), ValueError, "every must be an int, 1 or more, got True"),
         (dict(every_steps=0), ValueError, "every_steps must be an int, 1 or more"),
         (dict(dependence="entropy"), ValueError, "dependence must be one of nmi, autocorrelation, got 'entropy'"),
         (dict(apply_to="weights"), ValueError, "apply_to must be one of gradient, update"),

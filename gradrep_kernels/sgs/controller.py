@@ -92,7 +92,7 @@ class SpatialGradientScaling:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         for name, value, least in (("every", every, 1), ("warmup", warmup, 0), ("batches", batches, 1), ("every_steps", every_steps, 1)):
-            if not (isinstance(value, int) and value >= least) and not (name == "every_steps" and value is None):
+            if not _is_int(value, least) and not (name == "every_steps" and value is None):
                 raise ValueError(f"{name} must be an int, {least} or more, got {value!r}")
         for name, value, choices in (("dependence", dependence, tuple(DEPENDENCES)), ("apply_to", apply_to, ("gradient", "update"))):
             if value not in choices:
@@ -154,30 +154,47 @@ class SpatialGradientScaling:
         """Restore what `state_dict()` gave, and tell the optimizer.
 
         Raises:
-            ValueError: names or shapes that do not fit this model, scalings that are negative or not finite. Nothing is
-                changed then.
+            ValueError: anything else: names, shapes or dtypes that do not fit this model, scalings that are negative or not
+                finite. Nothing is changed then.
         """
-        if not isinstance(state_dict.get("scalings"), Mapping):
+        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("scalings"), Mapping):
             raise ValueError("state_dict must be what state_dict() gave: it has no 'scalings'")
-        saved, live, ranges = state_dict["scalings"], self.scalings, state_dict.get("ranges", {})
+        saved, live = state_dict["scalings"], self.scalings
         for what, names in (("missing", live.keys() - saved.keys()), ("unexpected", saved.keys() - live.keys())):
             if names:
                 raise ValueError(f"scalings do not fit the model: {what} {_first_few(names)}")
         for name, g in saved.items():
-            if g.shape != live[name].shape:
-                raise ValueError(f"scalings: {name} must be {list(live[name].shape)}, got {list(g.shape)}")
+            _check_tensor(f"scalings: {name}", g, live[name].shape, torch.is_floating_point, "floating point")
             if not bool(torch.isfinite(g).all() and (g >= 0).all()):
                 raise ValueError(f"scalings: {name} must be finite and not negative, got {g.tolist()}")
-        for layer in self._layers:
-            if layer.name in ranges and tuple(ranges[layer.name][1].shape) != layer.statistics_shape:
-                raise ValueError(f"ranges: {layer.name} must be of {list(layer.statistics_shape)} pairs, got {list(ranges[layer.name][1].shape)}")
-        self._steps = int(state_dict.get("steps", 0))
-        self._paused = bool(state_dict.get("paused", False))
+        plans = self._plans_of(state_dict.get("ranges", {}))
+        steps, paused = state_dict.get("steps", 0), state_dict.get("paused", False)
+        if not _is_int(steps, 0) or not isinstance(paused, bool):
+            raise ValueError(f"steps must be an int, 0 or more, and paused a bool, got {steps!r} and {paused!r}")
+        self._steps, self._paused = steps, paused
         for layer in self._layers:
             g = saved[layer.name].detach().to("cpu", torch.float32, copy=True)
             self._set(layer, None if bool((g == 1).all()) else g)
-            layer.plan = Plan(*(part.detach().to("cpu", copy=True) for part in ranges[layer.name])) if layer.name in ranges else None
+            layer.plan = plans.get(layer.name)
         self._forget()
+
+    def _plans_of(self, ranges: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Plan]:
+        """The plans that `state_dict()` wrote as (ranges, n), copied; by name."""
+        if not isinstance(ranges, Mapping):
+            raise ValueError(f"ranges must be a dict by layer, got {type(ranges).__name__}")
+        layers, plans = {layer.name: layer for layer in self._layers}, {}
+        if ranges.keys() - layers.keys():
+            raise ValueError(f"ranges do not fit the model: unexpected {_first_few(ranges.keys() - layers.keys())}")
+        for name, parts in ranges.items():
+            if not isinstance(parts, (tuple, list)) or len(parts) != 2:
+                raise ValueError(f"ranges: {name} must be a pair (ranges, n), got {type(parts).__name__}")
+            shape = layers[name].statistics_shape
+            _check_tensor(f"ranges: {name}", parts[0], (*shape, 2, 2), torch.is_floating_point, "floating point")
+            _check_tensor(f"ranges: n of {name}", parts[1], shape, lambda n: n.dtype == torch.int64, "int64")
+            if (parts[1] < 0).any():
+                raise ValueError(f"ranges: n of {name} must not be negative")
+            plans[name] = Plan(*(part.detach().to("cpu", copy=True) for part in parts))
+        return plans
 
     def remove(self) -> None:
         """Take all hooks off and leave the optimizer unscaled."""
@@ -425,6 +442,19 @@ def _warn_not_finite(layers: list[Layer]) -> None:
         warnings.warn(f"the input of {names} is not finite; the scaling stays as it was", RuntimeWarning, stacklevel=3)
 
 
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_tensor(name: str, value: object, shape: tuple[int, ...], fits: Callable[[Tensor], bool], dtype: str) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {list(shape)}, got {list(value.shape)}")
+    if not fits(value):
+        raise ValueError(f"{name} must be {dtype}, got {value.dtype}")
+
+
 def _first_few(names: Iterable[str]) -> str:
-    names = sorted(names)
+    names = sorted(map(str, names))
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
