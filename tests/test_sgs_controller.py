@@ -292,6 +292,22 @@ def test_fewer_batches_than_asked_warn():
     assert_same(sgs.scalings, expected.scalings)
 
 
+def test_warnings_point_to_the_callers_line():
+    """With a scheduler and the profiler's wrapper of torch between the caller of a step and the hooks."""
+    model, batches = small_model(), make_batches()
+    sgs, stepping = controller(model, batches=3), controller(model, every_steps=1)
+    torch.optim.lr_scheduler.StepLR(stepping.optimizer, 1)
+    batches[1] = batches[1] * math.nan
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        controller(nn.Linear(2, 2))
+        sgs.update(batches)
+        sgs.update_if_due(1, batches)
+        train(model, stepping.optimizer, batches[1:])
+    assert [str(w.message).split()[0] for w in caught] == ["SpatialGradientScaling", "asked", "the", "asked", "the", "the"]
+    assert {w.filename for w in caught} == {__file__}
+
+
 def test_no_batch_is_an_error_and_changes_nothing():
     model = small_model()
     sgs = controller(model)

@@ -108,7 +108,7 @@ class SpatialGradientScaling:
         self._model = unwrapped(model)
         self._layers, self._skipped = find_layers(named_root(model), optimizer)
         if not self._layers:
-            warnings.warn("SpatialGradientScaling found no convolution to scale; .skipped says why", stacklevel=2)
+            _warn("SpatialGradientScaling found no convolution to scale; .skipped says why")
         self._ranks = Ranks(process_group)
         self._steps = 0  # of the optimizer, counted with every_steps only
         self._paused = False
@@ -262,7 +262,7 @@ class SpatialGradientScaling:
         finally:
             self._forget()
         if len(kept) < self.batches:
-            warnings.warn(f"asked for {self.batches} batches, there were {len(kept)}", stacklevel=2)
+            _warn(f"asked for {self.batches} batches, there were {len(kept)}")
         _warn_not_finite(bad)
         counts = len(plans), len(self._layers), len(kept), time.perf_counter() - start, self._ranks.bytes
         logger.debug("counted for %d of %d layers over %d batches in %.3f s, %d bytes to other ranks", *counts)
@@ -439,7 +439,15 @@ def _raise_together(failure: Exception | None, failures: int) -> None:
 def _warn_not_finite(layers: list[Layer]) -> None:
     if layers:
         names = ", ".join(name for layer in layers for name in layer.convs)
-        warnings.warn(f"the input of {names} is not finite; the scaling stays as it was", RuntimeWarning, stacklevel=3)
+        _warn(f"the input of {names} is not finite; the scaling stays as it was", RuntimeWarning)
+
+
+def _warn(text: str, category: type[Warning] = UserWarning) -> None:
+    """Points to the caller's line, which lies above this module and above torch, where the hooks of a step are called."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and (frame.f_globals is globals() or frame.f_globals.get("__name__", "").split(".")[0] == "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, category, stacklevel=level)
 
 
 def _is_int(value: object, least: int) -> bool:
