@@ -467,6 +467,33 @@ def test_all_is_as_before(fail_at):
         assert same(was, now)
 
 
+class Buckets(torch.utils.data.Sampler):
+    """Batches in an order of its own."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __iter__(self):
+        yield from (torch.randperm(4, generator=self.generator)[:, None] * 5 + torch.arange(5)).tolist()
+
+
+@pytest.mark.parametrize("where", ["loader", "sampler", "batch_sampler", "batch_sampler.sampler"])
+def test_the_generators_of_a_loader_are_as_before(where):
+    data, generator = torch.utils.data, torch.Generator().manual_seed(3)
+    images = torch.cat(make_batches(4))
+    loader = {
+        "loader": lambda: data.DataLoader(images, 5, shuffle=True, generator=generator),
+        "sampler": lambda: data.DataLoader(images, 5, sampler=data.RandomSampler(images, generator=generator)),
+        "batch_sampler": lambda: data.DataLoader(images, batch_sampler=Buckets(generator)),
+        "batch_sampler.sampler": lambda: data.DataLoader(images, batch_sampler=data.BatchSampler(data.RandomSampler(images, generator=generator), 5, False)),
+    }[where]()
+    before = generator.get_state()
+    controller(small_model()).update(loader)
+    assert torch.equal(generator.get_state(), before)
+    next(iter(loader))
+    assert not torch.equal(generator.get_state(), before)
+
+
 def test_overridden_train_and_eval_are_not_called():
     class Merging(Named):
         def train(self, mode=True):

@@ -230,7 +230,7 @@ class SpatialGradientScaling:
 
         One map is alive at a time: hooks take its statistics and let it go. The passes run under the caller's autocast, and
         a map is what the convolution is given, before it casts it. Modes, buffers, hooks and random states (of torch, numpy,
-        Python and the loader's generator) are afterwards as before, also if a pass raises.
+        Python, and the generators of the loader and its samplers) are afterwards as before, also if a pass raises.
 
         Warns where there are fewer batches than asked for, and with the names of layers whose map is not finite.
 

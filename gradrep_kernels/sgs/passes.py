@@ -20,7 +20,9 @@ def undisturbed(model: nn.Module, loader: object) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, name, buffer, buffer.clone()) for module, _ in modes for name, buffer in module._buffers.items() if buffer is not None]
-    generators = {getattr(holder, "generator", None) for holder in (loader, getattr(loader, "sampler", None))} - {None}
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
+    generators = {getattr(holder, "generator", None) for holder in holders} - {None}
     states = [(generator, generator.get_state()) for generator in generators]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     gpus = sorted({p.device.index for p in model.parameters() if p.is_cuda})
