@@ -1278,6 +1278,7 @@ def test_a_state_that_is_no_dict(state):
         (dict(dependence="entropy"), ValueError, "dependence must be one of nmi, autocorrelation, got 'entropy'"),
         (dict(apply_to="weights"), ValueError, "apply_to must be one of gradient, update"),
         (dict(model="vgg"), TypeError, "model must be a torch.nn.Module, got str"),
+        (dict(process_group="gloo"), TypeError, "process_group must be a torch.distributed.ProcessGroup or None, got str"),
         (dict(optimizer=None), TypeError, "optimizer must be a torch.optim.Optimizer, got NoneType"),
     ],
 )

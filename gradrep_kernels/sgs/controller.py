@@ -91,6 +91,8 @@ class SpatialGradientScaling:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+            raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {type(process_group).__name__}")
         for name, value, least in (("every", every, 1), ("warmup", warmup, 0), ("batches", batches, 1), ("every_steps", every_steps, 1)):
             if not _is_int(value, least) and not (name == "every_steps" and value is None):
                 raise ValueError(f"{name} must be an int, {least} or more, got {value!r}")
