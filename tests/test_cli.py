@@ -111,6 +111,15 @@ def test_another_seed_gives_other_weights(source, finished, tmp_path):
     assert not torch.equal(a["linear.weight"], b["linear.weight"])
 
 
+@pytest.mark.parametrize(("recipe", "warmup", "told"), [("sgs", 2, True), ("sgs", 1, False), ("sgd", 2, False)])
+def test_a_spatial_scaling_that_never_falls_due_is_told_once(source, tmp_path, capsys, recipe, warmup, told):
+    assert main(train_arguments(source, tmp_path, "--recipe", recipe, "--epochs", "2", "--seeds", "2", "--sgs-warmup", str(warmup))) == 0
+    assert capsys.readouterr().err.count("no update of the spatial gradient scaling falls due (--sgs-warmup 2, of 2 epochs") == told
+    if recipe == "sgs":
+        (folder,) = tmp_path.iterdir()
+        assert json.loads((folder / "summary.json").read_text())["recipes"]["sgs"]["sgs_updates"] == (not told)
+
+
 def test_spatial_scaling_every_epoch_and_rarely(source, tmp_path):
     for every, updates in ((1, 3), (2, 2), (9, 1)):
         name = f"every{every}"

@@ -180,6 +180,9 @@ class _Job:
         trainings = len(self.rows) * len(self.seeds)
         epochs = trainings * self.options.epochs + self.searches * self.options.search_epochs
         self.reporter.line(f"{self.folder}: {trainings} trainings of {self.options.epochs} epochs" + ", and a Hyper-Search first" * self.searches)
+        if any(row.uses_sgs for row in self.rows) and self.options.sgs_warmup >= self.options.epochs:
+            late = f"--sgs-warmup {self.options.sgs_warmup}, of {self.options.epochs} epochs counted from 0"
+            self.reporter.line(f"no update of the spatial gradient scaling falls due ({late}): it stays ones, and sgs changes nothing")
         self.reporter.start(epochs * steps, steps * sum(len(records) for records in self._epochs().values()))
         if self.searches:
             self._train(_SEARCH, lambda: search_model(self.options, self.data), self.options.seed, self.options.search_epochs, self._keep_scales)
