@@ -1096,6 +1096,19 @@ def test_maps_that_a_checkpoint_recomputes_are_counted_once(reentrant):
     assert_same(run(lambda model, x: checkpoint(model, x, use_reentrant=reentrant)), run(lambda model, x: model(x)))
 
 
+def test_removed_between_forward_and_step_nothing_gathered_stays():
+    model, batches = small_model(), make_batches()
+    optimizer = sgd(model)
+    sgs = gr.SpatialGradientScaling(model, optimizer, every_steps=1)
+    train(model, optimizer, batches)
+    model(batches[0])
+    gathered = [weakref.ref(tensor) for layer in sgs._layers for tensor in (layer.ranges, layer.n, layer.table)]
+    sgs.remove()
+    assert len(gathered) == 9
+    assert all(tensor() is None for tensor in gathered)
+    assert not sgs._seen
+
+
 def test_update_if_due_pauses_the_updates_during_warmup():
     model, batches = small_model(), make_batches(2)
     optimizer = sgd(model)

@@ -199,12 +199,13 @@ class SpatialGradientScaling:
         return plans
 
     def remove(self) -> None:
-        """Take all hooks off and leave the optimizer unscaled."""
+        """Take all hooks off, leave the optimizer unscaled, and let go of what was gathered for the next update."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         for layer in self._layers:
             self._set(layer, None)
+        self._forget()
         _controllers.discard(self)
 
     # -- updates from batches of a loader, in two passes
