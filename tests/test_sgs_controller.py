@@ -1096,6 +1096,27 @@ def test_maps_that_a_checkpoint_recomputes_are_counted_once(reentrant):
     assert_same(run(lambda model, x: checkpoint(model, x, use_reentrant=reentrant)), run(lambda model, x: model(x)))
 
 
+@pytest.mark.parametrize("scale", [1.0, math.nan])
+def test_the_maps_of_a_step_that_a_scaler_skips_pool_with_the_next(scale):
+    model, batches = Named(), make_batches(3)
+    optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu")
+    sgs = gr.SpatialGradientScaling(model, optimizer, every_steps=1)
+    warned = []
+    for step, batch in enumerate(batches):
+        optimizer.zero_grad()
+        scaler.scale(model(batch * (scale if step == 1 else 1)).sum() * (math.inf if step == 1 else 1)).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            scaler.step(optimizer)
+        scaler.update()
+        warned.append(any("is not finite" in str(w.message) for w in caught))
+    state, n = sgs.state_dict(), gr.pair_ranges(batches[0], [(0, 1), (1, -1), (1, 0), (1, 1)], padding=1)[1]
+    assert state["steps"] == 2
+    assert torch.equal(state["ranges"]["conv"][1], n * (1 if math.isnan(scale) else 2))
+    assert torch.equal(sgs.scalings["conv"], torch.ones(3, 3)) == math.isnan(scale)
+    assert warned == [False, False, math.isnan(scale)]
+
+
 def test_removed_between_forward_and_step_nothing_gathered_stays():
     model, batches = small_model(), make_batches()
     optimizer = sgd(model)

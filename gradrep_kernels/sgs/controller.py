@@ -55,6 +55,9 @@ class SpatialGradientScaling:
                        updates up to epoch `warmup`. In torch.compile the hooks break the graph at each convolution. What
                        torch.utils.checkpoint recomputes is counted once; but of a convolution that is called within a
                        reentrant checkpoint and outside of it, only the calls outside count.
+                       A step that a GradScaler skips looks like one more forward before the next step: its maps pool with
+                       that one's, and if they are not finite, the scalings stay as they were, with the warning. (Where the
+                       optimizer itself is called and skips, as fused ones are, the step is counted like any other.)
         remove_near:   the paper's ImageNet setting: pairs with a zero and pairs of equal bin numbers do not count
         dependence:    'nmi', or 'autocorrelation' (section 4.3): |Pearson's r| over the same pairs, in float64, with the
                        same k-transform (it has a pole at a negative r, hence the magnitude). Pairs of equal bin numbers
