@@ -16,6 +16,7 @@ from cases_optim import Pair, assert_close, batch, dense, mults, net, oracle_ste
 from implementations import on_gpu
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
 import gradrep_kernels as gr
@@ -905,6 +906,21 @@ def test_hooks_before_and_after_the_step():
     pair.train(1)
     assert len(calls) == 2 * STEADY
     pair.assert_equal()
+
+
+def test_hooks_of_all_optimizers_and_the_profiler_hear_of_a_step():
+    pair = Pair(momentum=0.9).train(STEADY)
+    calls = []
+    handles = [register_optimizer_step_pre_hook(lambda *_: calls.append("before")), register_optimizer_step_post_hook(lambda *_: calls.append("after"))]
+    try:
+        pair.opt.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert calls == ["before", "after"]
+    with torch.profiler.profile() as seen:
+        pair.opt.step()
+    assert "Optimizer.step#FusedRepSGD.step" in {event.name for event in seen.events()}
 
 
 def test_state_dict_hooks():

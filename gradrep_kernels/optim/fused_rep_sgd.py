@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.sgd import SGD, sgd
 
 from gradrep_kernels import backends, reference
@@ -174,6 +176,25 @@ class FusedRepSGD(SGD):
     def _can_compile(self) -> bool:
         """torch's functional SGD neither unscales nor skips on overflow, nor does it know multipliers of shards."""
         return getattr(self, "found_inf", None) is None and not any(is_dtensor(p) for p in self._params())
+
+    @staticmethod
+    def profile_hook_step(func: Callable) -> Callable:
+        """What torch wraps around `step`, a record for the profiler and the hooks, only where somebody listens: 8 of 35 µs."""
+        heard = SGD.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self, *args, **kwargs):
+            listening = (
+                self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _global_optimizer_pre_hooks
+                or _global_optimizer_post_hooks
+                or torch.compiler.is_compiling()
+                or torch._C._autograd._profiler_enabled()
+            )
+            return (heard if listening else func)(self, *args, **kwargs)
+
+        return step
 
     def _planned_step(self) -> bool:
         plan = self._plan

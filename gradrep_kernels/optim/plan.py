@@ -72,10 +72,9 @@ class StepPlan:
         if not all(map(is_, listed, self._listed)) or not all(map(is_, self._state, self._keys)):
             return False
         try:
-            buffers = list(map(_buffer, self._state.values()))
+            return all(map(is_, map(_buffer, self._state.values()), self._buffers))
         except (KeyError, TypeError):
-            buffers = self._all_buffers()
-        return all(map(is_, buffers, self._buffers))
+            return all(map(is_, self._all_buffers(), self._buffers))
 
     def step(self, optimizer: FusedRepSGD, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Take the step; False, and nothing done, where the plan no longer holds."""
