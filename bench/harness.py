@@ -299,9 +299,15 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str:
-    command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    """Of the checkout; -dirty where something else than results differs from it."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done, differs = git("describe", "--always"), git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)bench/results")
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else "unknown"
+    if done.returncode != 0 or not done.stdout.strip():
+        return "unknown"
+    return done.stdout.strip() + ("-dirty" if differs.returncode else "")
