@@ -397,10 +397,12 @@ class FusedRepSGD(SGD):
         problem = None
         if "grad_mults" not in state_dict:
             problem = self._lost(state_dict["param_groups"])
-        elif live:
-            problem = self._differences(live, unpack(state_dict["grad_mults"], len(params)))
         else:
-            restored = unpack(state_dict["grad_mults"], len(params))
+            saved = unpack(state_dict["grad_mults"], len(params))
+            if live:
+                problem = self._differences(live, saved)
+            else:
+                restored = saved
         if problem and strict:
             raise ValueError(f"the checkpoint's Grad Mults are not the live ones: {problem}. Set the right ones first, or load with strict=False")
         checked = [(params[n], self._checked(params[n], mult)) for n, mult in restored.items()]

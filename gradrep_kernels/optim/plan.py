@@ -35,11 +35,11 @@ class StepPlan:
         buffers = [buffer for _, buffer, _, _ in rows]
         parts = [(None, None) if mult is None else mult.parts() for _, _, mult, _ in rows]
         active = set(map(id, self.params))
-        self._idle = [p for p in optimizer._params() if id(p) not in active]
+        self._listed = optimizer._params()
+        self._idle = [p for p in self._listed if id(p) not in active]
         self._mutated = self.params + [b for b in buffers if b is not None]
         self._state = optimizer.state
         self._version = optimizer._multipliers.version
-        self._listed = optimizer._params()
         self._sizes = self._group_sizes(optimizer)
         self._keys, self._buffers = list(self._state), self._all_buffers()
         ops = torch.ops.gradrep_kernels
