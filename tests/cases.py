@@ -83,6 +83,12 @@ def tensor(shape, seed: int, dtype=torch.float64) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def unaligned(t: torch.Tensor, elements: int = 1) -> torch.Tensor:
+    """A copy of `t` that starts `elements` after an aligned place in memory, as a view into a bucket or an FSDP shard may."""
+    beside = torch.full((t.numel() + elements + 8,), torch.inf, dtype=t.dtype, device=t.device)
+    return beside[elements:].as_strided(t.shape, t.stride()).copy_(t)
+
+
 def multiplier(shape, form: str, identity: bool, dtype=torch.float32, seed: int = 7) -> GradMult | None:
     """A Grad Mult of one of the forms of `scale_shapes`, spanning the published files' range (1e-11 to 2e2)."""
     scale_shape = scale_shapes(shape)[form]

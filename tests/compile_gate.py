@@ -41,6 +41,7 @@ class Compiled:
     shared: int  # bytes
     instructions: Counter[str] = field(repr=False)  # SASS ('LDG.E.128') or amdgcn ('global_load_dwordx4') -> how many
     assembly: str = field(repr=False)  # PTX or amdgcn
+    ttir: str = field(repr=False, default="")  # Triton's own intermediate form; empty for CUDA C++
 
     def count(self, pattern: str) -> int:
         """How many instructions match the regular expression from their first letter on."""
@@ -55,6 +56,24 @@ class Compiled:
     def wide_stores(self) -> int:
         """128-bit stores to global memory."""
         return self.count(r"STG\S*\.128|global_store_dwordx4")
+
+    def claims_of_alignment(self) -> list[bool]:
+        """For each pointer that is cast from an integer and said to be aligned: whether that is said under a condition only.
+
+        Triton turns the claim into 128-bit accesses wherever the pointer is used. One at the kernel's top level, outside every
+        `scf.if`, holds on all paths, also on that of unaligned tensors.
+        """
+        found: list[bool] = []
+        regions: list[str] = []
+        for line in self.ttir.splitlines():
+            text = re.sub(r"\s*loc\(.*\)$", "", line).strip()
+            if text.startswith("}"):
+                regions.pop()
+            if text.endswith("{"):
+                regions.append("then" if "scf.if" in text else "else" if "else" in text else "other")
+            if "tt.int_to_ptr" in text and "tt.divisibility" in text:
+                found.append("then" in regions)
+        return found
 
     @property
     def double_precision(self) -> int:
@@ -84,13 +103,13 @@ def compile_variant(kernel: Any, types: Mapping[str, str], constants: Mapping[st
         text = built.asm["amdgcn"]
         facts = {name: int(n) for name, n in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
         spills = facts["vgpr_spill_count"] + facts["sgpr_spill_count"] + facts["private_segment_fixed_size"]
-        return Compiled(target, facts["vgpr_count"], spills, built.metadata.shared, Counter(_AMDGCN.findall(text)), text)
+        return Compiled(target, facts["vgpr_count"], spills, built.metadata.shared, Counter(_AMDGCN.findall(text)), text, built.asm["ttir"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
         usage, sass = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
     facts = {name: int(n) for name, n in _USAGE.findall(usage)}
-    return Compiled(target, facts["REG"], facts["STACK"] + facts["LOCAL"], built.metadata.shared, Counter(_SASS.findall(sass)), built.asm["ptx"])
+    return Compiled(target, facts["REG"], facts["STACK"] + facts["LOCAL"], built.metadata.shared, Counter(_SASS.findall(sass)), built.asm["ptx"], built.asm["ttir"])
 
 
 def _cuobjdump(*arguments: str) -> str:

@@ -72,6 +72,15 @@ def test_every_hyper_parameter(hyper):
             assert_step(Problem([(257,), (11, 11, 3, 3)], dtype=dtype, hypers=(hyper,), first=first))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_unaligned_tensors_take_the_loop_of_small_blocks(dtype):
+    """A whole block of them is not left out, and what lies beside them is not touched."""
+    problem = Problem([(2 * BLOCK + 5,), (BLOCK,), (16, 8, 3, 3)], dtype=dtype)
+    there = problem.clone()
+    there.grads = [cases.unaligned(g, 1 + n) for n, g in enumerate(there.grads)]
+    assert_same_bits(run(there), expect(problem))
+
+
 def test_first_steps_are_per_parameter():
     problem = Problem([(40,), (5, 5, 3, 3)] * 3, hypers=(cases.HYPERS[4], cases.HYPERS[6]))
     problem.first = [True, False, False, True, True, False]

@@ -34,9 +34,10 @@ def compiled(kernel, dtype, target, types, constants) -> compile_gate.Compiled:
     return compile_gate.compile_variant(kernel, {**TABLES, **types}, constants, target, **options)
 
 
-def accesses(dtype) -> int:
+def accesses(dtype, target) -> int:
     """128-bit accesses of a thread to one tensor on the full path."""
-    return tables.BLOCK[dtype] * dtype.itemsize // (tables.options(dtype, 32)["num_warps"] * 32 * 16)
+    lanes = compile_gate.TARGETS[target].warp_size
+    return tables.BLOCK[dtype] * dtype.itemsize // (tables.options(dtype, lanes)["num_warps"] * lanes * 16)
 
 
 @pytest.mark.parametrize("target", compile_gate.TARGETS)
@@ -46,8 +47,9 @@ def test_rep_sgd_step(variant, target):
     wide = TYPE[tables.COMPUTE[dtype]]
     constants = {name: None for name, given in zip(("grad_scale", "found_inf"), variant[1:]) if not given}
     made = compiled(rep_sgd_step_kernel, dtype, target, {"hyper": wide, "grad_scale": wide, "found_inf": "*fp32"}, constants)
-    assert made.wide_loads >= 3 * accesses(dtype)  # parameter, gradient, buffer
-    assert made.wide_stores >= (3 if unscales else 2) * accesses(dtype)
+    assert made.wide_loads >= 3 * accesses(dtype, target)  # parameter, gradient, buffer
+    assert made.wide_stores >= (3 if unscales else 2) * accesses(dtype, target)
+    assert made.claims_of_alignment() == [True] * 3  # once for each tensor, and not on the path of unaligned ones
     assert made.spills == 0
     assert made.registers <= MOST_REGISTERS
     assert made.shared == 0
@@ -60,7 +62,8 @@ def test_rep_sgd_step(variant, target):
 @pytest.mark.parametrize("dtype", tables.COMPUTE, ids=str)
 def test_rep_grad_norm(dtype, target):
     made = compiled(rep_grad_norm_kernel, dtype, target, {"partial": TYPE[tables.COMPUTE[dtype]]}, {})
-    assert made.wide_loads >= accesses(dtype)
+    assert made.wide_loads >= accesses(dtype, target)
+    assert made.claims_of_alignment() == [True]
     assert made.spills == 0
     assert made.registers <= MOST_REGISTERS
     assert (made.double_precision > 0) == (dtype == torch.float64)

@@ -75,6 +75,17 @@ def test_kernel_agrees_with_the_reference(backend, device, form, dtype, channels
 
 
 @pytest.mark.parametrize(("backend", "device"), NORM)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_unaligned_gradients_of_a_chunk_and_more(backend, device, dtype):
+    norm = implementations.get("rep_grad_norm", backend, device)
+    grads, scales, identities = problem("repopt", True, dtype)
+    expected = reference.rep_grad_norm(grads, scales, identities)
+    there = [[None if t is None else t.to(device) for t in column] for column in (grads, scales, identities)]
+    there[0] = [cases.unaligned(g, 1 + n % 3) for n, g in enumerate(there[0])]
+    assert float(norm(*there)) == pytest.approx(float(expected), rel=1e-14 if dtype == torch.float64 else TOLERANCE[device])
+
+
+@pytest.mark.parametrize(("backend", "device"), NORM)
 def test_kernel_on_what_is_unusual(backend, device):
     norm = implementations.get("rep_grad_norm", backend, device)
     strided = torch.arange(20.0).reshape(4, 5)[:, ::2].to(device)

@@ -18,8 +18,10 @@ from gradrep_kernels.triton_impl.tables import (  # by name: the key of Triton's
     NUMEL,
     POINTERS,
     TAIL,
+    aligned,
     multiplier,
     multiplier_row,
+    unaligned,
 )
 
 CHUNK = tl.constexpr(4096)
@@ -49,21 +51,20 @@ def rep_grad_norm_kernel(
     pointers += number * POINTERS
     numel = tl.load(piece + NUMEL)
     start = (program - tl.load(piece + FIRST_CHUNK)) * CHUNK
-    grad = tl.load(pointers + GRAD).to(tl.pointer_type(DTYPE))
+    grad = tl.load(pointers + GRAD)  # an integer: see `aligned`
     row_of_piece = multiplier_row(piece, pointers, COMPUTE)
     if (start + CHUNK <= numel) & ((tl.load(pointers + FLAGS) & ALIGNED) != 0):
-        grad = tl.multiple_of(grad, 16)
         inside = tl.full([BLOCK], True, tl.int1)
         total = tl.zeros([BLOCK], COMPUTE)
         for part in range(CHUNK // BLOCK):
-            total += _squares(start + part * BLOCK + tl.arange(0, BLOCK), inside, grad, row_of_piece, COMPUTE)
+            total += _squares(start + part * BLOCK + tl.arange(0, BLOCK), inside, aligned(grad, DTYPE), row_of_piece, COMPUTE)
         tl.store(partial + program, tl.sum(total, axis=0))
     else:
         end = tl.minimum(start + CHUNK, numel)
         rest = tl.zeros([TAIL], COMPUTE)
         while start < end:
             place = start + tl.arange(0, TAIL)
-            rest += _squares(place, place < numel, grad, row_of_piece, COMPUTE)
+            rest += _squares(place, place < numel, unaligned(grad, DTYPE), row_of_piece, COMPUTE)
             start += TAIL
         tl.store(partial + program, tl.sum(rest, axis=0))
 

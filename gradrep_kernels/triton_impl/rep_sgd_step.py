@@ -20,9 +20,11 @@ from gradrep_kernels.triton_impl.tables import (  # by name: the key of Triton's
     NUMEL,
     POINTERS,
     TAIL,
+    aligned,
     multiplier,
     multiplier_row,
     switched,
+    unaligned,
 )
 
 PARAM, BUFFER = tl.constexpr(POINTERS.value), tl.constexpr(POINTERS.value + 1)
@@ -80,24 +82,23 @@ def rep_sgd_step_kernel(
     hyper += tl.load(piece + GROUP) * 8
     flags = tl.load(pointers + FLAGS)
     first = (flags & FIRST_STEP) != 0
-    param = tl.load(pointers + PARAM).to(tl.pointer_type(DTYPE))
-    grad = tl.load(pointers + GRAD).to(tl.pointer_type(DTYPE))
-    buffer = tl.load(pointers + BUFFER).to(tl.pointer_type(DTYPE))
+    param, grad, buffer = tl.load(pointers + PARAM), tl.load(pointers + GRAD), tl.load(pointers + BUFFER)  # integers: see `aligned`
     row_of_piece = multiplier_row(piece, pointers, hyper.dtype.element_ty)
-    if start + BLOCK <= numel:
+    if (start + BLOCK <= numel) & ((flags & ALIGNED) != 0):
         place = start + tl.arange(0, BLOCK)
         inside = tl.full([BLOCK], True, tl.int1)
-        if (flags & ALIGNED) != 0:
+        _update(
+            place, inside, aligned(param, DTYPE), aligned(grad, DTYPE), aligned(buffer, DTYPE),
+            first, row_of_piece, hyper, grad_scale,
+        )  # fmt: skip
+    else:
+        end = tl.minimum(start + BLOCK, numel)
+        while start < end:
+            place = start + tl.arange(0, TAIL)
             _update(
-                place, inside, tl.multiple_of(param, 16), tl.multiple_of(grad, 16), tl.multiple_of(buffer, 16),
+                place, place < end, unaligned(param, DTYPE), unaligned(grad, DTYPE), unaligned(buffer, DTYPE),
                 first, row_of_piece, hyper, grad_scale,
             )  # fmt: skip
-        else:
-            _update(place, inside, param, grad, buffer, first, row_of_piece, hyper, grad_scale)
-    else:
-        while start < numel:
-            place = start + tl.arange(0, TAIL)
-            _update(place, place < numel, param, grad, buffer, first, row_of_piece, hyper, grad_scale)
             start += TAIL
 
 

@@ -56,7 +56,8 @@ ALIGNED, HAS_SCALE, HAS_IDENTITY, FIRST_STEP = map(tl.constexpr, (1, 2, 4, 8))
 
 def options(dtype: torch.dtype, lanes: int = 64 if torch.version.hip else 32) -> dict[str, Any]:
     """Compile options of every kernel here; `lanes` is the size of a warp."""
-    threads = 256 if dtype == torch.float64 else 128
+    # With 128 threads on AMD the step of float32 would need 66 registers of 64.
+    threads = 256 if dtype == torch.float64 or (dtype == torch.float32 and lanes == 64) else 128
     # A product and a sum contracted to one FMA would differ from the reference in the last bit of 18 % of the elements.
     return {"num_warps": threads // lanes, "enable_fp_fusion": False}
 
@@ -65,6 +66,22 @@ def options(dtype: torch.dtype, lanes: int = 64 if torch.version.hip else 32) ->
 def quotient(n, magic, shift):
     """n // d for n < 2^31, with `magic_division(d)`; 3 instructions where a division by a run-time number takes 20."""
     return (tl.umulhi(n.to(tl.uint32) << 1, magic) >> shift).to(tl.int32)
+
+
+@triton.jit
+def aligned(address, DTYPE: tl.constexpr):
+    """The integer `address` as a pointer for 128-bit accesses. Call it only where the flag ALIGNED was seen to be set.
+
+    Cast an address separately on each path. `tl.multiple_of` marks the operation that made its argument, so a pointer that two
+    paths share would be marked on both, and an unaligned tensor would meet 128-bit accesses: a sticky `misaligned address`.
+    """
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def unaligned(address, DTYPE: tl.constexpr):
+    """The integer `address` as a pointer of which nothing more is known."""
+    return address.to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
