@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import gradrep_kernels as gr
-from gradrep_kernels import backends
+from gradrep_kernels.ops import backends
 
 OURS = "joint_histogram"
 FAST = "fast-histogram per channel and displacement, as published"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gradrep_kernels as gr
-from gradrep_kernels import backends
+from gradrep_kernels.ops import backends
 
 BATCHES, BATCH = 20, 128  # of an update: the paper's for CIFAR and VGG-16
 EPOCH_IMAGES = 50_000  # CIFAR's training set

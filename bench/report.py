@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness import Comparison, Figure, OtherWork, Setup, commit, machine, slug, versions
 
-from gradrep_kernels import backends
+from gradrep_kernels.ops import backends
 
 KEPT = 10  # runs in the history
 BUSY = 0.2  # cores; more other work than that is told

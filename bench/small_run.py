@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import gradrep_kernels as gr
-from gradrep_kernels import backends
+from gradrep_kernels.ops import backends
 
 BACKENDS = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
 DISPLACEMENTS = ((0, 1), (1, -1), (1, 0), (1, 1))

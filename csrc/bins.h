@@ -1,4 +1,4 @@
-// The rule of binning, the twin of gradrep_kernels/reference/bins.py, which states it in words. No torch here: the CPU
+// The rule of binning, the twin of gradrep_kernels/ops/reference/pair_rule.py, which states it in words. No torch here: the CPU
 // loops, the CUDA kernels and the sanitizers' driver share it.
 #pragma once
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from gradrep_kernels.reference.grad_mult import diagonal_taps
+from gradrep_kernels.ops.reference.multiply import diagonal_taps
 
 __all__ = ["BranchScales", "GradMult"]
 

@@ -371,8 +371,8 @@ def test_gpu_check_may_run_out_of_time_for_other_tests_alone(tmp_path, status, o
     assert outcome.state == state
     (command,) = check.commands
     assert command[command.index("-m", 2) + 1] == "not gpu"
-    files = {path.name for path in Path(ROOT, "tests").glob("test_*.py")}
-    left_out = [argument.removeprefix("--ignore-glob=tests/") for argument in command if argument.startswith("--ignore-glob=")]
+    files = {path.name for path in Path(ROOT, "tests").rglob("test_*.py")}
+    left_out = [argument.removeprefix("--ignore-glob=*/") for argument in command if argument.startswith("--ignore-glob=")]
     assert all(any(fnmatch.fnmatch(file, pattern) for file in files) for pattern in left_out)
     if status is None:
         assert gpu_check.tests(check)[0].state == "failed"

@@ -96,7 +96,7 @@ def bare_environment(folder: Path) -> Path:
 
 TRAIN = """
 import torch, gradrep_kernels as gr
-from gradrep_kernels import backends
+from gradrep_kernels.ops import backends
 print("installed in", gr.__file__)
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(64, 2))

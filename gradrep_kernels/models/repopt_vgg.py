@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradrep_kernels import csla
-from gradrep_kernels.models.blocks import repvgg_model
+from gradrep_kernels.branches.normed import repvgg_model
 
 __all__ = ["RepOptVGG", "repopt_vgg_b1", "repopt_vgg_b2", "repopt_vgg_l1", "repopt_vgg_l2", "repopt_vgg_small"]
 

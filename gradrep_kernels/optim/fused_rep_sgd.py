@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.sgd import SGD, sgd
 
-from gradrep_kernels import backends, reference
 from gradrep_kernels.grad_mult import GradMult
+from gradrep_kernels.ops import backends, reference
+from gradrep_kernels.ops.reference.multiply import multiply
+from gradrep_kernels.ops.reference.rep_sgd_step import HYPER, compute_dtype
 from gradrep_kernels.optim.multipliers import Multipliers, pack, unpack
 from gradrep_kernels.optim.plan import StepPlan
 from gradrep_kernels.optim.sharding import PLAIN, aligned_grad, is_dtensor, local, norm_over_shards
-from gradrep_kernels.reference.grad_mult import multiply
-from gradrep_kernels.reference.rep_sgd_step import HYPER, compute_dtype
 
 _FINGERPRINT = "grad_mults_fingerprint"
 _SHOWN = 4  # mismatches listed in one error

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradrep_kernels import backends, cpp_impl
+from gradrep_kernels.ops import backends
+from gradrep_kernels.ops import cpp as cpp_impl
 
 if TYPE_CHECKING:
     from gradrep_kernels.grad_mult import GradMult

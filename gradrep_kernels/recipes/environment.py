@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from gradrep_kernels import backends
-from gradrep_kernels.ops import OPS
+from gradrep_kernels.ops import backends
+from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.version import __version__
 
 __all__ = ["environment", "environment_text", "versions"]

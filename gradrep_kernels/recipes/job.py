@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from gradrep_kernels import csla
-from gradrep_kernels.csla.scales import match
+from gradrep_kernels.branches.scales import match
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.build import Trainee, build, initial_scales, multiplier_bytes, plain_model, rows, search_model
 from gradrep_kernels.recipes.data import Data, Loader, load_data, split_source

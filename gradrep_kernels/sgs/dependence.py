@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from gradrep_kernels.backends import implementation
-from gradrep_kernels.reference.bins import MAX_BINS, compute_dtype, padded, pair_views, sturges
+from gradrep_kernels.ops.backends import implementation
+from gradrep_kernels.ops.reference.pair_rule import MAX_BINS, compute_dtype, padded, pair_views, sturges
 
 _MAP_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ROUNDING = 1e-12  # relative; sums of some thousand float64 terms are exact to about 1e-13
@@ -136,7 +136,7 @@ def joint_histogram(
 
     Returns:
         counts [C, D, B, B] int64 with B the largest number of bins; unused cells are 0. The top bin is closed, as in
-        numpy.histogram2d. A NaN falls into bin 0. The rule in full: gradrep_kernels/reference/bins.py.
+        numpy.histogram2d. A NaN falls into bin 0. The rule in full: gradrep_kernels/ops/reference/pair_rule.py.
 
     Raises:
         TypeError, ValueError: as `pair_ranges`; bins below 1 or of another shape; ranges of another shape.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from gradrep_kernels.backends import implementation
-from gradrep_kernels.reference.bins import compute_dtype, sturges
+from gradrep_kernels.ops.backends import implementation
+from gradrep_kernels.ops.reference.pair_rule import compute_dtype, sturges
 from gradrep_kernels.sgs.dependence import (
     absolute_correlation,
     half_displacements,

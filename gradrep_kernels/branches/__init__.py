@@ -1,0 +1,1 @@
+"""Blocks of linear branches that are one convolution."""

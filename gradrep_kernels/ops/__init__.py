@@ -1,0 +1,1 @@
+"""All that is computed, and by whom: three rooms with the same file names, one file per op."""

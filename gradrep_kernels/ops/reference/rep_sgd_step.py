@@ -1,0 +1,71 @@
+"""One SGD-momentum update with Grad Mult (RepOptimizers, section 3.2, Rule of Iteration; torch.optim.SGD for the rest)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradrep_kernels.ops.reference.multiply import multiply
+
+HYPER = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+"""Columns of the table of hyper-parameters, one row per parameter group."""
+
+_WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """bf16 and fp16 are computed in float32 and rounded once per stored tensor; all others in their own dtype."""
+    return _WIDER.get(dtype, dtype)
+
+
+@torch.no_grad()
+def rep_sgd_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    scales: list[Tensor | None],
+    identities: list[Tensor | None],
+    first_steps: list[bool],
+    groups: list[int],
+    hyper: Tensor,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Update `params` and `momentum_buffers` in place, as torch.optim.SGD does with M ⊙ g in place of g.
+
+    Args:
+        params:           P tensors of any shape and floating (or complex) dtype
+        grads:            P tensors of the same shapes; left alone, except unscaled in place where `grad_scale` is given
+        momentum_buffers: P tensors of the same shapes; where the group's momentum is 0, any tensor (not touched)
+        scales:           P times None or a tensor that broadcasts to the parameter, the `scale` of its Grad Mult
+        identities:       P times None or [O], the `identity` of its Grad Mult
+        first_steps:      P times whether this is the parameter's first step (its buffer becomes g)
+        groups:           P row numbers of `hyper`
+        hyper:            [G, 6] float64, columns as in HYPER
+        grad_scale:       one element, or None: gradients are divided by it first
+        found_inf:        one element, or None: any non-zero value means that nothing at all is changed
+
+    Every product and sum is rounded on its own (no FMA): `torch.add(alpha=)` contracts, and 18 % of the elements would
+    differ in the last bit.
+    """
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    rows = hyper.tolist()
+    for p, grad, buffer, scale, identity, first, group in zip(params, grads, momentum_buffers, scales, identities, first_steps, groups):
+        lr, momentum, dampening, weight_decay, nesterov, maximize = rows[group]
+        dtype = compute_dtype(p.dtype)
+        w, g = p.to(dtype), grad.to(dtype)
+        if grad_scale is not None:
+            g = g / grad_scale.to(device=g.device, dtype=g.real.dtype if g.is_complex() else g.dtype)
+            grad.copy_(g)
+        if maximize:
+            g = -g
+        g = multiply(g, scale, identity, w.real.dtype if w.is_complex() else dtype)
+        if weight_decay != 0:
+            g = g + w * weight_decay
+        d = g
+        if momentum != 0:
+            v = g if first else buffer.to(dtype) * momentum + g * (1 - dampening)
+            buffer.copy_(v)
+            d = g + v * momentum if nesterov else v
+        p.copy_(w - d * lr)

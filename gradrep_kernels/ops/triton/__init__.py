@@ -1,0 +1,31 @@
+"""Triton: the portable GPU implementations, same file names as reference/. Importing this raises ImportError, with the reason, where Triton is absent."""
+
+from __future__ import annotations
+
+try:
+    import triton  # noqa: F401
+except ImportError as error:
+    raise ImportError("Triton is not installed (a CUDA build of torch brings it; else pip install 'gradrep_kernels[triton]')") from error
+
+from gradrep_kernels.ops.triton.joint_histogram import joint_histogram, joint_histogram_
+from gradrep_kernels.ops.triton.pair_ranges import pair_ranges
+from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm
+from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step
+from gradrep_kernels.ops.triton.tables import INTERPRETED
+
+__all__ = ["INTERPRETED", "joint_histogram", "joint_histogram_", "pair_ranges", "rep_grad_norm", "rep_sgd_step", "supports"]
+
+_OPS = {op.__name__ for op in (joint_histogram, joint_histogram_, pair_ranges, rep_grad_norm, rep_sgd_step)}
+
+
+def supports(op: str, device: str) -> str | None:
+    """None where `op` runs on tensors of a device type, else the reason why it does not."""
+    if op not in _OPS:
+        return f"there is no Triton implementation of {op}"
+    if device == "cpu" and not INTERPRETED:
+        return "Triton runs on CPU tensors only with TRITON_INTERPRET=1 in the environment before Python starts"
+    if device != "cpu" and INTERPRETED:
+        return f"TRITON_INTERPRET=1 is set: Triton's kernels are interpreted on the CPU, not run on {device}"
+    if device not in ("cpu", "cuda"):
+        return f"Triton's kernels are not tested on {device}"
+    return None

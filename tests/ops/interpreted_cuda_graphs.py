@@ -1,0 +1,358 @@
+"""CUDA graph captures of the Triton ops without a GPU; test_triton_rep_sgd_step.py runs this file with TRITON_INTERPRET=1.
+
+The functions through which tables.py meets CUDA are replaced: CPU tensors count as a GPU's, a capture records copies and launches
+and does neither, a replay does both. What torch forbids in a capture (from 2.11 on, or in the default mode) is an error here.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+
+import cases
+import pytest
+import torch
+from cases_optim import Pair, oracle_step
+from cases_pairs import make
+from test_rep_sgd_step import Problem, assert_same_bits
+
+import gradrep_kernels as gr
+from gradrep_kernels.ops import reference
+from gradrep_kernels.ops.triton import joint_histogram, pair_ranges, rep_grad_norm, rep_sgd_step, tables
+from gradrep_kernels.ops.triton import pair_walk as rule
+
+step_module, norm_module = (sys.modules[f"gradrep_kernels.ops.triton.{name}"] for name in ("rep_sgd_step", "rep_grad_norm"))
+
+
+class Graph:
+    """A context in which a capture runs on a given stream; torch.cuda.graph takes one of its own."""
+
+    def __init__(self, gpu: Gpu, stream: int):
+        self.gpu, self.stream, self.nodes, self.copies, self.own = gpu, stream, [], 0, {}
+
+    def __enter__(self):
+        self.gpu.graph, self.gpu.stream, self.before = self, self.stream, self.gpu.stream
+        return self
+
+    def __exit__(self, *_):
+        self.gpu.graph, self.gpu.stream = None, self.before
+
+    def held(self, value):
+        """An argument as a graph has it: memory of its own, or an address, which keeps nothing alive."""
+        return weakref.ref(value) if isinstance(value, torch.Tensor) and id(value) not in self.own else lambda: value
+
+    def copy(self, host: torch.Tensor) -> torch.Tensor:
+        there, source = torch.full_like(host, -1), weakref.ref(host)
+        self.own[id(there)] = there
+        self.nodes.append(lambda: there.copy_(source()))
+        self.copies += 1
+        return there
+
+    def launch(self, run, *arguments, **named) -> None:
+        arguments, named = [self.held(a) for a in arguments], {name: self.held(a) for name, a in named.items()}
+        self.nodes.append(lambda: run(*(a() for a in arguments), **{name: a() for name, a in named.items()}))
+
+    def replay(self) -> None:
+        for node in self.nodes:
+            node()
+
+
+class Gpu:
+    def __init__(self, monkeypatch):
+        self.graph, self.stream, self.uploads, self.blocks = None, 1, 0, []
+        for name, function in {
+            "on_gpu": lambda device: True,
+            "capturing": lambda device: self.graph is not None,
+            "stream": lambda device: self.stream,
+            "pinned": self.pinned,
+            "send": self.send,
+            "staging": tables.Staging(),
+            "_captured": [],
+        }.items():
+            monkeypatch.setattr(tables, name, function)
+        monkeypatch.setattr(step_module, "_plans", tables.Plans("rep_sgd_step", tables.BLOCK, distinct=True))
+        monkeypatch.setattr(step_module, "_hyper_tables", {})
+        monkeypatch.setattr(norm_module, "_plans", tables.Plans("rep_grad_norm", norm_module._plans.chunk, distinct=False))
+        monkeypatch.setattr(rule, "_displacement_tables", {})
+        launch, launch_pairs = tables.Plans.launch, rule.launch
+
+        def launch_or_record(plans, one, kernel, *arguments):
+            if self.graph is None:
+                return launch(plans, one, kernel, *arguments)
+            if plans.op == "rep_grad_norm":  # the sums of the chunks: memory of the graph
+                self.graph.own[id(arguments[-1])] = arguments[-1]
+            rest = one.device, one.dtype, one.entries, one.offsets  # without what must be kept alive by others
+
+            def run(chunks, geometry, *arguments):
+                launch(plans, tables.Launch(*rest[:2], chunks, geometry, *rest[2:]), kernel, *arguments)
+
+            return self.graph.launch(run, one.chunks, one.geometry, *arguments)
+
+        def launch_pairs_or_record(op, kernel, work, **more):
+            if self.graph is None:
+                return launch_pairs(op, kernel, work, **more)
+            for made in more.values():  # results, and what the op derives from the map: memory of the graph
+                self.graph.own[id(made)] = made
+            return self.graph.launch(lambda **named: kernel[(work.programs,)](**named, **rule.options()), **work.arguments, **more)
+
+        monkeypatch.setattr(tables.Plans, "launch", launch_or_record)
+        monkeypatch.setattr(rule, "launch", launch_pairs_or_record)
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        assert self.graph is None, "memory is pinned inside a capture"
+        self.blocks.append(torch.full((nbytes,), 0xCC, dtype=torch.uint8))
+        return self.blocks[-1]
+
+    def send(self, table: torch.Tensor, device: torch.device, wait: bool) -> torch.Tensor:
+        if self.graph is None:
+            self.uploads += 1
+            return table.clone()
+        where = table.data_ptr()
+        assert any(b.data_ptr() <= where < b.data_ptr() + len(b) for b in self.blocks), "a copy from memory that is not pinned inside a capture"
+        assert not wait, "a wait inside a capture"
+        return self.graph.copy(table)
+
+    def capture(self, stream: int = 2) -> Graph:
+        return Graph(self, stream)
+
+    def forget(self) -> None:
+        """What the ops remember may be dropped at any time; a graph must not need it."""
+        for memory in (step_module._plans._plans, step_module._plans._calls, step_module._hyper_tables, rule._displacement_tables):
+            memory.clear()
+        gc.collect()
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> Gpu:
+    return Gpu(monkeypatch)
+
+
+def problem(shapes=((6, 5, 3, 3), (4, 4, 3, 3), (70,)), **more) -> Problem:
+    return Problem(shapes, hypers=(cases.HYPERS[6], cases.HYPERS[3]), **more)
+
+
+def assert_replays(graph: Graph, of: Problem) -> None:
+    for _ in range(2):
+        for g in of.grads:
+            g.mul_(-0.7)
+        expected = of.clone().run(reference.rep_sgd_step)
+        graph.replay()
+        assert_same_bits(of, expected)
+
+
+STREAMS = pytest.mark.parametrize("stream", [1, 2], ids=["on the stream of the steps", "on another"])
+
+
+@STREAMS
+def test_a_step_that_was_taken_before_is_a_kernel_alone(gpu, stream):
+    ours = problem().run(rep_sgd_step)
+    with gpu.capture(stream) as graph:
+        ours.run(rep_sgd_step)
+    gpu.forget()
+    assert len(graph.nodes) == 1
+    assert_replays(graph, ours)
+
+
+def test_gradients_that_are_new_in_the_capture(gpu):
+    """As where the backward pass is captured too; two graphs of one optimizer, with eager steps before, between and after."""
+    ours, graphs = problem().run(rep_sgd_step), []
+    for _ in range(2):
+        twin = ours.clone()
+        ours.grads = twin.grads
+        with gpu.capture() as graph:
+            ours.run(rep_sgd_step)
+        graphs.append((graph, ours.grads))
+        ours.grads = ours.clone().grads
+        ours.run(rep_sgd_step)
+    gpu.forget()
+    for graph, ours.grads in graphs * 2:
+        assert_replays(graph, ours)
+        ours.clone().run(rep_sgd_step)
+
+
+def test_two_steps_in_one_capture(gpu):
+    """Each with tables of its own."""
+    ours, other = problem().run(rep_sgd_step), problem(shapes=((3, 3, 3, 3), (9,)))
+    other.run(rep_sgd_step)
+    for one in (ours, other):
+        one.grads = one.clone().grads
+    with gpu.capture() as graph:
+        ours.run(rep_sgd_step)
+        other.run(rep_sgd_step)
+    expected = [one.clone().run(reference.rep_sgd_step) for one in (ours, other)]
+    graph.replay()
+    assert_same_bits(ours, expected[0])
+    assert_same_bits(other, expected[1])
+
+
+def test_hyper_parameters_are_those_of_the_capture(gpu):
+    """On the host a scheduler cannot reach them, and neither can eager steps with others."""
+    ours = problem().run(rep_sgd_step)
+    hyper, graphs = ours.hyper, []
+    for factor in (1.0, 0.5):
+        ours.hyper = hyper * torch.tensor([factor, 1, 1, 1, 1, 1])
+        with gpu.capture() as graph:
+            ours.run(rep_sgd_step)
+        assert graph.copies == (factor != 1.0)
+        graphs.append((graph, ours.hyper))
+        ours.hyper = hyper * torch.tensor([3.0, 1, 1, 1, 1, 1])
+        ours.run(rep_sgd_step)
+    gpu.forget()
+    for graph, ours.hyper in graphs * 2:
+        assert_replays(graph, ours)
+
+
+def test_another_optimizers_hyper_table_may_not_have_arrived(gpu):
+    """Equal values, uploaded on a stream that whoever replays the graph has no reason to wait for."""
+    ours = problem().run(rep_sgd_step)
+    problem().run(rep_sgd_step)
+    ours.grads = ours.clone().grads
+    with gpu.capture() as graph:
+        ours.run(rep_sgd_step)
+    assert graph.copies == 2  # pointers and hyper-parameters
+
+
+def test_without_a_step_before_the_capture_the_error_says_what_to_do(gpu):
+    ours = problem()
+    with gpu.capture() as graph, pytest.raises(RuntimeError, match="take one step before the capture"):
+        ours.run(rep_sgd_step)
+    assert not graph.nodes
+    ours.run(rep_sgd_step)
+    ours.grads = ours.clone().grads
+    with gpu.capture() as graph:
+        ours.run(rep_sgd_step)
+    assert_replays(graph, ours)
+
+
+def test_shapes_that_are_new_in_the_capture(gpu):
+    """Any earlier step of any tensors pins enough for a small model."""
+    problem(shapes=((40,),)).run(rep_sgd_step)
+    ours = problem()
+    with gpu.capture() as graph:
+        ours.run(rep_sgd_step)
+    assert graph.copies == 4  # chunks, geometry, pointers, hyper-parameters
+    gpu.forget()
+    assert_replays(graph, ours)
+
+
+def test_any_number_of_captures_with_a_step_between(gpu, monkeypatch):
+    """The step between uploads nothing, yet pins what the captures have taken."""
+    monkeypatch.setattr(tables, "ROOM", 1)
+    ours, graphs = problem(shapes=[(7,)]).run(rep_sgd_step), []
+    eager, uploads = ours.grads, gpu.uploads
+    for _ in range(20):
+        ours.grads = ours.clone().grads
+        with gpu.capture() as graph:
+            ours.run(rep_sgd_step)
+        graphs.append((graph, ours.grads))
+        ours.grads = eager
+        ours.run(rep_sgd_step)
+    assert gpu.uploads == uploads
+    for graph, ours.grads in graphs[::9]:
+        assert_replays(graph, ours)
+
+
+def test_a_first_call_in_inference_mode(gpu):
+    """What it pins is written to outside that mode, which torch permits through a view only."""
+    with torch.inference_mode():
+        pair_ranges(make("relu", (2, 2, 4, 4), torch.float32), [0, 1], [1, 1], False)
+    ours = problem()
+    with gpu.capture() as graph:
+        ours.run(rep_sgd_step)
+    assert_replays(graph, ours)
+
+
+def test_eager_steps_pin_nothing_but_new_tables(gpu):
+    ours = problem().run(rep_sgd_step)
+    before = len(gpu.blocks)
+    for _ in range(3):
+        ours.run(rep_sgd_step)
+    assert len(gpu.blocks) == before == 3  # room for captures; pointers; hyper-parameters
+
+
+def test_multipliers_outlive_their_optimizer_in_a_graph(gpu):
+    ours = problem()
+    ours.scales = [None if s is None else s.clone() for s in ours.scales]
+    ours.run(rep_sgd_step)
+    with gpu.capture():
+        ours.run(rep_sgd_step)
+    seen = [weakref.ref(part) for part in ours.scales + ours.identities if part is not None]
+    ours.scales[:] = ours.identities[:] = []  # the lists are the caller's
+    gpu.forget()
+    assert all(ref() is not None for ref in seen)
+
+
+@STREAMS
+def test_a_scale_that_is_read_from_a_copy(gpu, stream):
+    """float64 for float32 weights: the conversion is part of the graph, so it is not the one that eager steps use."""
+    ours = problem()
+    ours.scales = [None if s is None else s.double() for s in ours.scales]
+    ours.run(rep_sgd_step)
+    with gpu.capture(stream) as graph:
+        ours.run(rep_sgd_step)
+    assert graph.copies == 2
+    assert_replays(graph, ours)
+
+
+@pytest.mark.parametrize("on_host", [False, True], ids=["set before a step", "set before the capture"])
+def test_spatial_scalings_set_between_captures_of_an_optimizer(gpu, monkeypatch, on_host):
+    """A product of multipliers is made when one is set: made in the capture it would be a copy from the host."""
+    product = gr.GradMult.__mul__
+
+    def made(self, other):
+        assert gpu.graph is None, "a product inside a capture"
+        return product(self, other)
+
+    monkeypatch.setattr(gr.GradMult, "__mul__", made)
+    with gr.use_backend("triton"):
+        pair = Pair(torch.float32, momentum=0.9)
+        pair.train(2)
+        weight, twin = next(pair.ours.parameters()), next(pair.twin.parameters())
+        plain, graphs = pair.masks[twin], []
+        for scaling in (torch.rand(3, 3), torch.rand(3, 3)):
+            pair.opt.set_spatial_scaling(weight, scaling)
+            pair.masks[twin] = plain * scaling
+            if not on_host:
+                pair.opt.step()
+                oracle_step(pair.sgd, pair.masks)
+            with gpu.capture() as graph:
+                pair.opt.step()
+            graphs.append((graph, pair.masks[twin]))
+        gpu.forget()
+        for graph, pair.masks[twin] in graphs * 2:
+            graph.replay()
+            oracle_step(pair.sgd, pair.masks)
+    pair.assert_equal(1e-6)
+
+
+@STREAMS
+def test_the_norm_has_a_table_of_its_own(gpu, monkeypatch, stream):
+    """An op that only reads: no replay has to wait for an earlier call of it. The reference's norm of nothing is on the CPU, so it must not be asked."""
+    monkeypatch.setattr(reference, "rep_grad_norm", None)
+    ours = problem()
+    columns = ours.grads, ours.scales, ours.identities
+    rep_grad_norm(*columns)
+    with gpu.capture(stream) as graph:
+        rep_grad_norm(*columns)
+    gpu.forget()
+    assert graph.copies == 1
+    graph.replay()
+
+
+@STREAMS
+def test_maps(gpu, stream):
+    """Ops that only read, too."""
+    x, displacements = make("relu", (5, 2, 6, 6), torch.float32), [0, 1, 1, 0]
+    ranges, _ = reference.pair_ranges(x, displacements, [1, 1], False)
+    bins = torch.full((2, 2), 7, dtype=torch.int32)
+    arguments = x, displacements, ranges, bins, 7, [1, 1], False
+    for op, given in ((joint_histogram, arguments), (pair_ranges, (x, displacements, [1, 1], False))):
+        op(*given)
+        with gpu.capture(stream) as graph:
+            found = op(*given)
+        gpu.forget()
+        assert graph.copies == 1
+        graph.replay()
+        if op is joint_histogram:
+            assert torch.equal(found, reference.joint_histogram(*arguments))

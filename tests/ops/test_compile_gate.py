@@ -1,0 +1,91 @@
+"""The Triton kernels compiled for four GPUs, none of which is needed: accesses, registers, spills, precision (DESIGN row K)."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import compile_gate
+
+from gradrep_kernels.ops.triton import INTERPRETED, tables
+from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm_kernel
+from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step_kernel
+
+TYPE = {torch.float32: "*fp32", torch.float64: "*fp64"}
+TABLES = {"chunks": "*i32", "geometry": "*i32", "pointers": "*i64"}
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled")
+
+STEP_VARIANTS = list(itertools.product(tables.COMPUTE, (False, True), (False, True)))  # dtype, grad_scale given, found_inf given
+MOST_REGISTERS = 64  # eight blocks of 128 threads per multiprocessor
+
+
+def names(variant) -> str:
+    return "-".join([str(variant[0]).removeprefix("torch.")] + [name for name, given in zip(("unscale", "found_inf"), variant[1:]) if given])
+
+
+def compiled(kernel, dtype, target, types, constants) -> compile_gate.Compiled:
+    constants = {"DTYPE": tables.TRITON_DTYPE[dtype], "BLOCK": tables.BLOCK[dtype], **constants}
+    options = tables.options(dtype, compile_gate.TARGETS[target].warp_size)
+    return compile_gate.compile_variant(kernel, {**TABLES, **types}, constants, target, **options)
+
+
+def accesses(dtype, target) -> int:
+    """128-bit accesses of a thread to one tensor on the full path."""
+    lanes = compile_gate.TARGETS[target].warp_size
+    return tables.BLOCK[dtype] * dtype.itemsize // (tables.options(dtype, lanes)["num_warps"] * lanes * 16)
+
+
+@pytest.mark.parametrize("target", compile_gate.TARGETS)
+@pytest.mark.parametrize("variant", STEP_VARIANTS, ids=names)
+def test_rep_sgd_step(variant, target):
+    dtype, unscales, _ = variant
+    wide = TYPE[tables.COMPUTE[dtype]]
+    constants = {name: None for name, given in zip(("grad_scale", "found_inf"), variant[1:]) if not given}
+    made = compiled(rep_sgd_step_kernel, dtype, target, {"hyper": wide, "grad_scale": wide, "found_inf": "*fp32"}, constants)
+    assert made.wide_loads >= 3 * accesses(dtype, target)  # parameter, gradient, buffer
+    assert made.wide_stores >= (3 if unscales else 2) * accesses(dtype, target)
+    assert made.claims_of_alignment() == [True] * 3  # once for each tensor, and not on the path of unaligned ones
+    assert made.spills == 0
+    assert made.registers <= MOST_REGISTERS
+    assert made.shared == 0
+    assert (made.double_precision > 0) == (dtype == torch.float64)
+    if not (unscales and target == "gfx942"):  # a division is made of fused steps there; in PTX it is one instruction
+        assert made.contracted == 0
+
+
+@pytest.mark.parametrize("target", compile_gate.TARGETS)
+@pytest.mark.parametrize("dtype", tables.COMPUTE, ids=str)
+def test_rep_grad_norm(dtype, target):
+    made = compiled(rep_grad_norm_kernel, dtype, target, {"partial": TYPE[tables.COMPUTE[dtype]]}, {})
+    assert made.wide_loads >= accesses(dtype, target)
+    assert made.claims_of_alignment() == [True]
+    assert made.spills == 0
+    assert made.registers <= MOST_REGISTERS
+    assert (made.double_precision > 0) == (dtype == torch.float64)
+
+
+@pytest.mark.parametrize("kernel", [rep_sgd_step_kernel, rep_grad_norm_kernel], ids=lambda kernel: kernel.__name__)
+def test_a_launch_makes_no_other_variants(kernel):
+    """Triton compiles anew for pointers that are a multiple of 16: found_inf, a view, often is not."""
+    tensors = {p.name for p in kernel.params if not p.is_constexpr}
+    assert {p.name for p in kernel.params if p.do_not_specialize_on_alignment} == tensors
+    assert len(STEP_VARIANTS) <= 16
+
+
+CONSTANTS = {
+    rep_sgd_step_kernel: {"GEOMETRY", "NUMEL", "WIDTH", "TAIL"},
+    rep_grad_norm_kernel: {"GEOMETRY", "NUMEL", "POINTERS", "TAIL", "CHUNK"},
+    tables.multiplier_row: {"ROW", "HAS_SCALE", "TAP_FIRST"},
+}
+
+
+@pytest.mark.parametrize("function", CONSTANTS, ids=lambda function: function.__name__)
+def test_constants_are_in_the_key_of_tritons_cache(function):
+    """Those read as attributes of a module are not, and a kernel compiled with old ones would be found on disk."""
+    assert function.cache_key
+    assert {name for name, _ in function.used_global_vals} >= CONSTANTS[function]

@@ -1,0 +1,388 @@
+"""The CUDA C++ of `pair_ranges` and `joint_histogram` against the reference: on a GPU where there is one, and emulated anywhere.
+
+Emulated: the blocks of the kernels, compiled for the CPU. What only a GPU has is not judged by that: atomic operations,
+synchronisation, machine code (see test_compile_gate_cuda.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import implementations
+import pytest
+import torch
+from cases_pairs import LAYOUTS, PAIRS, laid_out, make, same_bits
+
+from gradrep_kernels.ops import reference
+from gradrep_kernels.ops.reference.pair_rule import MAX_BINS, compute_dtype, sturges
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILER = shutil.which("g++") or shutil.which("c++")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+H100, SMALL = 227 << 10, 48 << 10  # bytes of shared memory that a block can have
+
+Four = ctypes.c_int64 * 4
+
+
+class Arguments(ctypes.Structure):
+    _fields_ = (
+        ("dtype", ctypes.c_int64), ("x", ctypes.c_void_p), ("sizes", Four), ("strides", Four), ("displacements", ctypes.c_void_p), ("count", ctypes.c_int64),
+        ("pad_rows", ctypes.c_int64), ("pad_columns", ctypes.c_int64), ("remove_near", ctypes.c_int64), ("ranges", ctypes.c_void_p), ("bins", ctypes.c_void_p),
+        ("max_bins", ctypes.c_int64), ("result", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+class Facts(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_int64) for name in ("most_shared", "blocks_at_once", "launches", "blocks", "shared", "tiled", "private_tables", "wild_writes")
+    )
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory) -> ctypes.CDLL:
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    built = tmp_path_factory.mktemp("emulated") / "emulated_cuda.so"
+    # As nvcc rounds: every product and sum on its own. A read that is not aligned, an overflow: at once the end of all tests.
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-ffp-contract=off", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
+    flags += ["-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error"]
+    done = subprocess.run([COMPILER, *flags, ROOT / "tests" / "support" / "emulated_cuda.cpp", "-o", built], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(built))
+
+
+@dataclass
+class Emulated:
+    """The ops, on CPU tensors; the facts of the last call."""
+
+    library: ctypes.CDLL
+    facts: Facts = field(default_factory=Facts)
+    device: str = "cpu"
+
+    def _run(self, x, displacements, padding, remove_near, ranges, bins, max_bins, result, shared, blocks_at_once) -> None:
+        flat = torch.tensor(displacements, dtype=torch.int64)
+        arguments = Arguments(
+            DTYPES.index(x.dtype), x.data_ptr(), Four(*x.shape), Four(*x.stride()), flat.data_ptr(), len(displacements) // 2, *padding, remove_near,
+            ranges.data_ptr(), None if bins is None else bins.data_ptr(), max_bins, result.data_ptr(),
+        )  # fmt: skip
+        self.facts = Facts(most_shared=shared, blocks_at_once=blocks_at_once)
+        self.library.emulate(ctypes.byref(arguments), ctypes.byref(self.facts))
+        assert self.facts.wild_writes == 0
+
+    def pair_ranges(self, x, displacements, padding, remove_near, *, shared=H100, blocks_at_once=5):
+        pairs = len(displacements) // 2
+        ranges, n = x.new_zeros((x.shape[1], pairs, 2, 2), dtype=compute_dtype(x.dtype)), x.new_zeros((x.shape[1], pairs), dtype=torch.int64)
+        self._run(x, displacements, padding, remove_near, ranges, None, 0, n, shared, blocks_at_once)
+        return ranges, n
+
+    def joint_histogram(self, x, displacements, ranges, bins, max_bins, padding, remove_near, *, shared=H100, blocks_at_once=5):
+        counts = x.new_zeros((x.shape[1], len(displacements) // 2, max_bins, max_bins), dtype=torch.int64)
+        self.joint_histogram_(counts, x, displacements, ranges, bins, padding, remove_near, shared=shared, blocks_at_once=blocks_at_once)
+        return counts
+
+    def joint_histogram_(self, counts, x, displacements, ranges, bins, padding, remove_near, *, shared=H100, blocks_at_once=5):
+        self._run(x, displacements, padding, remove_near, ranges.contiguous(), bins.contiguous(), counts.shape[-1], counts, shared, blocks_at_once)
+        assert self.facts.shared <= shared
+
+
+@dataclass
+class OnGPU:
+    device: str = "cuda"
+
+    def pair_ranges(self, *arguments, **emulated):
+        return implementations.get("pair_ranges", "cuda", "cuda")(*arguments)
+
+    def joint_histogram(self, *arguments, **emulated):
+        return implementations.get("joint_histogram", "cuda", "cuda")(*arguments)
+
+    def joint_histogram_(self, *arguments, **emulated):
+        implementations.get("joint_histogram_", "cuda", "cuda")(*arguments)
+
+
+@pytest.fixture
+def emulated(library) -> Emulated:
+    return Emulated(library)
+
+
+ON_GPU = [pytest.param(OnGPU(), id=p.id, marks=p.marks) for p in implementations.of("joint_histogram") if p.id == "cuda-cuda"]
+
+
+def on_gpu(test):
+    return implementations.on_gpu(pytest.mark.parametrize("ops", ON_GPU or [None])(test))
+
+
+@pytest.fixture(params=["emulated", *ON_GPU])
+def ops(request):
+    return request.getfixturevalue("emulated") if request.param == "emulated" else request.param
+
+
+def check(ops, x, displacements, padding, remove_near, *, layout="contiguous", bins=None, ranges=None, **emulated) -> None:
+    """Ranges and counts, added to sevens, against the reference on the CPU; bins and ranges are those of x unless others are given."""
+    there, x = laid_out(x.to(ops.device), layout), laid_out(x, layout)
+    expected, expected_n = reference.pair_ranges(x, displacements, padding, remove_near)
+    found, n = ops.pair_ranges(there, displacements, padding, remove_near, **emulated)
+    assert torch.equal(n.cpu(), expected_n)
+    assert same_bits(found.cpu(), expected), (found, expected)
+    ranges, bins = expected if ranges is None else ranges, sturges(expected_n) if bins is None else bins
+    most = int(bins.max())
+    expected = reference.joint_histogram(x, displacements, ranges, bins, most, padding, remove_near)
+    counts = torch.full_like(expected, 7, device=ops.device)
+    ops.joint_histogram_(counts, there, displacements, ranges.to(ops.device), bins.to(ops.device), padding, remove_near, **emulated)
+    assert torch.equal(counts.cpu(), expected + 7)
+
+
+@pytest.mark.parametrize("remove_near", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.desc)
+def test_equals_the_reference(ops, case, layout, remove_near):
+    x, displacements, padding = case.tensor(), case.flat_displacements(), list(case.padding)
+    check(ops, x, displacements, padding, remove_near, layout=layout)
+    eight = torch.full((x.shape[1], len(displacements) // 2), 8, dtype=torch.int32)
+    check(ops, x, displacements, padding, remove_near, layout=layout, bins=eight, shared=SMALL, blocks_at_once=300)
+
+
+HALF_3X3 = [0, 1, 1, -1, 1, 0, 1, 1]
+HALF_7X7 = [v for i in range(4) for j in range(-3, 4) if (i, j) > (0, 0) for v in (i, j)]
+
+
+@pytest.mark.parametrize("remove_near", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(ops, layout, dtype, remove_near):
+    for shape in ((9, 21, 7, 9), (10, 3, 8, 8)):  # the second: four pixels of a row lie together
+        check(ops, make("relu", shape, dtype), HALF_3X3, [1, 1], remove_near, layout=layout)
+
+
+def test_rows_that_can_be_read_four_pixels_at_a_time(ops):
+    """And those that cannot, by one thing each: address, width, strides."""
+    x = make("noise", (3, 3, 9, 20), torch.float32).to(ops.device)
+    shifted = torch.nn.functional.pad(x, (1, 0))[..., 1:]
+    narrow = x.flatten(2)[..., :126].view(3, 3, 7, 18)
+    odd = [x.as_strided((3, 3, 8, 8), strides) for strides in ((126, 60, 8, 1), (124, 62, 8, 1))]
+    for part in (x, x[..., 4:], x[..., 4:12], x[:, 1:, 2:], x[..., 3:15], x[..., :7], x[:, :, :, ::2], shifted, narrow[..., :8], x.transpose(0, 1), *odd):
+        ranges, _ = reference.pair_ranges(part.cpu(), HALF_3X3, [1, 1], False)
+        bins = torch.full((part.shape[1], 4), 9, dtype=torch.int32)
+        counts = ops.joint_histogram(part, HALF_3X3, ranges.to(ops.device), bins.to(ops.device), 9, [1, 1], False)
+        assert torch.equal(counts.cpu(), reference.joint_histogram(part.cpu(), HALF_3X3, ranges, bins, 9, [1, 1], False))
+        assert ops.device == "cuda" or ops.facts.tiled == ops.facts.blocks
+
+
+WAYS = {
+    # shape, layout, displacements, padding, bins: (whether tiles of bin numbers are used, whether tables are private, blocks if 8 run at once)
+    "3x3": ((32, 2, 32, 32), "contiguous", HALF_3X3, (1, 1), 23, (True, True, 2 * 4)),
+    "7x7: all displacements at once": ((32, 2, 32, 32), "contiguous", HALF_7X7, (3, 3), 24, (True, True, 2 * 4)),
+    "channels_last: eight channels at once": ((20, 19, 16, 16), "channels_last", HALF_3X3, (1, 1), 20, (True, True, 3 * 2)),
+    "7x7, channels_last: displacements in groups": ((3, 9, 16, 16), "channels_last", HALF_7X7, (3, 3), 20, (True, True, 2 * 5)),
+    "bands of an image": ((1, 1, 400, 300), "contiguous", HALF_7X7, (3, 3), 20, (True, True, 8)),
+    "a band in more shared memory": ((2, 1, 3, 20000), "contiguous", HALF_3X3, (1, 1), 20, (True, True, 6)),
+    "rows too long for a tile": ((1, 1, 3, 130000), "contiguous", HALF_3X3, (1, 1), 20, (False, True, 5)),
+    "pairs too far for a tile": ((1, 1, 150, 2500), "contiguous", [120, 3], (120, 3), 20, (False, True, 8)),
+    "padding below the radius": ((9, 2, 6, 6), "contiguous", HALF_3X3, (0, 0), 20, (False, True, 2)),
+    "the largest private table": ((2, 2, 9, 9), "contiguous", HALF_3X3, (1, 1), 239, (True, True, 2 * 4)),
+    "tables too large": ((2, 2, 9, 9), "contiguous", HALF_3X3, (1, 1), 250, (False, False, 2)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways(emulated, way):
+    """That the cheap ways are taken where they can be, and how the work is dealt."""
+    shape, layout, displacements, padding, bins, (tiled, private_tables, blocks) = WAYS[way]
+    bins = torch.full((shape[1], len(displacements) // 2), bins, dtype=torch.int32)
+    check(emulated, make("noise", shape, torch.float32), displacements, list(padding), False, layout=layout, bins=bins, blocks_at_once=8)
+    assert emulated.facts.blocks == blocks
+    assert emulated.facts.tiled == (blocks if tiled else 0)
+    assert emulated.facts.private_tables == (blocks if private_tables else 0)
+
+
+@pytest.mark.parametrize(("ends", "number"), [((0.0, 4.0), 8), ((1.0, 3.0), 4), ((0.0, 3.0), 4)])  # other bins, starts, steps; the other two equal
+def test_one_unlike_channel_of_a_block(emulated, ends, number):
+    """Channels of a block may have pixels of one bin number, or of many."""
+    x = make("noise", (5, 20, 8, 8), torch.float32)
+    ranges, bins = torch.tensor([0.0, 2.0]).repeat(20, 4, 2, 1), torch.full((20, 4), 4, dtype=torch.int32)
+    ranges[11, 2], bins[11, 2] = torch.tensor(ends), number
+    check(emulated, x, HALF_3X3, [1, 1], False, layout="channels_last", ranges=ranges, bins=bins, blocks_at_once=1)
+    assert (emulated.facts.blocks, emulated.facts.tiled) == (3, 2)
+
+
+@pytest.mark.parametrize("kind", ["NaN", "constant"])
+def test_ranges_without_a_width_are_alike(emulated, kind):
+    """NaN is unlike itself, but all such pixels are in bin 0."""
+    x = make("noise", (9, 2, 12, 12), torch.float32)
+    x[:, :, 5, 5] = torch.nan
+    check(emulated, x if kind == "NaN" else torch.ones_like(x), HALF_3X3, [1, 1], False)
+    assert emulated.facts.tiled == emulated.facts.blocks > 0
+
+
+@pytest.mark.parametrize("remove_near", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_more_displacements_than_a_launch_takes(ops, layout, remove_near):
+    x = make("relu", (2, 3, 12, 13), torch.float32)
+    displacements = [v for i in range(-7, 8) for j in range(-7, 14) for v in (i, j)]  # 315, some without a pair
+    check(ops, x, displacements, [0, 0], remove_near, layout=layout)
+    check(ops, x, [0, 50] * 200, [0, 0], remove_near, bins=torch.full((3, 200), 4, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("remove_near", [False, True])
+@pytest.mark.parametrize("padding", [(0, 0), (2, 2)])
+@pytest.mark.parametrize("most", [1, 2, 31, 230, 239, 255, 256, 300])
+def test_any_number_of_bins(ops, most, padding, remove_near):
+    x = make("noise", (5, 5, 20, 21), torch.float32)
+    generator = torch.Generator().manual_seed(most)
+    unlike = torch.randint(1, most + 1, (5, 5), generator=generator, dtype=torch.int32)
+    unlike[3, 2] = most
+    for bins in (unlike, torch.full((5, 5), most, dtype=torch.int32)):
+        for shared in (H100, SMALL, 1 << 30):
+            check(ops, x, [*HALF_3X3, 2, 0], list(padding), remove_near, bins=bins, shared=shared)
+
+
+@pytest.mark.parametrize("bins", [0, -1, -(2**31), 9, 2**31 - 1])
+def test_bins_out_of_range_are_no_wild_writes(ops, bins):
+    """On a GPU they lie where the host does not look, so the kernel has to."""
+    x = make("noise", (2, 3, 8, 8), torch.float32)
+    ranges, _ = reference.pair_ranges(x, HALF_3X3, [1, 1], False)
+    given = torch.full((3, 4), bins, dtype=torch.int32)
+    counts = ops.joint_histogram(x.to(ops.device), HALF_3X3, ranges.to(ops.device), given.to(ops.device), 8, [1, 1], False)
+    assert torch.equal(counts.cpu(), reference.joint_histogram(x, HALF_3X3, ranges, given.clamp(1, 8), 8, [1, 1], False))
+
+
+@pytest.mark.parametrize("kind", ["noise", "NaN", "infinities", "wide"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_outside_the_ranges(ops, dtype, kind):
+    """Ranges of other data, reversed, empty and not finite ones: never a bin out of bounds."""
+    x = make(kind, (3, 8, 9, 10), dtype)
+    inf, nan = torch.inf, torch.nan
+    ends = [(-0.1, 0.1), (0.5, -0.5), (1.0, 1.0), (inf, -inf), (-inf, inf), (nan, nan), (-1.0, inf), (-3e38, 3e38)]
+    ranges = torch.tensor(ends, dtype=compute_dtype(dtype)).view(8, 1, 1, 2).expand(8, 2, 2, 2).clone()
+    for given in (ranges, torch.cat((ranges[:, :1], ranges[:, 1:].roll(1, 0)), 1)):
+        for bins in (1, 7, 300):
+            check(ops, x, [0, 1, 1, 0], [1, 0], False, bins=torch.full((8, 2), bins, dtype=torch.int32), ranges=given)
+
+
+@pytest.mark.parametrize("bins", range(2, 33))
+def test_values_next_to_the_edges(ops, bins):
+    """Another rounding of one operation shows."""
+    lo, hi = torch.tensor(1 / 3), torch.tensor(10 / 3)
+    edges = lo + torch.arange(bins + 1) / (bins / (hi - lo))
+    x = torch.cat([edges] + [torch.nextafter(edges, torch.tensor(to)) for to in (torch.inf, -torch.inf)]).view(1, 1, 3, -1)
+    ranges = torch.stack((lo, hi)).expand(1, 1, 2, 2)
+    check(ops, x, [0, 1], [0, 0], False, ranges=ranges, bins=torch.full((1, 1), bins, dtype=torch.int32))
+
+
+def test_the_largest_table(ops):
+    x = make("noise", (1, 1, 4, 4), torch.float32)
+    ranges, _ = reference.pair_ranges(x, [0, 1], [0, 0], False)
+    most, bins = MAX_BINS // 8, torch.full((1, 1), MAX_BINS // 8, dtype=torch.int32)
+    counts = ops.joint_histogram(x.to(ops.device), [0, 1], ranges.to(ops.device), bins.to(ops.device), most, [0, 0], False)
+    assert torch.equal(counts.nonzero().cpu(), reference.joint_histogram(x, [0, 1], ranges, bins, most, [0, 0], False).nonzero())
+
+
+@pytest.mark.parametrize("remove_near", [False, True])
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0)])
+def test_nothing_to_count(ops, shape, remove_near):
+    for displacements in ([0, 1, 1, 0], []):
+        x, pairs = torch.zeros(shape, device=ops.device), len(displacements) // 2
+        found, n = ops.pair_ranges(x, displacements, [1, 1], remove_near)
+        expected, expected_n = reference.pair_ranges(x.cpu(), displacements, [1, 1], remove_near)
+        assert torch.equal(found.cpu(), expected)
+        assert torch.equal(n.cpu(), expected_n)
+        bins = torch.ones(shape[1], pairs, dtype=torch.int32, device=ops.device)
+        counts = ops.joint_histogram(x, displacements, torch.zeros(shape[1], pairs, 2, 2, device=ops.device), bins, 3, [1, 1], remove_near)
+        assert counts.shape == (shape[1], pairs, 3, 3)
+        assert not counts.any()
+
+
+@pytest.mark.parametrize("blocks_at_once", [1, 7, 1000])
+@pytest.mark.parametrize("remove_near", [False, True])
+def test_one_channel_is_shared_out_by_images(ops, remove_near, blocks_at_once):
+    check(ops, make("relu", (700, 1, 12, 12), torch.float32), HALF_3X3, [1, 1], remove_near, blocks_at_once=blocks_at_once)
+
+
+@pytest.mark.parametrize("remove_near", [False, True])
+def test_the_first_slab_has_no_pair(ops, remove_near):
+    check(ops, make("noise", (1, 1, 400, 300), torch.float32), [-120, 0], [0, 0], remove_near, blocks_at_once=100)
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 34, 641, 1000, 2**16, 2**16 + 1, 2**30 - 1, 2**30, 2**31 - 1])
+def test_division(library, divisor):
+    assert library.quotients_that_differ(ctypes.c_int64(divisor)) == 0
+
+
+# ---- on a GPU alone
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", ["relu", "sparse", "constant", "zeros"])
+def test_many_pixels(ops, kind):
+    """Cells that many threads want at once."""
+    for shape, layout in (
+        ((300, 3, 32, 32), "contiguous"),
+        ((50, 9, 32, 32), "channels_last"),
+        ((1000, 3, 7, 7), "contiguous"),
+        ((2, 1, 300, 301), "contiguous"),
+    ):
+        for remove_near in (False, True):
+            check(ops, make(kind, shape, torch.float32), HALF_3X3, [1, 1], remove_near, layout=layout)
+
+
+@on_gpu
+def test_strides_beyond_32_bits(ops):
+    x = make("relu", (2, 1, 9, 9), torch.float16)
+    far = torch.zeros(2**31 + 200, dtype=torch.float16, device="cuda").as_strided((2, 1, 9, 9), (2**31 + 1, 1, 9, 1)).copy_(x)
+    for remove_near in (False, True):
+        expected, n = reference.pair_ranges(x, HALF_3X3, [1, 1], remove_near)
+        ranges, found_n = ops.pair_ranges(far, HALF_3X3, [1, 1], remove_near)
+        assert torch.equal(ranges.cpu(), expected)
+        assert torch.equal(found_n.cpu(), n)
+        counts = ops.joint_histogram(far, HALF_3X3, ranges, sturges(n).cuda(), int(sturges(n).max()), [1, 1], remove_near)
+        assert torch.equal(counts.cpu(), reference.joint_histogram(x, HALF_3X3, expected, sturges(n), counts.shape[-1], [1, 1], remove_near))
+
+
+@on_gpu
+@pytest.mark.parametrize("remove_near", [False, True])
+def test_a_cuda_graph_on_another_stream_reads_the_map_at_replay(ops, remove_near):
+    """And recording one proves that the host waits for nothing."""
+    x = make("relu", (20, 3, 8, 8), torch.float32).cuda()
+    bins = torch.full((3, 4), 8, dtype=torch.int32, device="cuda")
+
+    def both():
+        ranges, n = ops.pair_ranges(x, HALF_3X3, [1, 1], remove_near)
+        return ranges, n, ops.joint_histogram(x, HALF_3X3, ranges, bins, 8, [1, 1], remove_near)
+
+    both()  # a module cannot be loaded inside a capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ranges, n, counts = both()
+    for seed in (1, 2):
+        y = make("relu", (20, 3, 8, 8), torch.float32, seed)
+        x.copy_(y)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected, expected_n = reference.pair_ranges(y, HALF_3X3, [1, 1], remove_near)
+        assert torch.equal(ranges.cpu(), expected)
+        assert torch.equal(n.cpu(), expected_n)
+        assert torch.equal(counts.cpu(), reference.joint_histogram(y, HALF_3X3, expected, bins.cpu(), 8, [1, 1], remove_near))
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_the_tensors_device_and_not_the_current_one(ops):
+    x = make("relu", (9, 3, 8, 8), torch.float32)
+    ranges, _ = ops.pair_ranges(x.to("cuda:1"), HALF_3X3, [1, 1], False)
+    assert torch.equal(ranges.cpu(), reference.pair_ranges(x, HALF_3X3, [1, 1], False)[0])
+    assert torch.cuda.current_device() == 0
+
+
+@on_gpu
+def test_wrong_arguments(ops):
+    x, bins = torch.zeros(2, 1, 4, 4, device="cuda"), torch.full((1, 1), 4, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="must be on one device"):
+        ops.joint_histogram(x, [0, 1], torch.zeros(1, 1, 2, 2, device="cuda"), bins, 4, [0, 0], False)
+    with pytest.raises(RuntimeError, match="counts must be contiguous int64"):
+        ops.joint_histogram_(torch.zeros(1, 1, 4, 4, dtype=torch.int64), x, [0, 1], torch.zeros(1, 1, 2, 2, device="cuda"), bins.cuda(), [0, 0], False)
+    with pytest.raises(RuntimeError, match="displacements must be pairs"):
+        ops.pair_ranges(x, [0, 1, 1], [0, 0], False)

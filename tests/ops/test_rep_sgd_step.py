@@ -1,0 +1,266 @@
+"""rep_sgd_step: the reference against torch.optim.SGD, every kernel against the reference, bit for bit."""
+
+from __future__ import annotations
+
+import cases
+import implementations
+import pytest
+import torch
+
+from gradrep_kernels.ops import reference
+
+HYPER_IDS = [h.name for h in cases.HYPERS]
+
+
+class Problem:
+    """Parameters, gradients and buffers of a set of shapes, as the op takes them."""
+
+    def __init__(self, shapes, form="repopt", identity=True, dtype=torch.float32, hypers=(cases.HYPERS[3],), channels_last=False, first=False, device="cpu"):
+        def make(seed):
+            tensors = [cases.tensor(shape, 100 * seed + n, dtype) for n, shape in enumerate(shapes)]
+            if channels_last:
+                tensors = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
+            return [t.to(device) for t in tensors]
+
+        mults = []
+        for n, shape in enumerate(shapes):
+            there = form if form in cases.scale_shapes(shape) else "none"
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            mults.append(cases.multiplier(shape, there, identity and cases.takes_identity(shape), wide, seed=n))
+        self.params, self.grads, self.buffers = make(1), make(2), make(3)
+        self.scales = [None if m is None else m.scale.to(device) for m in mults]
+        self.identities = [None if m is None or m.identity is None else m.identity.to(device) for m in mults]
+        self.groups = [n % len(hypers) for n in range(len(shapes))]
+        self.first = [first] * len(shapes)
+        self.hyper = torch.tensor(
+            [[float(h.options.get(key, 0)) for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")] for h in hypers],
+            dtype=torch.float64,
+        )
+
+    def lists(self):
+        return self.params, self.grads, self.buffers, self.scales, self.identities, self.first, self.groups
+
+    def clone(self, device=None):
+        twin = object.__new__(Problem)
+        twin.__dict__.update(self.__dict__)
+        for name in ("params", "grads", "buffers"):
+            setattr(twin, name, [t.clone(memory_format=torch.preserve_format).to(device or t.device) for t in getattr(self, name)])
+        for name in ("scales", "identities"):
+            setattr(twin, name, [None if t is None else t.to(device or t.device) for t in getattr(self, name)])
+        return twin
+
+    def run(self, step, **more):
+        step(*self.lists(), self.hyper, **more)
+        return self
+
+
+def assert_same_bits(actual: Problem, expected: Problem):
+    for name in ("params", "buffers", "grads"):
+        for n, (a, b) in enumerate(zip(getattr(actual, name), getattr(expected, name))):
+            a = a.cpu()
+            assert a.stride() == b.stride()
+            # NaN payloads are the processor's own affair
+            assert torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)), f"{name}[{n}] of shape {tuple(b.shape)}: {(a != b).sum()} elements differ"
+
+
+# ---- the reference against a stranger
+
+
+def torch_step(params, grads, buffers, options, steps_before):
+    """One step of torch.optim.SGD(foreach=False) from a given state."""
+    twins = [torch.nn.Parameter(p.clone()) for p in params]
+    optimizer = torch.optim.SGD(twins, foreach=False, **options)
+    for p, g, b in zip(twins, grads, buffers):
+        p.grad = g.clone()
+        if steps_before and options.get("momentum"):
+            optimizer.state[p]["momentum_buffer"] = b.clone()
+    optimizer.step()
+    return [p.detach() for p in twins], [optimizer.state[p].get("momentum_buffer") for p in twins]
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("form", ["none", "repopt", "spatial", "dense", "number"])
+@pytest.mark.parametrize("hyper", cases.HYPERS, ids=HYPER_IDS)
+def test_reference_is_torch_sgd_on_multiplied_gradients(hyper, form, first):
+    shapes = [cases.SHAPES[name] for name in ("empty", "scalar", "prime", "linear", "conv_3x3_square", "conv_3x5", "grouped", "depthwise")]
+    problem = Problem(shapes, form, dtype=torch.float64, hypers=(hyper,), first=first)
+    before = problem.clone()
+    multiplied = []
+    for g, scale, identity in zip(before.grads, before.scales, before.identities):
+        if scale is None:
+            multiplied.append(g)
+            continue
+        m = scale.expand(g.shape).clone()
+        if identity is not None:
+            for o in range(g.shape[0]):
+                m[o, o % g.shape[1], g.shape[2] // 2, g.shape[3] // 2] += identity[o]
+        multiplied.append(m * g)
+    expected, expected_buffers = torch_step(before.params, multiplied, before.buffers, hyper.options, not first)
+    problem.run(reference.rep_sgd_step)
+    for p, old, wanted in zip(problem.params, before.params, expected):
+        largest = torch.maximum(wanted.abs(), (wanted - old).abs())
+        assert bool(((p - wanted).abs() <= cases.FLOAT64_TOLERANCE * largest).all())
+    if hyper.options.get("momentum"):
+        for buffer, wanted, g in zip(problem.buffers, expected_buffers, multiplied):
+            assert bool(((buffer - wanted).abs() <= 4e-16 * (wanted.abs() + g.abs() + 1)).all())
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(problem.buffers, before.buffers))
+    assert all(torch.equal(a, b) for a, b in zip(problem.grads, before.grads))
+
+
+@pytest.mark.parametrize("hyper", cases.HYPERS, ids=HYPER_IDS)
+def test_float32_is_within_4_ulp_of_float64(hyper):
+    shapes = [cases.SHAPES[name] for name in ("prime", "conv_3x3_square", "grouped")]
+    problem = Problem(shapes, hypers=(hyper,))
+    exact = problem.clone()
+    for name in ("params", "grads", "buffers"):
+        setattr(exact, name, [t.double() for t in getattr(exact, name)])
+    old = [p.clone() for p in exact.params]
+    exact.hyper = exact.hyper.float().double()  # lr = 0.1 is not a float32 number: that is not the step's error
+    problem.run(reference.rep_sgd_step)
+    exact.run(reference.rep_sgd_step)
+    for p, wanted, before, buffer in zip(problem.params, exact.params, old, exact.buffers):
+        largest = torch.stack([wanted.abs(), before.abs(), (wanted - before).abs(), buffer.abs() * hyper.options["lr"]]).amax(0)
+        assert bool(((p.double() - wanted).abs() <= cases.FLOAT32_TOLERANCE * largest).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hyper", cases.HYPERS, ids=HYPER_IDS)
+def test_low_precision_is_no_worse_than_twice_eager_torch(hyper, dtype):
+    problem = Problem([(257,), (16, 8, 3, 3)], "none", dtype=dtype, hypers=(hyper,))
+    before = problem.clone()
+    exact, _ = torch_step([p.double() for p in before.params], [g.double() for g in before.grads], [b.double() for b in before.buffers], hyper.options, True)
+    eager, _ = torch_step(before.params, before.grads, before.buffers, hyper.options, True)
+    problem.run(reference.rep_sgd_step)
+    ours = max(float((p.double() - e).abs().max()) for p, e in zip(problem.params, exact))
+    theirs = max(float((p.double() - e).abs().max()) for p, e in zip(eager, exact))
+    assert ours <= 2 * theirs
+
+
+# ---- every kernel against the reference
+
+STEP = implementations.of("rep_sgd_step")
+
+
+@pytest.mark.parametrize(("backend", "device"), STEP)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", list(cases.scale_shapes((2, 2, 3, 3))))
+def test_kernel_has_the_references_bits(backend, device, form, dtype, channels_last):
+    """All shapes at once, with and without identity, in four groups of unlike hyper-parameters."""
+    step = implementations.get("rep_sgd_step", backend, device)
+    for identity in (False, True):
+        for first in (False, True):
+            problem = Problem(cases.SHAPES.values(), form, identity, dtype, [cases.HYPERS[n] for n in (0, 3, 4, 8)], channels_last, first)
+            assert_same_bits(problem.clone(device).run(step), problem.clone().run(reference.rep_sgd_step))
+
+
+@pytest.mark.parametrize(("backend", "device"), STEP)
+@pytest.mark.parametrize("hyper", cases.HYPERS, ids=HYPER_IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_kernel_follows_every_hyper_parameter(backend, device, hyper, dtype):
+    step = implementations.get("rep_sgd_step", backend, device)
+    shapes = [cases.SHAPES[name] for name in ("prime", "conv_3x3_square", "conv_5x5", "conv_7x7", "conv_1x1", "conv_3x5")]
+    for form in ("none", "repopt", "dense"):
+        problem = Problem(shapes, form, dtype=dtype, hypers=(hyper,))
+        assert_same_bits(problem.clone(device).run(step), problem.clone().run(reference.rep_sgd_step))
+
+
+@pytest.mark.parametrize(("backend", "device"), STEP)
+@pytest.mark.parametrize("what", [("grads",), ("params",), ("buffers",), ("grads", "params", "buffers")], ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_unaligned_tensors_of_a_block_and_more(backend, device, dtype, what):
+    """Gradients in the buckets of DistributedDataParallel and shards of FSDP start anywhere; a wide access there is an error that stays."""
+    step = implementations.get("rep_sgd_step", backend, device)
+    problem = Problem([cases.SHAPES[name] for name in ("prime", "chunk", "chunk_minus_1", "chunk_plus_1", "conv_3x3_many_chunks")], dtype=dtype)
+    there = problem.clone(device)
+    for name in what:
+        setattr(there, name, [cases.unaligned(t, 1 + n % 3) for n, t in enumerate(getattr(there, name))])
+    assert_same_bits(there.run(step), problem.run(reference.rep_sgd_step))
+
+
+@pytest.mark.parametrize(("backend", "device"), STEP)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unscaling_and_overflow(backend, device, dtype):
+    step = implementations.get("rep_sgd_step", backend, device)
+    problem = Problem(cases.SHAPES.values(), dtype=dtype)
+    amp = {"grad_scale": torch.tensor(3.0), "found_inf": torch.tensor(0.0)}
+    there = {name: value.to(device) for name, value in amp.items()}
+    assert_same_bits(problem.clone(device).run(step, **there), problem.clone().run(reference.rep_sgd_step, **amp))
+    for overflow in (1.0, 2.0, -1.0, float("nan")):
+        after = problem.clone(device).run(step, grad_scale=there["grad_scale"], found_inf=torch.tensor(overflow, device=device))
+        assert_same_bits(after, problem)
+
+
+@pytest.mark.parametrize(("backend", "device"), STEP)
+def test_zeros_infinities_and_nan_pass_through(backend, device):
+    step = implementations.get("rep_sgd_step", backend, device)
+    for hyper in cases.HYPERS:
+        problem = Problem([(64,), (8, 8, 3, 3)], hypers=(hyper,))
+        for n, value in enumerate((0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45)):
+            for t in (*problem.params, *problem.grads, *problem.buffers):
+                t.view(-1)[n::17] = value
+        expected = problem.clone().run(reference.rep_sgd_step)
+        actual = problem.clone(device).run(step)
+        assert_same_bits(actual, expected)
+        for a, b in zip(actual.params, expected.params):
+            assert torch.equal(a.cpu().signbit() & ~a.cpu().isnan(), b.signbit() & ~b.isnan())  # −0 is not 0
+
+
+@pytest.mark.parametrize(("backend", "device"), STEP)
+def test_what_the_kernel_does_not_take_goes_to_the_reference(backend, device):
+    """Unlike strides, overlapping gradients, unlike dtypes, complex; beside tensors that the kernel does take."""
+    step = implementations.get("rep_sgd_step", backend, device)
+
+    def make():
+        p = [cases.tensor((8, 6, 3, 3), 1, torch.float32), cases.tensor((30, 20), 2, torch.float32), cases.tensor((40,), 3, torch.float32)]
+        g = [cases.tensor((8, 6, 3, 3), 4, torch.float32).to(memory_format=torch.channels_last), cases.tensor((20, 30), 5, torch.float32).t()]
+        g.append(torch.tensor([0.5]).expand(40))
+        p += [cases.tensor((33, 2), 6, torch.float32), cases.tensor((11, 2), 7, torch.float32), torch.view_as_complex(cases.tensor((9, 2), 8, torch.float32))]
+        g += [
+            cases.tensor((33, 2), 9, torch.bfloat16),
+            cases.tensor((11, 4), 10, torch.float32)[:, ::2],
+            torch.view_as_complex(cases.tensor((9, 2), 11, torch.float32)),
+        ]
+        problem = Problem([], hypers=(cases.HYPERS[6],))
+        problem.params, problem.grads, problem.buffers = p, g, [x.clone() * 0.5 for x in p]
+        problem.scales = [torch.rand(8, 1, 3, 3), None, torch.tensor(2.0), torch.rand(33, 1), None, torch.rand(9)]
+        problem.identities = [torch.ones(8)] + [None] * 5
+        problem.first, problem.groups = [False] * 6, [0] * 6
+        return problem
+
+    torch.manual_seed(0)
+    one = make()
+    other = one.clone()
+    other.grads = one.grads
+    moved = one.clone(device)
+    moved.grads = [torch.empty_strided(g.shape, g.stride(), dtype=g.dtype, device=device).copy_(g) if 0 not in g.stride() else g.to(device) for g in one.grads]
+    moved.run(step)
+    other.run(reference.rep_sgd_step)
+    for name in ("params", "buffers"):
+        for a, b in zip(getattr(moved, name), getattr(other, name)):
+            assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_the_result(threads):
+    step = implementations.get("rep_sgd_step", *STEP[0].values) if not STEP[0].marks else pytest.skip(STEP[0].marks[0].kwargs["reason"])
+    problem = Problem(list(cases.SHAPES.values()) * 2)
+    expected = problem.clone().run(reference.rep_sgd_step)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_same_bits(problem.clone().run(step), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("backend", "device"), STEP)
+def test_nothing_to_do(backend, device):
+    implementations.get("rep_sgd_step", backend, device)([], [], [], [], [], [], [], torch.zeros(0, 6, dtype=torch.float64))
+    reference.rep_sgd_step([], [], [], [], [], [], [], torch.zeros(0, 6, dtype=torch.float64))
+
+
+def test_the_registered_default_is_there():
+    problem = Problem([(5,), (4, 4, 3, 3)])
+    assert_same_bits(problem.clone().run(torch.ops.gradrep_kernels.rep_sgd_step), problem.clone().run(reference.rep_sgd_step))

@@ -1,0 +1,156 @@
+"""Compile kernels ahead of time, in Triton or CUDA, for GPUs that need not be there, and read what the compiler made of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+from torch.utils import cpp_extension
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_USAGE = re.compile(r"\b(REG|STACK|LOCAL|SHARED):(\d+)")
+_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_AMDGCN = re.compile(r"^\t([a-z]+_[a-z0-9_]+)\b", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One variant of a kernel on one target."""
+
+    target: str
+    registers: int  # per thread; vector registers on AMD
+    spills: int  # bytes of stack and local memory per thread, on AMD spilled registers too
+    shared: int  # bytes
+    instructions: Counter[str] = field(repr=False)  # SASS ('LDG.E.128') or amdgcn ('global_load_dwordx4') -> how many
+    assembly: str = field(repr=False)  # PTX or amdgcn
+    ttir: str = field(repr=False, default="")  # Triton's own intermediate form; empty for CUDA C++
+
+    def count(self, pattern: str) -> int:
+        """How many instructions match the regular expression from their first letter on."""
+        return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
+
+    @property
+    def wide_loads(self) -> int:
+        """128-bit loads from global memory."""
+        return self.count(r"LDG\S*\.128|global_load_dwordx4")
+
+    @property
+    def wide_stores(self) -> int:
+        """128-bit stores to global memory."""
+        return self.count(r"STG\S*\.128|global_store_dwordx4")
+
+    def claims_of_alignment(self) -> list[bool]:
+        """For each pointer that is cast from an integer and said to be aligned: whether that is said under a condition only.
+
+        Triton turns the claim into 128-bit accesses wherever the pointer is used. One at the kernel's top level, outside every
+        `scf.if`, holds on all paths, also on that of unaligned tensors.
+        """
+        found: list[bool] = []
+        regions: list[str] = []
+        for line in self.ttir.splitlines():
+            text = re.sub(r"\s*loc\(.*\)$", "", line).strip()
+            if text.startswith("}"):
+                regions.pop()
+            if text.endswith("{"):
+                regions.append("then" if "scf.if" in text else "else" if "else" in text else "other")
+            if "tt.int_to_ptr" in text and "tt.divisibility" in text:
+                found.append("then" in regions)
+        return found
+
+    @property
+    def double_precision(self) -> int:
+        """Instructions that compute in fp64, or convert from or to it."""
+        return self.count(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)|(F2F|I2F|F2I|FRND)\S*F64|MUFU\S*64|v_\w*f64")  # I2F.U64 is of an integer
+
+    @property
+    def contracted(self) -> int:
+        """Products and sums that are rounded once together. (A mixed-precision fma that adds −0 is AMD's product of unlike dtypes.)"""
+        if self.target.startswith("sm_"):
+            return len(re.findall(r"\b(?:fma|mad)\.\S*f(?:16|32|64)", self.assembly))
+        lines = re.findall(r"^\tv_(?:pk_)?(?:fma|fmac|mac|mad)\w*_(?:f16|f32|f64|bf16).*", self.assembly, re.MULTILINE)
+        return sum("neg(0)" not in line for line in lines)
+
+
+def compile_variant(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], target: str, **options: Any) -> Compiled:
+    """Compile `kernel` as a launch does that specializes nothing.
+
+    Args:
+        types:     parameter -> Triton's name of its type ('*fp32', 'i32')
+        constants: the constexpr parameters, and optional ones that are None
+        options:   num_warps, enable_fp_fusion, ... as at the launch
+    """
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    built = triton.compile(ASTSource(kernel, signature, dict(constants)), target=TARGETS[target], options=options)
+    if "amdgcn" in built.asm:
+        text = built.asm["amdgcn"]
+        facts = {name: int(n) for name, n in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+        spills = facts["vgpr_spill_count"] + facts["sgpr_spill_count"] + facts["private_segment_fixed_size"]
+        return Compiled(target, facts["vgpr_count"], spills, built.metadata.shared, Counter(_AMDGCN.findall(text)), text, built.asm["ttir"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage, sass = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
+    facts = {name: int(n) for name, n in _USAGE.findall(usage)}
+    return Compiled(
+        target, facts["REG"], facts["STACK"] + facts["LOCAL"], built.metadata.shared, Counter(_SASS.findall(sass)), built.asm["ptx"], built.asm["ttir"]
+    )
+
+
+def _cuobjdump(*arguments: str) -> str:
+    done = subprocess.run([_CUOBJDUMP, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+# -- CUDA
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def setup_py():
+    """The build script, for nvcc and its flags."""
+    spec = importlib.util.spec_from_file_location("gradrep_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _by_kernel(text: str, head: str) -> dict[str, str]:
+    """Parts of a listing, by the mangled name that each begins with."""
+    parts = re.split(head, text)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def compile_cuda(folder: Path, targets: tuple[str, ...]) -> tuple[list[str], dict[tuple[str, str], Compiled]]:
+    """Objects of all .cu files, made as the build makes them, and (mangled name of a kernel, target) -> what nvcc made of it."""
+    numbers = [f"{target[3:-1]}.{target[-1]}" for target in targets]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(numbers) + "+PTX")
+        objects = setup_py().cuda_objects(cpp_extension, folder)
+    found = {}
+    for made in objects:
+        ptx = _by_kernel(_cuobjdump("-ptx", made), r"\.entry (\w+)\(")  # of the last target
+        for target in targets:
+            sass = _by_kernel(_cuobjdump("-sass", "-arch", target, made), r"Function : (\w+)")
+            for name, usage in _by_kernel(_cuobjdump("-res-usage", "-arch", target, made), r"Function (\w+):").items():
+                facts = {fact: int(n) for fact, n in _USAGE.findall(usage)}
+                instructions = Counter(_SASS.findall(sass[name]))
+                found[name, target] = Compiled(target, facts["REG"], facts["STACK"] + facts["LOCAL"], facts["SHARED"], instructions, ptx[name])
+    return objects, found

@@ -1,0 +1,75 @@
+"""What compilers make of the GPU kernels, in float32, as a Markdown table (bench/results/compiled.md). Needs Triton and nvcc, no GPU.
+
+python tests/support/compiled_figures.py > bench/results/compiled.md
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
+
+import compile_gate
+import test_compile_gate
+import test_compile_gate_cuda
+import test_compile_gate_histogram
+import torch
+import triton
+
+from gradrep_kernels.ops.triton.joint_histogram import block, joint_histogram_kernel, private_cells
+from gradrep_kernels.ops.triton.pair_ranges import BLOCK, pair_ranges_kernel
+from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm_kernel
+from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step_kernel
+
+CUDA = {  # kernels as the compiler names them
+    "joint_histogram, CUDA C++, tables in shared memory": "joint_histogram_kernelILb1Ef",
+    "joint_histogram, CUDA C++, into the result": "joint_histogram_kernelILb0Ef",
+    "pair_ranges, CUDA C++, over images": "image_extrema_kernelIf",
+    "pair_ranges, CUDA C++, over pairs": "pair_ranges_kernelIf",
+}
+
+
+def triton_kernels(target: str) -> dict[str, compile_gate.Compiled]:
+    step, pairs = test_compile_gate.compiled, test_compile_gate_histogram.compiled
+    table = {"CELLS": private_cells(23), "BLOCK": block(compile_gate.TARGETS[target].warp_size)}
+    plain = {"grad_scale": None, "found_inf": None}
+    return {
+        "rep_sgd_step, Triton": step(rep_sgd_step_kernel, torch.float32, target, {"hyper": "*fp32"}, plain),
+        "rep_grad_norm, Triton": step(rep_grad_norm_kernel, torch.float32, target, {"partial": "*fp32"}, {}),
+        "joint_histogram, Triton, 23 bins": pairs(joint_histogram_kernel, torch.float32, target, table),
+        "pair_ranges, Triton": pairs(pair_ranges_kernel, torch.float32, target, {"BLOCK": BLOCK}),
+    }
+
+
+def figures() -> dict[str, dict[str, compile_gate.Compiled]]:
+    """By kernel and target."""
+    found: dict[str, dict[str, compile_gate.Compiled]] = {}
+    for target in compile_gate.TARGETS:
+        for kernel, made in triton_kernels(target).items():
+            found.setdefault(kernel, {})[target] = made
+    with tempfile.TemporaryDirectory() as folder:
+        _, compiled = compile_gate.compile_cuda(Path(folder), test_compile_gate_cuda.TARGETS)
+    for kernel, start in CUDA.items():
+        found[kernel] = {target: made for (name, target), made in compiled.items() if start in name}
+    return found
+
+
+def table() -> str:
+    head = ["kernel, float32", *compile_gate.TARGETS, "128-bit loads, stores (sm_90)"]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    for kernel, by_target in figures().items():
+        assert not any(made.spills for made in by_target.values())
+        cells = [f"{made.registers}, {made.shared}" if made else "" for made in map(by_target.get, compile_gate.TARGETS)]
+        lines.append(f"| {kernel} | {' | '.join(cells)} | {by_target['sm_90'].wide_loads}, {by_target['sm_90'].wide_stores} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    nvcc = re.search(r"release ([\d.]+)", compile_gate.setup_py().ask_nvcc("--version"))[1]
+    print("# What compilers make of the GPU kernels\n")
+    print(f"No GPU is needed for this, and none ran. Triton {triton.__version__}, nvcc {nvcc}. `python tests/support/compiled_figures.py`\n")
+    print("Registers of a thread, static bytes of shared memory of a block; nothing spills. CUDA C++ is not compiled for AMD.\n")
+    print(table())
