@@ -28,7 +28,15 @@ CHOICES = {"GRADREP_BUILD": ("auto", "require", "none"), "GRADREP_CUDA": ("auto"
 TORCH_TARGET = "0x020b000000000000"  # 2.11
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"  # where TORCH_CUDA_ARCH_LIST is unset and no GPU is visible
 # No FMA contraction, no approximate division, no flushed denormals: every operation is rounded on its own, as the reference does.
-NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-prec-div=true", "-ftz=false", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fmad=false",
+    "-prec-div=true",
+    "-ftz=false",
+    "-DUSE_CUDA",
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+]
 NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
 ROOT = Path(__file__).resolve().parent
 # Also where the package is installed without kernels, or pip kept a wheel of it.
@@ -58,7 +66,9 @@ def cpp_extension():
             raise SystemExit(
                 f"gradrep_kernels: GRADREP_BUILD=require, but torch is not importable in the build environment ({error}); install torch first, then {INSTALL}"
             ) from None
-        say(f"torch is not importable here ({error}), so the package is installed without compiled kernels. To get them: pip install torch, then {INSTALL}")
+        say(
+            f"torch is not importable here ({error}), so the package is installed without compiled kernels. To get them: pip install torch, then {INSTALL}"
+        )
         return None
     return cpp_extension
 
@@ -66,7 +76,11 @@ def cpp_extension():
 def nvcc() -> str | None:
     """The CUDA compiler of CUDA_HOME, else on the PATH, else where it usually is."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return (
+        shutil.which("nvcc", path=os.path.join(home, "bin"))
+        if home
+        else shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    )
 
 
 def ask_nvcc(*arguments: str) -> str:
@@ -76,7 +90,11 @@ def ask_nvcc(*arguments: str) -> str:
 
 def cuda_library_folders() -> list[str]:
     steps = ask_nvcc("--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull)
-    return [os.path.realpath(folder) for line in re.findall("LIBRARIES=.*", steps) for folder in re.findall(r'-L([^"\s]+)', line)]
+    return [
+        os.path.realpath(folder)
+        for line in re.findall("LIBRARIES=.*", steps)
+        for folder in re.findall(r'-L([^"\s]+)', line)
+    ]
 
 
 def module(ext, name, sources, flags, **more):
@@ -94,7 +112,11 @@ def module(ext, name, sources, flags, **more):
 
 def cpu_module(ext):
     # No FMA contraction: every product and sum is rounded on its own, as the reference does.
-    flags = ["/O2", "/fp:precise"] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    flags = (
+        ["/O2", "/fp:precise"]
+        if os.name == "nt"
+        else ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    )
     return module(ext, "_C", sorted(str(p) for p in Path("csrc").glob("*_cpu.cpp")), flags)
 
 
@@ -124,7 +146,9 @@ def cuda_module(ext):
     # What torch loads at import is found by its name. A CPU build of torch has no libtorch_cuda, but libtorch.so leads to it.
     last = ["-Wl,--no-as-needed", "-ltorch_cuda" if torch.version.cuda else "-ltorch"]
     flags = ["-O2", "-g0", "-fvisibility=hidden"]
-    return module(ext, "_C_cuda", [], flags, libraries=["cudart"], library_dirs=cuda_library_folders(), extra_link_args=last)
+    return module(
+        ext, "_C_cuda", [], flags, libraries=["cudart"], library_dirs=cuda_library_folders(), extra_link_args=last
+    )
 
 
 def cuda_objects(ext, folder: Path) -> list[str]:
@@ -197,7 +221,9 @@ def commands(ext):
 
     found = {"build_ext": Build.with_options(no_python_abi_suffix=False)}
     try:
-        BdistWheel = Distribution().get_command_class("bdist_wheel")  # setuptools' own from 70.1 on, before that the package wheel's
+        BdistWheel = Distribution().get_command_class(
+            "bdist_wheel"
+        )  # setuptools' own from 70.1 on, before that the package wheel's
     except ModuleError:
         return found
 
@@ -215,7 +241,12 @@ def main():
     if ext is None:
         setup(license="MIT")
     else:
-        setup(license="MIT", ext_modules=modules(ext), cmdclass=commands(ext), options={"bdist_wheel": {"py_limited_api": "cp310"}})
+        setup(
+            license="MIT",
+            ext_modules=modules(ext),
+            cmdclass=commands(ext),
+            options={"bdist_wheel": {"py_limited_api": "cp310"}},
+        )
 
 
 if __name__ == "__main__":  # the compile gate of the tests imports this file to compile as the build does

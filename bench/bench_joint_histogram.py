@@ -51,7 +51,9 @@ def _ours(x: Tensor, kernel: int, padding: int, backend: str = "auto", **options
 
 def _sturges(shape: tuple[int, ...]) -> int:
     n, _, h, w = shape
-    return 1 + (n * (h + 2) * (w + 1) - 1).bit_length()  # of displacement (0, 1); with padding 1 one number suits all four
+    return (
+        1 + (n * (h + 2) * (w + 1) - 1).bit_length()
+    )  # of displacement (0, 1); with padding 1 one number suits all four
 
 
 # -- baselines: 3 x 3, padding 1
@@ -108,7 +110,9 @@ def _baselines(x: Tensor, pairs: int, bins: int, quick: bool) -> list[Candidate]
         Candidate(FAST, _per_channel(host, few, fast_histogram2d), threads=1, pairs=pairs, optional=True, **part[few]),
         Candidate(FLOATS, lambda: _bincounts(_bin_numbers(x, bins), bins), pairs=pairs),
         Candidate(INT16, lambda: _bincounts(numbers, bins), pairs=pairs),
-        Candidate(GRAYCOMATRIX, _graycomatrices(numbers, bins, fewer), threads=1, pairs=pairs, optional=True, **part[fewer]),
+        Candidate(
+            GRAYCOMATRIX, _graycomatrices(numbers, bins, fewer), threads=1, pairs=pairs, optional=True, **part[fewer]
+        ),
         Candidate(NUMPY, _per_channel(host, fewer, numpy_histogram2d), threads=1, pairs=pairs, **part[fewer]),
     ]
 
@@ -137,7 +141,11 @@ def test_against_others(benchmark, setup: Setup, results: Results):
     unpadded = pairs / feature_maps.pairs(shape, 3, 0)
     whole = timed.time(OURS) * (1e9 / pairs)
     bound = f"served by {_served(setup)}; {whole.median * unpadded:.3g} ns per pair of the map without padding"
-    results.target(Target("H1", f"whole call, {shape}, 3 x 3, per thread", "ns/pair", 0.60, 0.45, less_is_better=True), whole, bound=bound)
+    results.target(
+        Target("H1", f"whole call, {shape}, 3 x 3, per thread", "ns/pair", 0.60, 0.45, less_is_better=True),
+        whole,
+        bound=bound,
+    )
     for other, (at_least, aim) in FASTER_THAN.items():
         target = Target("H1", f"as fast as {other}", "x", at_least, aim)
         results.target(target, timed.ratio(other, OURS), bound=served, why_not=timed.skipped.get(other, ""))
@@ -156,8 +164,13 @@ def test_data_and_layout(benchmark, setup: Setup, results: Results, max_threads:
     ways = [Candidate(name, _ours(x, 3, 1), threads=one, pairs=pairs) for name, x in maps.items()]
     last = {name: maps[name].contiguous(memory_format=torch.channels_last) for name in ("uniform", "ReLU, 60 % zeros")}
     ways += [Candidate(f"{name}, channels_last", _ours(x, 3, 1), threads=one, pairs=pairs) for name, x in last.items()]
-    ways += [Candidate(f"uniform, {dtype}", _ours(maps["uniform"].to(dtype), 3, 1), threads=one, pairs=pairs) for dtype in (torch.bfloat16, torch.float64)]
-    ways.append(Candidate("uniform, remove_near", _ours(maps["uniform"], 3, 1, remove_near=True), threads=one, pairs=pairs))
+    ways += [
+        Candidate(f"uniform, {dtype}", _ours(maps["uniform"].to(dtype), 3, 1), threads=one, pairs=pairs)
+        for dtype in (torch.bfloat16, torch.float64)
+    ]
+    ways.append(
+        Candidate("uniform, remove_near", _ours(maps["uniform"], 3, 1, remove_near=True), threads=one, pairs=pairs)
+    )
     together = "uniform, all threads"
     if on_cpu and max_threads > 1:
         ways.append(Candidate(together, _ours(maps["uniform"], 3, 1), threads=max_threads, pairs=pairs))
@@ -167,18 +180,29 @@ def test_data_and_layout(benchmark, setup: Setup, results: Results, max_threads:
         return
     for name in WORST_DATA:
         target = Target("H2", f"{name}: time over that of uniform data", "x", 1.5, 1.1, less_is_better=True)
-        results.target(target, timed.ratio(name, "uniform"), bound="an increment waits for the one before it in the same cell")
+        results.target(
+            target, timed.ratio(name, "uniform"), bound="an increment waits for the one before it in the same cell"
+        )
     target = Target("H2", "channels_last: time over that of NCHW", "x", 1.4, 1.2, less_is_better=True)
     results.target(target, timed.ratio("uniform, channels_last", "uniform"), bound="the transpose of floats to planes")
     target = Target("H2", "2 threads: as fast as 1", "x", 1.6, 1.8)
-    results.target(target, timed.ratio("uniform", together) if max_threads == 2 else None, why_not=f"run with at most {max_threads}")
+    results.target(
+        target,
+        timed.ratio("uniform", together) if max_threads == 2 else None,
+        why_not=f"run with at most {max_threads}",
+    )
 
 
 # -- layers of real networks
 
 
-@pytest.mark.parametrize(("network", "layers", "remove_near"), [("VGG-16 (CIFAR)", VGG16_CIFAR, False), ("ResNet-18 (ImageNet)", RESNET18_IMAGENET, True)])
-def test_layers(benchmark, setup: Setup, results: Results, threads: int, network: str, layers: tuple[Layer, ...], remove_near: bool):
+@pytest.mark.parametrize(
+    ("network", "layers", "remove_near"),
+    [("VGG-16 (CIFAR)", VGG16_CIFAR, False), ("ResNet-18 (ImageNet)", RESNET18_IMAGENET, True)],
+)
+def test_layers(
+    benchmark, setup: Setup, results: Results, threads: int, network: str, layers: tuple[Layer, ...], remove_near: bool
+):
     images = 256 if setup.device.type == "cuda" else IMAGES[network] // (8 if _served(setup) == "reference" else 1)
     if setup.quick:
         images, layers = 2, layers[-1:]
@@ -190,7 +214,10 @@ def test_layers(benchmark, setup: Setup, results: Results, threads: int, network
         pairs = feature_maps.pairs(shape, layer.kernel, layer.padding)
         ways.append(Candidate(str(layer), run, pairs=pairs, bytes=2 * x.nbytes, note=f"{layer.count} in the network"))
     timed = compare(benchmark, setup, ways, threads=threads)
-    results.add(f"{network}, {images} images, ReLU with 60 % zeros{', remove_near' if remove_near else ''}, {thread_count(threads)}", timed)
+    results.add(
+        f"{network}, {images} images, ReLU with 60 % zeros{', remove_near' if remove_near else ''}, {thread_count(threads)}",
+        timed,
+    )
 
 
 # -- G2, G3
@@ -200,7 +227,10 @@ def _gpu_targets(shape: tuple[int, ...], kernel: int) -> dict[str, Target]:
     """By backend."""
     bounds = {"cuda": ("G2", *ON_GPU[kernel])} | ({"triton": ("G3", 9.0, 6.5)} if kernel == 3 else {})
     what = f"pair ranges and joint histogram, {shape}, {kernel} x {kernel}"
-    return {backend: Target(row, f"{what}, {backend}", "ms", at_least, aim, less_is_better=True) for backend, (row, at_least, aim) in bounds.items()}
+    return {
+        backend: Target(row, f"{what}, {backend}", "ms", at_least, aim, less_is_better=True)
+        for backend, (row, at_least, aim) in bounds.items()
+    }
 
 
 def _gpu_shape(setup: Setup) -> tuple[int, int, int, int]:
@@ -222,17 +252,28 @@ def test_on_gpu(benchmark, setup: Setup, results: Results, kernel: int):
     shape = _gpu_shape(setup)
     x = KINDS["uniform"](shape, setup.device)
     target = torch.empty_like(x)
-    moved = {"pairs": feature_maps.pairs(shape, kernel, kernel // 2), "bytes": 2 * x.nbytes}  # read once for the ranges, once for the counts
+    moved = {
+        "pairs": feature_maps.pairs(shape, kernel, kernel // 2),
+        "bytes": 2 * x.nbytes,
+    }  # read once for the ranges, once for the counts
     ways = [Candidate(COPY, lambda: target.copy_(x), bytes=2 * x.nbytes)]
-    ways += [Candidate(f"{OURS}, {name}", _ours(x, kernel, kernel // 2, name), optional=True, **moved) for name in ("cuda", "triton", "auto")]
+    ways += [
+        Candidate(f"{OURS}, {name}", _ours(x, kernel, kernel // 2, name), optional=True, **moved)
+        for name in ("cuda", "triton", "auto")
+    ]
     if kernel == 3:
         relu, last = KINDS["ReLU, 90 % zeros"](shape, setup.device), x.contiguous(memory_format=torch.channels_last)
         for what, y in (("90 % zeros", relu), ("channels_last", last), ("constant", torch.full_like(x, 0.5))):
-            ways += [Candidate(f"{OURS}, {name}, {what}", _ours(y, kernel, kernel // 2, name), optional=True, **moved) for name in ("cuda", "triton")]
+            ways += [
+                Candidate(f"{OURS}, {name}, {what}", _ours(y, kernel, kernel // 2, name), optional=True, **moved)
+                for name in ("cuda", "triton")
+            ]
     timed = compare(benchmark, setup, ways)
     results.add(f"{shape}, {kernel} x {kernel}, uniform data", timed)
     for backend, judged in _gpu_targets(shape, kernel).items():
         name = f"{OURS}, {backend}"
         share = timed.rate_ratio(name, COPY)
-        figure, bound = (None, "") if share is None else (timed.time(name) * 1e3, f"{share.median:.0%} of the copy rate")
+        figure, bound = (
+            (None, "") if share is None else (timed.time(name) * 1e3, f"{share.median:.0%} of the copy rate")
+        )
         results.target(judged, figure, bound=bound, why_not=timed.skipped.get(name, ""))

@@ -28,7 +28,11 @@ LOOP_BYTES = 60  # of the loop as published: 36 read, 20 written, 4 fetched befo
 PROBE_FLOATS = 16 << 20  # per array; three of them are six times an L3 cache of 32 MiB
 
 OURS, PLAIN = "FusedRepSGD, structured Grad Mult", "FusedRepSGD, no multiplier"
-FUSED, FOREACH, SINGLE = "SGD(fused=True), no multiplier", "SGD(foreach=True), no multiplier", "SGD(foreach=False), no multiplier"
+FUSED, FOREACH, SINGLE = (
+    "SGD(fused=True), no multiplier",
+    "SGD(foreach=True), no multiplier",
+    "SGD(foreach=False), no multiplier",
+)
 MULTIPLY = "foreach_mul_(dense M), SGD(fused=True)"
 COMPILED = "torch.compile of dense M ⊙ g and SGD"
 LOOP = "loop as published, dense M"
@@ -39,7 +43,12 @@ JUDGED = ("RepOpt-VGG-B1", "ResNet-18")  # the sets of targets S1 to S3
 VS_FUSED = {1: (0.97, 1.0), 2: (1.05, 1.2)}  # S1 by threads: at least, aim
 VS_MULTIPLYING = {MULTIPLY: (1.5, 1.7), COMPILED: (1.3, 1.45), LOOP: (4.0, 8.0)}  # S2
 G1 = {COPY: (86, 92), FUSED: (1.0, 1.1), MULTIPLY: (1.4, 1.55)}  # RepOpt-VGG-B1: percent of the copy rate; as fast as
-HOST_MICROSECONDS = {(1, PLAIN): (50, 30), (1, OURS): (60, 38), (28, PLAIN): (90, 50), (28, OURS): (90, 50)}  # S4 by groups
+HOST_MICROSECONDS = {
+    (1, PLAIN): (50, 30),
+    (1, OURS): (60, 38),
+    (28, PLAIN): (90, 50),
+    (28, OURS): (90, 50),
+}  # S4 by groups
 HOST_VS_FUSED = {1: (1.7, 3.0), 28: (311 / 90, 6.0)}
 
 
@@ -69,9 +78,13 @@ def test_host_cost(benchmark, setup: Setup, results: Results, threads: int, grou
         return
     for name in (PLAIN, OURS):
         if (groups, name) in HOST_MICROSECONDS:
-            target = Target("S4", f"host cost, {groups} {noun}, {name}", "µs", *HOST_MICROSECONDS[groups, name], less_is_better=True)
+            target = Target(
+                "S4", f"host cost, {groups} {noun}, {name}", "µs", *HOST_MICROSECONDS[groups, name], less_is_better=True
+            )
             results.target(target, timed.time(name) * 1e6)
-            target = Target("S4", f"host cost, {groups} {noun}, {name}: as fast as {FUSED}", "x", *HOST_VS_FUSED[groups])
+            target = Target(
+                "S4", f"host cost, {groups} {noun}, {name}: as fast as {FUSED}", "x", *HOST_VS_FUSED[groups]
+            )
             results.target(target, timed.ratio(FUSED, name), bound=f"{FUSED}: {timed.time(FUSED).median * 1e6:.0f} µs")
 
 
@@ -99,7 +112,9 @@ def test_without_a_gpu(setup: Setup, results: Results):
 def _compiled(tensors: Tensors, masks: list[torch.Tensor]) -> Candidate:
     grads = [p.grad for p in tensors.grad_mults]
     on_gpu = grads[0].is_cuda
-    optimizer = tensors.optimizer(SGD, foreach=on_gpu)  # on a CPU Inductor gains nothing from foreach, and takes 3 times as long
+    optimizer = tensors.optimizer(
+        SGD, foreach=on_gpu
+    )  # on a CPU Inductor gains nothing from foreach, and takes 3 times as long
 
     @torch.compile
     def step() -> None:
@@ -107,7 +122,12 @@ def _compiled(tensors: Tensors, masks: list[torch.Tensor]) -> Candidate:
         optimizer.step()
 
     def run() -> None:
-        if not on_gpu and shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
+        if (
+            not on_gpu
+            and shutil.which("c++") is None
+            and shutil.which("g++") is None
+            and shutil.which("clang++") is None
+        ):
             raise RuntimeError("torch.compile needs a C++ compiler here")
         step()
 
@@ -144,7 +164,9 @@ def _limit(setup: Setup, numel: int) -> Candidate:
     floats = min(PROBE_FLOATS, 1 << 20) if setup.quick else PROBE_FLOATS
     p, g, v = (torch.zeros(floats) for _ in range(3))
 
-    def stream() -> None:  # the step's accesses in two passes, neither of which reads anything twice; in place: no write-allocate
+    def stream() -> (
+        None
+    ):  # the step's accesses in two passes, neither of which reads anything twice; in place: no write-allocate
         p.add_(g)
         v.mul_(0.5)
 
@@ -162,7 +184,10 @@ def _steps(setup: Setup, tensors: Tensors) -> list[Candidate]:
         _limit(setup, tensors.numel),
     ]
     if setup.device.type == "cuda":  # last: a capture that fails may leave the allocator in disorder
-        ways += [Candidate(GRAPH_OURS, _graph_of(ours.step), optional=True, **moved), Candidate(GRAPH_FUSED, _graph_of(fused.step), optional=True, **moved)]
+        ways += [
+            Candidate(GRAPH_OURS, _graph_of(ours.step), optional=True, **moved),
+            Candidate(GRAPH_FUSED, _graph_of(fused.step), optional=True, **moved),
+        ]
     return ways
 
 
@@ -181,7 +206,9 @@ def _rivals(tensors: Tensors, compiled: bool) -> list[Candidate]:
         rep_sgd_loop(tensors.params, by_param, tensors.buffers, lr=1e-4, momentum=0.9, weight_decay=1e-4)
 
     ways = [
-        Candidate(OURS, tensors.optimizer(gr.FusedRepSGD, grad_mults=tensors.grad_mults).step, bytes=tensors.numel * BYTES),
+        Candidate(
+            OURS, tensors.optimizer(gr.FusedRepSGD, grad_mults=tensors.grad_mults).step, bytes=tensors.numel * BYTES
+        ),
         Candidate(MULTIPLY, multiply_first),
         Candidate(LOOP, loop, note=f"moves {LOOP_BYTES} bytes a parameter"),
         Candidate(FOREACH, tensors.optimizer(SGD, foreach=True).step),
@@ -213,10 +240,21 @@ def test_rivals(benchmark, setup: Setup, results: Results, max_threads: int, nam
     for other, bounds in VS_MULTIPLYING.items():
         number = "S2"
         if on_gpu:
-            number, bounds = ("G1", G1[MULTIPLY]) if (name, other) == ("RepOpt-VGG-B1", MULTIPLY) else ("", (None, None))
-        bound = f"{LOOP_BYTES} bytes a parameter against {BYTES}: {LOOP_BYTES / BYTES:.1f} x where memory is the limit" if other == LOOP else ""
+            number, bounds = (
+                ("G1", G1[MULTIPLY]) if (name, other) == ("RepOpt-VGG-B1", MULTIPLY) else ("", (None, None))
+            )
+        bound = (
+            f"{LOOP_BYTES} bytes a parameter against {BYTES}: {LOOP_BYTES / BYTES:.1f} x where memory is the limit"
+            if other == LOOP
+            else ""
+        )
         why_not = timed.skipped.get(other, "not in the quick form")
-        results.target(Target(number, f"{where}: as fast as {other}", "x", *bounds), timed.ratio(other, OURS), bound=bound, why_not=why_not)
+        results.target(
+            Target(number, f"{where}: as fast as {other}", "x", *bounds),
+            timed.ratio(other, OURS),
+            bound=bound,
+            why_not=why_not,
+        )
 
 
 def _tensors(setup: Setup, name: str, layout: str) -> Tensors:
@@ -235,7 +273,9 @@ def _judge_cpu(results: Results, timed: Comparison, name: str, layout: str, thre
         at_least, aim = VS_FUSED.get(threads, (None, None))
         target = Target("S1", f"{where}: as fast as {FUSED}", "x", at_least, aim)
         results.target(target, timed.ratio(FUSED, OURS), bound=f"{bound}; torch's {shares[FUSED]:.0%}")
-    target = Target("S3", f"{where}, {layout}: time with the multiplier over time without", "x", 1.05, 1.02, less_is_better=True)
+    target = Target(
+        "S3", f"{where}, {layout}: time with the multiplier over time without", "x", 1.05, 1.02, less_is_better=True
+    )
     results.target(target, timed.ratio(OURS, PLAIN), bound=bound)
 
 
@@ -250,7 +290,12 @@ def _judge_gpu(results: Results, timed: Comparison, name: str, layout: str, thre
     ):
         at_least, aim = bounds if judged else (None, None)
         why_not = "; ".join(timed.skipped.values())
-        results.target(Target("G1" if judged else "", f"{name}, {layout}: {what}", unit, at_least, aim), figure, bound=bound, why_not=why_not)
+        results.target(
+            Target("G1" if judged else "", f"{name}, {layout}: {what}", unit, at_least, aim),
+            figure,
+            bound=bound,
+            why_not=why_not,
+        )
 
 
 def _rate(timed: Comparison, name: str) -> float:

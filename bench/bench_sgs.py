@@ -29,7 +29,10 @@ AS_FAST = (20.0, 30.0)  # H3, on two CPU threads: at least, aim
 POOL = 4  # different batches, taken in turns: four of them are twelve times an L3 cache of 32 MiB
 
 OURS, REFERENCE = "update of 20 batches, statistics only", "update of 20 batches, statistics only, reference"
-FAST, NUMPY = "published algorithm on 20 batches, fast-histogram, one core", "published algorithm on 20 batches, np.histogram2d, one core"
+FAST, NUMPY = (
+    "published algorithm on 20 batches, fast-histogram, one core",
+    "published algorithm on 20 batches, np.histogram2d, one core",
+)
 TRAIN, TRAIN_WITH = "training step", "training step, update in every step"
 WHOLE_2, WHOLE_20 = "update of 2 batches, forward passes included", "update of 20 batches, forward passes included"
 
@@ -39,7 +42,9 @@ class Replay(nn.Module):
 
     def __init__(self, batches: list[list[tuple[nn.Conv2d, Tensor]]]):
         super().__init__()
-        self.taps = nn.ModuleList(_Tap(c.in_channels, 1, c.kernel_size, padding=c.padding, bias=False) for c, _ in batches[0])
+        self.taps = nn.ModuleList(
+            _Tap(c.in_channels, 1, c.kernel_size, padding=c.padding, bias=False) for c, _ in batches[0]
+        )
         self.to(batches[0][0][1].device)
         self.maps = [[x for _, x in batch] for batch in batches]
 
@@ -67,7 +72,9 @@ def _replay(setup: Setup, images: int, pool: int) -> Replay:
 
 
 def _controller(model: nn.Module, batches: int, **options) -> gr.SpatialGradientScaling:
-    return gr.SpatialGradientScaling(model, gr.FusedRepSGD(model.parameters(), lr=1e-4, momentum=0.9), batches=batches, **options)
+    return gr.SpatialGradientScaling(
+        model, gr.FusedRepSGD(model.parameters(), lr=1e-4, momentum=0.9), batches=batches, **options
+    )
 
 
 def _served(setup: Setup) -> str:
@@ -91,8 +98,17 @@ def test_update(benchmark, setup: Setup, results: Results, threads: int):
     results.add(f"one update, {what}", timed)
     baseline = FAST if FAST in timed.seconds else NUMPY
     rate = timed.time(OURS).median / (replay.pairs() * BATCHES) * threads * 1e9
-    target = Target("H3", f"one update, statistics only, {what}: as fast as {baseline}", "x", *(AS_FAST if setup.device.type == "cpu" and threads == 2 else ()))
-    results.target(target, timed.ratio(baseline, OURS), bound=f"{rate:.2g} ns a pair and thread; maps of 2 x 2 and 4 x 4 cost more a pair than large ones")
+    target = Target(
+        "H3",
+        f"one update, statistics only, {what}: as fast as {baseline}",
+        "x",
+        *(AS_FAST if setup.device.type == "cpu" and threads == 2 else ()),
+    )
+    results.target(
+        target,
+        timed.ratio(baseline, OURS),
+        bound=f"{rate:.2g} ns a pair and thread; maps of 2 x 2 and 4 x 4 cost more a pair than large ones",
+    )
 
 
 def _batches(setup: Setup) -> int:
@@ -121,11 +137,15 @@ def _published(replay: Replay, one_in: int) -> list[Candidate]:
         def run() -> None:
             for tap, maps, channels in zip(replay.taps, layers, chosen):
                 gathered = [maps[n % len(maps)][:, channels] for n in range(BATCHES)]
-                published_scaling(gathered, tap.kernel_size, tap.padding[0], half_displacements(tap.kernel_size[0]), histogram2d)
+                published_scaling(
+                    gathered, tap.kernel_size, tap.padding[0], half_displacements(tap.kernel_size[0]), histogram2d
+                )
 
         taken = sum(pairs((maps[0].shape[0], len(c), *maps[0].shape[2:]), 3, 1) for c, maps in zip(chosen, layers))
         note = f"one channel in {one_in}, scaled by pairs"
-        return Candidate(name, run, threads=1, pairs=replay.pairs() * BATCHES, share=taken / replay.pairs(), optional=True, note=note)
+        return Candidate(
+            name, run, threads=1, pairs=replay.pairs() * BATCHES, share=taken / replay.pairs(), optional=True, note=note
+        )
 
     return [candidate(FAST, fast_histogram2d, one_in), candidate(NUMPY, numpy_histogram2d, 16 * one_in)]
 
@@ -182,7 +202,9 @@ def _show_shares(setup: Setup, results: Results, timed: Comparison, images: int)
 
     def show(what: str, figure: Figure, at_least: float | None = None, aim: float | None = None) -> None:
         if on_gpu or aim is None:
-            results.target(Target("" if aim is None else "G4", what, "%", at_least, aim, less_is_better=True), figure, bound=served)
+            results.target(
+                Target("" if aim is None else "G4", what, "%", at_least, aim, less_is_better=True), figure, bound=served
+            )
             return
         bound = served if figure.low > 0 else "smaller than what rounds differ by"
         results.target(Target("", what, "%", less_is_better=True), figure, bound=bound)
@@ -192,7 +214,11 @@ def _show_shares(setup: Setup, results: Results, timed: Comparison, images: int)
         for epochs in (30, 5, 1) if name in timed.seconds else ():
             cost = timed.ratio(name, TRAIN) * (100 / steps / epochs)
             every = "epoch" if epochs == 1 else f"{epochs} epochs"
-            show(f"share of a training: {name}, every {every}", cost, *((0.5, 0.1) if epochs == 1 and name in (OURS, WHOLE_20) else ()))
+            show(
+                f"share of a training: {name}, every {every}",
+                cost,
+                *((0.5, 0.1) if epochs == 1 and name in (OURS, WHOLE_20) else ()),
+            )
     ratio = timed.ratio(TRAIN_WITH, TRAIN)
     more = Figure(*(100 * (end - 1) for end in (ratio.median, ratio.low, ratio.high)), ratio.n)
     show("share of a training: update in every step, from the training batch", more, None, 5.0)

@@ -16,10 +16,15 @@ _results = pytest.StashKey[dict[str, Results]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gradrep_kernels benches")
     group.addoption("--quick", action="store_true", help="small sizes, few rounds: shows that the bench runs")
-    group.addoption("--results", type=Path, help="results go to RESULTS/DEVICE (default bench/results; with --quick runs/bench)")
+    group.addoption(
+        "--results", type=Path, help="results go to RESULTS/DEVICE (default bench/results; with --quick runs/bench)"
+    )
     group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     group.addoption("--seconds", type=float, help="for each comparison, about (default 4; with --quick 0.05)")
-    group.addoption("--threads", help="comma-separated numbers of CPU threads (default 1,2 as far as there are cores; with --quick 1)")
+    group.addoption(
+        "--threads",
+        help="comma-separated numbers of CPU threads (default 1,2 as far as there are cores; with --quick 1)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -85,7 +90,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    chosen = any("::" in argument for argument in session.config.args) or bool(reporter and reporter.stats.get("deselected"))
+    chosen = any("::" in argument for argument in session.config.args) or bool(
+        reporter and reporter.stats.get("deselected")
+    )
     for results in session.config.stash[_results].values():
         results.finish(whole=exitstatus == 0 and not chosen)
 

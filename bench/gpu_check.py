@@ -39,10 +39,32 @@ BENCHES = ("rep_sgd_step", "joint_histogram", "sgs")
 # Seconds at most for what must end. The sanitizer and the other tests share what that leaves of the deadline, 70 seconds or more.
 LIMITS = {"build": 130, "small-run": 40, "tests": 130, "rep_sgd_step": 85, "joint_histogram": 60, "sgs": 45}
 # Tests that say the same on every machine (what a package, a script or a compiled kernel looks like), or that take minutes.
-LEFT_OUT = ("bench", "cli", "compile_gate*", "cuda_pairs", "distributed", "interop", "packaging", "recipes*", "sanitizers", "scales")
+LEFT_OUT = (
+    "bench",
+    "cli",
+    "compile_gate*",
+    "cuda_pairs",
+    "distributed",
+    "interop",
+    "packaging",
+    "recipes*",
+    "sanitizers",
+    "scales",
+)
 ERRORS_FOUND = 9  # compute-sanitizer's exit status, chosen here
 SHOWN = 40  # lines of a failed phase's output in the summary
-OPTIONAL = ("pytest_benchmark", "fast_histogram", "skimage", "hypothesis", "sklearn", "matplotlib", "accelerate", "lightning", "timm", "xdist")
+OPTIONAL = (
+    "pytest_benchmark",
+    "fast_histogram",
+    "skimage",
+    "hypothesis",
+    "sklearn",
+    "matplotlib",
+    "accelerate",
+    "lightning",
+    "timm",
+    "xdist",
+)
 
 
 @dataclass(frozen=True)
@@ -88,12 +110,22 @@ class Check:
         limit = min(limit, self.until - start)
         if limit < 1:
             return Run(None, 0.0, f"no time is left of the {DEADLINE} seconds")
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # the machine's own packages may be there
-        environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "MAX_JOBS": str(os.cpu_count() or 1), **env}
+        path = os.pathsep.join(
+            filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+        )  # the machine's own packages may be there
+        environment = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "PYTHONUNBUFFERED": "1",
+            "MAX_JOBS": str(os.cpu_count() or 1),
+            **env,
+        }
         for name in ("TRITON_INTERPRET", "GRADREP_BACKEND"):
             environment.pop(name, None)
         with tempfile.TemporaryFile("w+", errors="replace") as log:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
             status = _wait(process, limit)
             log.seek(0)
             return Run(status, time.monotonic() - start, log.read())
@@ -125,8 +157,16 @@ def build(check: Check) -> list[Outcome]:
     """Both modules in place; if that fails, the CPU's alone, so that the other phases have it."""
     command = _python("setup.py", "build_ext", "--inplace")
     if check.architecture is None:
-        return [Outcome.of("build", check.run(command, LIMITS["build"], GRADREP_BUILD="require", GRADREP_CUDA="0"), "CPU kernels only: there is no GPU")]
-    both = check.run(command, LIMITS["build"], GRADREP_BUILD="require", GRADREP_CUDA="1", TORCH_CUDA_ARCH_LIST=check.architecture)
+        return [
+            Outcome.of(
+                "build",
+                check.run(command, LIMITS["build"], GRADREP_BUILD="require", GRADREP_CUDA="0"),
+                "CPU kernels only: there is no GPU",
+            )
+        ]
+    both = check.run(
+        command, LIMITS["build"], GRADREP_BUILD="require", GRADREP_CUDA="1", TORCH_CUDA_ARCH_LIST=check.architecture
+    )
     if both.status == 0:
         return [Outcome.of("build", both)]
     cpu = check.run(command, 60, GRADREP_BUILD="require", GRADREP_CUDA="0")
@@ -165,7 +205,11 @@ def other_tests(check: Check) -> list[Outcome]:
     run = _pytest(check, DEADLINE, "-m", "not gpu", "-k", "not interpreter", *left_out)
     last_line = (run.output.strip().splitlines() or [""])[-1]
     if run.status is None and not re.search(r"^(FAILED|ERROR)\b", run.output, re.MULTILINE):
-        return [Outcome("other tests", "skipped", f"no time for all of them, none failed until then: {last_line}", run.seconds)]
+        return [
+            Outcome(
+                "other tests", "skipped", f"no time for all of them, none failed until then: {last_line}", run.seconds
+            )
+        ]
     return [Outcome.of("other tests", run, last_line)]
 
 
@@ -187,14 +231,27 @@ def _read_junit(junit: Path) -> tuple[str, int, list[str]]:
 def benches(check: Check) -> list[Outcome]:
     if importlib.util.find_spec("pytest_benchmark") is None:
         return [Outcome("bench", "skipped", "pytest_benchmark is not installed")]
-    options = ["--device", check.device, "--results", str(check.results), *(["--quick"] if check.dry_run else ["--seconds", "1"])]
-    return [Outcome.of(f"bench {name}", check.run(_python("-m", "pytest", f"bench/bench_{name}.py", *options), LIMITS[name])) for name in BENCHES]
+    options = [
+        "--device",
+        check.device,
+        "--results",
+        str(check.results),
+        *(["--quick"] if check.dry_run else ["--seconds", "1"]),
+    ]
+    return [
+        Outcome.of(
+            f"bench {name}", check.run(_python("-m", "pytest", f"bench/bench_{name}.py", *options), LIMITS[name])
+        )
+        for name in BENCHES
+    ]
 
 
 def sanitizer(check: Check) -> list[Outcome]:
     if check.architecture is None:
         return [Outcome("sanitizer", "skipped", "there is no GPU")]
-    tool = shutil.which("compute-sanitizer") or next(map(str, Path("/usr/local").glob("cuda*/bin/compute-sanitizer")), None)
+    tool = shutil.which("compute-sanitizer") or next(
+        map(str, Path("/usr/local").glob("cuda*/bin/compute-sanitizer")), None
+    )
     if tool is None:
         return [Outcome("sanitizer", "skipped", "compute-sanitizer is not installed")]
     found = []
@@ -202,7 +259,11 @@ def sanitizer(check: Check) -> list[Outcome]:
         command = [tool, "--tool", mode, "--error-exitcode", str(ERRORS_FOUND), *_python("bench/small_run.py", "cuda")]
         # Without torch's caching allocator each tensor has bounds of its own.
         run = check.run(command, 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1", CUDA_MODULE_LOADING="LAZY")
-        unusable = re.search(r"^=+ .*(not supported|unable to|could not|internal sanitizer error).*$", run.output, re.IGNORECASE | re.MULTILINE)
+        unusable = re.search(
+            r"^=+ .*(not supported|unable to|could not|internal sanitizer error).*$",
+            run.output,
+            re.IGNORECASE | re.MULTILINE,
+        )
         if run.status is None or (unusable and run.status != ERRORS_FOUND):
             why = f"does not work here: {unusable[0].strip('= ')}" if unusable else "ran into its time limit"
             found.append(Outcome(f"sanitizer {mode}", "skipped", why, run.seconds))
@@ -232,12 +293,25 @@ def environment(check: Check) -> str:
 def summary(check: Check, outcomes: Sequence[Outcome], about: str) -> str:
     absent = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
-    lines = ["# gpu-check", "", f"**{f'{len(failed)} of {len(outcomes)} failed.' if failed else 'Nothing failed.'}**", ""]
+    lines = [
+        "# gpu-check",
+        "",
+        f"**{f'{len(failed)} of {len(outcomes)} failed.' if failed else 'Nothing failed.'}**",
+        "",
+    ]
     if check.architecture is None:
         lines += ["**There is no GPU here: nothing below ran on one (dry run).**", ""]
     lines += ["| phase | | seconds | |", "|---|---|---|---|"]
-    lines += [f"| {o.phase} | {o.state} | {o.seconds:.0f} | {o.note.replace('|', '/')} |".replace("\n", " ") for o in outcomes]
-    lines += ["", f"Packages that are absent; what needs them was skipped: {', '.join(absent) or 'none'}.", "", about, ""]
+    lines += [
+        f"| {o.phase} | {o.state} | {o.seconds:.0f} | {o.note.replace('|', '/')} |".replace("\n", " ") for o in outcomes
+    ]
+    lines += [
+        "",
+        f"Packages that are absent; what needs them was skipped: {', '.join(absent) or 'none'}.",
+        "",
+        about,
+        "",
+    ]
     for outcome in failed:
         lines += [f"## {outcome.phase}", "", "```", *outcome.output.rstrip().splitlines()[-SHOWN:], "```", ""]
     return "\n".join(lines)
@@ -245,14 +319,27 @@ def summary(check: Check, outcomes: Sequence[Outcome], about: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, required=True, help="folder of the result files (made if it is missing)")
+    parser.add_argument(
+        "--results", type=Path, required=True, help="folder of the result files (made if it is missing)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="run small; without a GPU: what needs none")
-    parser.add_argument("--only", nargs="+", choices=tuple(PHASES), default=tuple(PHASES), metavar="PHASE", help=f"some of: {', '.join(PHASES)}")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=tuple(PHASES),
+        default=tuple(PHASES),
+        metavar="PHASE",
+        help=f"some of: {', '.join(PHASES)}",
+    )
     parser.add_argument("--test-args", default="", help="for pytest, in one string (a file, -k EXPRESSION)")
     options = parser.parse_args(argv)
     architecture = gpu_architecture()
     if architecture is None:
-        print("gpu-check: torch sees no GPU here" + ("; a dry run of what needs none" if options.dry_run else ""), file=sys.stderr, flush=True)
+        print(
+            "gpu-check: torch sees no GPU here" + ("; a dry run of what needs none" if options.dry_run else ""),
+            file=sys.stderr,
+            flush=True,
+        )
         if not options.dry_run:
             print("gpu-check: --dry-run (make gpu-check RESULTS=DIR DRY_RUN=1) runs what needs none", file=sys.stderr)
             return 2
@@ -268,7 +355,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:  # the other phases still run
             ended = [Outcome(name, "failed", f"{type(error).__name__}: {error}")]
         for outcome in ended:
-            print(f"gpu-check: {outcome.phase}: {outcome.state}" + (f": {outcome.note}" if outcome.note else ""), flush=True)
+            print(
+                f"gpu-check: {outcome.phase}: {outcome.state}" + (f": {outcome.note}" if outcome.note else ""),
+                flush=True,
+            )
         outcomes += ended
         about = environment(check) if name == "build" or not about else about
         (check.results / "summary.md").write_text(summary(check, outcomes, about))

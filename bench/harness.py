@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = "no GPU has run it"
 MIN_ROUNDS, MAX_ROUNDS = 5, 60  # 3 where one round takes longer than the comparison may
 _FLUSH_BYTES = 256 << 20  # four times the L2 cache of an H200
-_RUN_AHEAD_CYCLES = 10_000_000  # ~5 ms: the host queues a whole call before the device starts it, so launch gaps do not count
+_RUN_AHEAD_CYCLES = (
+    10_000_000  # ~5 ms: the host queues a whole call before the device starts it, so launch gaps do not count
+)
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,13 @@ def device_clock(run: Callable[[], object], calls: int) -> float:
 
 
 def compare(
-    benchmark, setup: Setup, candidates: Sequence[Candidate], *, threads: int | None = None, clock: Callable | None = None, settle: bool = False
+    benchmark,
+    setup: Setup,
+    candidates: Sequence[Candidate],
+    *,
+    threads: int | None = None,
+    clock: Callable | None = None,
+    settle: bool = False,
 ) -> Comparison:
     """Time the candidates in turns for about `setup.seconds`, as rounds of pytest-benchmark's `benchmark`.
 
@@ -271,7 +279,12 @@ class OtherWork:
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    found: dict[str, object] = {"cpu": cpu_model(), "cores": cores(), "capability": torch.backends.cpu.get_cpu_capability(), "system": platform.platform()}
+    found: dict[str, object] = {
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["gpu"] = {
@@ -285,7 +298,15 @@ def machine(device: torch.device) -> dict[str, object]:
 
 def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in ("torch", "triton", "numpy", "gradrep_kernels", "fast_histogram", "scikit-image", "pytest-benchmark"):
+    for package in (
+        "torch",
+        "triton",
+        "numpy",
+        "gradrep_kernels",
+        "fast_histogram",
+        "scikit-image",
+        "pytest-benchmark",
+    ):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -302,10 +323,18 @@ def commit() -> str:
     """Of the checkout; -dirty where something else than results differs from it."""
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+        return subprocess.run(
+            ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
 
     try:
-        done, differs = git("describe", "--always"), git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)bench/results")
+        done, differs = (
+            git("describe", "--always"),
+            git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)bench/results"),
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     if done.returncode != 0 or not done.stdout.strip():

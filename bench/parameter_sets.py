@@ -62,7 +62,11 @@ def resnet50() -> list[Parameter]:
     for stage, (blocks, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512))):
         for n in range(blocks):
             stride = 2 if n == 0 and stage > 0 else 1
-            found += [*_conv_norm(channels, width, 1), *_conv_norm(width, width, 3, stride), *_conv_norm(width, 4 * width, 1)]
+            found += [
+                *_conv_norm(channels, width, 1),
+                *_conv_norm(width, width, 3, stride),
+                *_conv_norm(width, 4 * width, 1),
+            ]
             if n == 0:
                 found += _conv_norm(channels, 4 * width, 1, stride)
             channels = 4 * width

@@ -13,7 +13,14 @@ Histogram2d = Callable[[np.ndarray, np.ndarray, int, tuple[float, float], tuple[
 
 
 @torch.no_grad()
-def rep_sgd_loop(params: Sequence[Tensor], masks: dict[Tensor, Tensor], buffers: Sequence[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+def rep_sgd_loop(
+    params: Sequence[Tensor],
+    masks: dict[Tensor, Tensor],
+    buffers: Sequence[Tensor],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> None:
     """RepOptimizers' SGD: a Python loop over the parameters, a full-size product, then each term of SGD in a pass of its own."""
     for p, buffer in zip(params, buffers):
         g = (p.grad * masks[p]).add_(p, alpha=weight_decay) if p in masks else p.grad.add(p, alpha=weight_decay)
@@ -21,17 +28,23 @@ def rep_sgd_loop(params: Sequence[Tensor], masks: dict[Tensor, Tensor], buffers:
         p.add_(buffer, alpha=-lr)
 
 
-def fast_histogram2d(p: np.ndarray, q: np.ndarray, bins: int, p_range: tuple[float, float], q_range: tuple[float, float]) -> np.ndarray:
+def fast_histogram2d(
+    p: np.ndarray, q: np.ndarray, bins: int, p_range: tuple[float, float], q_range: tuple[float, float]
+) -> np.ndarray:
     from fast_histogram import histogram2d
 
     return histogram2d(p, q, bins, (p_range, q_range))
 
 
-def numpy_histogram2d(p: np.ndarray, q: np.ndarray, bins: int, p_range: tuple[float, float], q_range: tuple[float, float]) -> np.ndarray:
+def numpy_histogram2d(
+    p: np.ndarray, q: np.ndarray, bins: int, p_range: tuple[float, float], q_range: tuple[float, float]
+) -> np.ndarray:
     return np.histogram2d(p, q, bins, (p_range, q_range))[0]
 
 
-def channel_counts(x: np.ndarray, displacements: Iterable[tuple[int, int]], histogram2d: Histogram2d, remove_near: bool = False) -> list[np.ndarray]:
+def channel_counts(
+    x: np.ndarray, displacements: Iterable[tuple[int, int]], histogram2d: Histogram2d, remove_near: bool = False
+) -> list[np.ndarray]:
     """Joint histograms of one channel, one displacement at a time, Sturges bins  # x [N, H, W], padded -> D times [B, B]"""
     found = []
     height, width = x.shape[1:]

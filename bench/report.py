@@ -68,7 +68,9 @@ class Results:
         """Earlier runs' target figures, the last of them that of the file which this run replaces."""
         try:
             last = json.loads(self.path.read_text())
-            figures = {f"{row['row']} {row['what']}": row["figure"]["median"] for row in last["targets"] if row["figure"]}
+            figures = {
+                f"{row['row']} {row['what']}": row["figure"]["median"] for row in last["targets"] if row["figure"]
+            }
             summary = {key: last[key] for key in ("commit", "date", "quick", "served_by")}
             return [*last["history"], {**summary, "torch": last["versions"]["torch"], "figures": figures}][-KEPT:]
         except (OSError, ValueError, KeyError, TypeError):
@@ -82,7 +84,11 @@ class Results:
             if candidate.bytes is not None:
                 row["gb_per_s"] = candidate.bytes / time.median / 1e9
             if candidate.pairs is not None:
-                key, threads = ("ns_per_pair", 1) if "gpu" in self._content["machine"] else ("ns_per_pair_and_thread", comparison.threads_of(name))
+                key, threads = (
+                    ("ns_per_pair", 1)
+                    if "gpu" in self._content["machine"]
+                    else ("ns_per_pair_and_thread", comparison.threads_of(name))
+                )
                 row[key] = time.median * threads / candidate.pairs * 1e9
             notes_of = [note for note in (candidate.note, *notes) if note]
             self._content["measurements"].append({**row, "note": "; ".join(notes_of)})
@@ -93,7 +99,9 @@ class Results:
         if isinstance(figure, float):
             figure = Figure(figure, figure, figure, 1)
         row = {**asdict(target), "figure": None if figure is None else asdict(figure), "bound": bound}
-        row["verdict"] = f"not measured: {why_not or 'a part was skipped'}" if figure is None else target.verdict(figure.median)
+        row["verdict"] = (
+            f"not measured: {why_not or 'a part was skipped'}" if figure is None else target.verdict(figure.median)
+        )
         self._content["targets"].append(row)
 
     def fail(self, test: str) -> None:
@@ -155,7 +163,11 @@ def markdown(content: dict) -> str:
     """The page of one result file, from its JSON content."""
     machine, versions = content["machine"], content["versions"]
     gpu = machine.get("gpu")
-    where = f"{gpu['name']} ({gpu['memory_gib']} GiB, sm_{gpu['capability'].replace('.', '')}); host {machine['cpu']}" if gpu else machine["cpu"]
+    where = (
+        f"{gpu['name']} ({gpu['memory_gib']} GiB, sm_{gpu['capability'].replace('.', '')}); host {machine['cpu']}"
+        if gpu
+        else machine["cpu"]
+    )
     lines = [
         f"# {content['bench']} on {content['device']}",
         "",
@@ -168,19 +180,29 @@ def markdown(content: dict) -> str:
     ]
     busy = machine.get("cores_busy_with_other_work", 0.0)
     if busy > BUSY:
-        lines += [f"**Other work kept {number(busy)} of {machine['cores']} cores busy during this run: times and ratios suffer.**", ""]
+        lines += [
+            f"**Other work kept {number(busy)} of {machine['cores']} cores busy during this run: times and ratios suffer.**",
+            "",
+        ]
     if content["quick"]:
         lines += ["**Quick form: it shows that the bench runs. Its figures mean nothing.**", ""]
     if not content["complete"]:
-        lines += ["**Incomplete run.**" + (f" Failed: {', '.join(content['failed'])}." if content["failed"] else ""), ""]
+        lines += [
+            "**Incomplete run.**" + (f" Failed: {', '.join(content['failed'])}." if content["failed"] else ""),
+            "",
+        ]
     if content["targets"]:
         rows = []
         for row in content["targets"]:
             sign = "≤ " if row["less_is_better"] else "≥ "
-            bounds = [f"{sign}{number(row[key])} {row['unit']}" if row[key] is not None else "" for key in ("at_least", "aim")]
+            bounds = [
+                f"{sign}{number(row[key])} {row['unit']}" if row[key] is not None else "" for key in ("at_least", "aim")
+            ]
             figure = row["figure"]
             shown = f"{number(figure['median'])} {row['unit']}" if figure else ""
-            spread = f"{number(figure['low'])}–{number(figure['high'])}, {figure['n']}" if figure and figure["n"] > 1 else ""
+            spread = (
+                f"{number(figure['low'])}–{number(figure['high'])}, {figure['n']}" if figure and figure["n"] > 1 else ""
+            )
             verdict = f"**{row['verdict']}**" if row["verdict"] == "missed" else row["verdict"]
             rows.append([row["row"], row["what"], shown, spread, *bounds, verdict, row["bound"]])
         lines += _table(["#", "what", "figure", "quartiles, rounds", "at least", "aim", "", "bound by"], rows)
@@ -193,7 +215,11 @@ def markdown(content: dict) -> str:
             spread = f"{duration(seconds['low'])} – {duration(seconds['high'])}, {seconds['n']}"
             rates = [number(row[key]) if key in row else "" for key, _ in extra]
             rows.append([row["way"], str(row["threads"]), duration(seconds["median"]), spread, *rates, row["note"]])
-        lines += [f"## {group}", "", *_table(["way", "threads", "median", "quartiles, rounds", *(head for _, head in extra), "note"], rows)]
+        lines += [
+            f"## {group}",
+            "",
+            *_table(["way", "threads", "median", "quartiles, rounds", *(head for _, head in extra), "note"], rows),
+        ]
     if content["skipped"]:
         lines += ["## Skipped", "", *(f"- {name}: {why}" for name, why in content["skipped"].items()), ""]
     if content["history"]:
@@ -205,5 +231,7 @@ def markdown(content: dict) -> str:
 def _history_table(history: list[dict]) -> list[str]:
     names = dict.fromkeys(name for run in history for name in run["figures"])
     heads = [f"{run['commit']} {run['date'][:10]}" + (" quick" if run["quick"] else "") for run in history]
-    rows = [[name, *(number(run["figures"][name]) if name in run["figures"] else "" for run in history)] for name in names]
+    rows = [
+        [name, *(number(run["figures"][name]) if name in run["figures"] else "" for run in history)] for name in names
+    ]
     return _table(["figure", *heads], rows)

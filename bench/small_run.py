@@ -22,7 +22,12 @@ DISPLACEMENTS = ((0, 1), (1, -1), (1, 0), (1, 1))
 SHAPES = ((8, 5, 3, 3), (7, 7, 3, 3), (64, 64, 3, 3), (13, 1, 5, 5), (1031,), (1,), (1024,), (48, 32, 3, 3), (5000,))
 CHANNELS_LAST, WITH_IDENTITY, DENSE = (2,), (1, 2, 7), (4,)  # positions in SHAPES
 UNALIGNED = (7, 8)  # gradients of a block and more that start one element after an aligned place
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2, torch.float16: 5e-3}  # weights are about 1, three steps
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.float64: 1e-12,
+    torch.bfloat16: 5e-2,
+    torch.float16: 5e-3,
+}  # weights are about 1, three steps
 
 Case = tuple[str, Tensor, Tensor, float]  # what, found, expected, tolerance
 
@@ -61,7 +66,11 @@ def steps(device: str, backend: str) -> Iterator[Case]:
             with gr.use_backend(name):
                 for _ in range(3):
                     optimizer.step()
-            ends.append(torch.cat([p.detach().double().cpu().flatten() for group in optimizer.param_groups for p in group["params"]]))
+            ends.append(
+                torch.cat(
+                    [p.detach().double().cpu().flatten() for group in optimizer.param_groups for p in group["params"]]
+                )
+            )
         yield str(dtype), *ends, tolerance
 
 
@@ -82,7 +91,9 @@ def counts(device: str, backend: str) -> Iterator[Case]:
                 for where, name in _both(device, backend):
                     with gr.use_backend(name):
                         y = x.to(where, memory_format=layout)
-                        found.append(gr.joint_histogram(y, DISPLACEMENTS, "sturges", padding=1, remove_near=remove_near))
+                        found.append(
+                            gr.joint_histogram(y, DISPLACEMENTS, "sturges", padding=1, remove_near=remove_near)
+                        )
                 yield f"{shape}, {layout}, remove_near={remove_near}", *found, 0
 
 
@@ -91,7 +102,12 @@ def run(device: str) -> int:
     torch.manual_seed(0)
     agree = problems = 0
     for backend in BACKENDS[device]:
-        for op, cases in (("rep_sgd_step", steps), ("rep_grad_norm", norms), ("pair_ranges", None), ("joint_histogram", counts)):
+        for op, cases in (
+            ("rep_sgd_step", steps),
+            ("rep_grad_norm", norms),
+            ("pair_ranges", None),
+            ("joint_histogram", counts),
+        ):
             if report[op][backend] != "available":
                 print(f"{op}, {backend}: not available: {report[op][backend]}")
                 continue

@@ -29,7 +29,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 _BOTH: dict[str, dict[str, Any]] = {  # options of train and search, by attribute name
-    "data": {"metavar": "DATA", "help": "digits | cifar10:DIR | cifar100:DIR (binary distribution) | folder:DIR (train/CLASS/*, val/CLASS/*); default: digits"},
+    "data": {
+        "metavar": "DATA",
+        "help": "digits | cifar10:DIR | cifar100:DIR (binary distribution) | folder:DIR (train/CLASS/*, val/CLASS/*); default: digits",
+    },
     "image_size": {"type": int, "help": "side of the images of folder:DIR"},
     "model": {"metavar": "MODEL", "help": ", ".join(MODELS)},
     "seed": {"type": int, "help": "first seed; the Hyper-Search's too"},
@@ -62,14 +65,22 @@ _TRAIN: dict[str, dict[str, Any]] = {
     "remove_near": {"action": argparse.BooleanOptionalAction, "help": "drop pairs of near pixels (the SGS paper's ImageNet setting)"},
     "check_steps": {"type": int, "help": "steps of the float64 check CSLA = GR; 0: none"},
 }  # fmt: skip
-_NO_DEFAULT = {"ablate": "hs-init with all recipes, else none", "scales": "Hyper-Search", "clip_norm": "no clipping", "threads": "the cores one may use"}
+_NO_DEFAULT = {
+    "ablate": "hs-init with all recipes, else none",
+    "scales": "Hyper-Search",
+    "clip_norm": "no clipping",
+    "threads": "the cores one may use",
+}
 
 
 def _default(name: str) -> str:
     """The default for the help: one for all data, or one for each."""
     if name in _NO_DEFAULT:
         return _NO_DEFAULT[name]
-    shown = {kind: ",".join(value) if isinstance(value := defaults[name], tuple) else str(value) for kind, defaults in DEFAULTS.items()}
+    shown = {
+        kind: ",".join(value) if isinstance(value := defaults[name], tuple) else str(value)
+        for kind, defaults in DEFAULTS.items()
+    }
     if len(set(shown.values())) == 1:
         return shown["digits"]
     return ", ".join(f"{value} ({kind})" for kind, value in shown.items() if value != "None")
@@ -78,27 +89,50 @@ def _default(name: str) -> str:
 def _add(parser: argparse.ArgumentParser, described: dict[str, dict[str, Any]]) -> None:
     for name, settings in described.items():
         help_text = settings["help"] if name == "data" else f"{settings['help']}; default: {_default(name)}"
-        settings = {"metavar": {int: "N", float: "X"}.get(settings.get("type")), **settings} if "action" not in settings else settings
-        parser.add_argument(flag(name), **{**settings, "default": argparse.SUPPRESS, "help": help_text.replace("%", "%%")})
+        settings = (
+            {"metavar": {int: "N", float: "X"}.get(settings.get("type")), **settings}
+            if "action" not in settings
+            else settings
+        )
+        parser.add_argument(
+            flag(name), **{**settings, "default": argparse.SUPPRESS, "help": help_text.replace("%", "%%")}
+        )
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs; default: %(default)s")
-    parser.add_argument("--name", help="folder of this run in it; default: DATA-MODEL, with a number where that is taken")
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped, with its options; default: start a new one")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs; default: %(default)s"
+    )
+    parser.add_argument(
+        "--name", help="folder of this run in it; default: DATA-MODEL, with a number where that is taken"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a run that was stopped, with its options; default: start a new one",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m gradrep_kernels", description="Gradient re-parameterization and spatial gradient scaling, end to end.")
+    parser = argparse.ArgumentParser(
+        prog="python -m gradrep_kernels",
+        description="Gradient re-parameterization and spatial gradient scaling, end to end.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | search | env")
-    train = commands.add_parser("train", help="search scales, then train with each recipe and compare", allow_abbrev=False)
+    train = commands.add_parser(
+        "train", help="search scales, then train with each recipe and compare", allow_abbrev=False
+    )
     _add(train, {**_BOTH, **_TRAIN})
     _add_run(train)
     search = commands.add_parser("search", help="Hyper-Search alone: writes a scales file", allow_abbrev=False)
     _add(search, _BOTH)
     _add_run(search)
-    search.add_argument("--output", type=Path, metavar="FILE", help=f"the scales file; default: {SCALES} in the run's folder")
-    env = commands.add_parser("env", help="versions, devices, and which implementation serves each op", allow_abbrev=False)
+    search.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"the scales file; default: {SCALES} in the run's folder"
+    )
+    env = commands.add_parser(
+        "env", help="versions, devices, and which implementation serves each op", allow_abbrev=False
+    )
     env.add_argument("--json", action="store_true", help="as JSON; default: text")
     return parser
 

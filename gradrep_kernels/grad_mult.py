@@ -107,7 +107,9 @@ class GradMult:
             if shape[2] % 2 == 0 or shape[3] % 2 == 0:
                 raise ValueError(f"identity needs an odd kernel, got {shape[2]} x {shape[3]}")
             if self.identity.numel() != shape[0]:
-                raise ValueError(f"identity has {self.identity.numel()} elements, the weight has {shape[0]} output channels")
+                raise ValueError(
+                    f"identity has {self.identity.numel()} elements, the weight has {shape[0]} output channels"
+                )
         if any(part is not None and bool((part < 0).any()) for part in self.parts()):
             dense = self._dense(shape)
             if bool((dense < 0).any()):
@@ -134,12 +136,16 @@ class GradMult:
         try:
             shape = torch.broadcast_shapes(a.scale.shape, b.scale.shape)
         except RuntimeError:
-            raise ValueError(f"Grad Mults of {list(a.scale.shape)} and {list(b.scale.shape)} do not fit one weight") from None
+            raise ValueError(
+                f"Grad Mults of {list(a.scale.shape)} and {list(b.scale.shape)} do not fit one weight"
+            ) from None
         scale = a.scale.to(dtype) * b.scale.to(dtype)
         if a.identity is None and b.identity is None:
             return GradMult._of(scale, None)
         if a.identity is not None and b.identity is not None and a.identity.shape != b.identity.shape:
-            raise ValueError(f"identities of {a.identity.numel()} and {b.identity.numel()} output channels do not fit one weight")
+            raise ValueError(
+                f"identities of {a.identity.numel()} and {b.identity.numel()} output channels do not fit one weight"
+            )
         channels = (b if a.identity is None else a).identity.numel()
         # On the diagonal M = (sa + ia)(sb + ib); formed in float64 and rounded once, then taken relative to the rounded scale.
         sa, sb = a._on_diagonal(channels, shape), b._on_diagonal(channels, shape)
@@ -194,7 +200,9 @@ class GradMult:
             try:
                 total = total + mask
             except RuntimeError:
-                raise ValueError(f"masks[{n}] of {list(mask.shape)} does not fit the others, {list(total.shape)}") from None
+                raise ValueError(
+                    f"masks[{n}] of {list(mask.shape)} does not fit the others, {list(total.shape)}"
+                ) from None
         return cls(total.reshape((1, 1) + tuple(total.shape)) if total.dim() == 2 else total)
 
     def same(self, other: GradMult, shape: Iterable[int]) -> bool:
@@ -286,7 +294,9 @@ class BranchScales:
         squares = self.kxk.double().square().reshape(-1, 1, 1, 1).repeat(1, 1, kh, kw)
         if self.one_by_one is not None:
             squares[:, 0, kh // 2, kw // 2] += self.one_by_one.double().square()
-        dtype = self.kxk.dtype if self.one_by_one is None else torch.promote_types(self.kxk.dtype, self.one_by_one.dtype)
+        dtype = (
+            self.kxk.dtype if self.one_by_one is None else torch.promote_types(self.kxk.dtype, self.one_by_one.dtype)
+        )
         scale = squares.to(dtype)
         if not bool(torch.isfinite(scale).all()):
             raise ValueError(f"the squares of the scales overflow {dtype}")

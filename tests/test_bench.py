@@ -48,12 +48,15 @@ def setup(tmp_path) -> harness.Setup:
 
 
 @pytest.mark.parametrize(
-    ("name", "tensors", "millions", "shortcuts"), [("RepOpt-VGG-B1", 86, 51.84, 23), ("ResNet-18", 62, 11.69, 13), ("ResNet-50", 161, 25.56, 13)]
+    ("name", "tensors", "millions", "shortcuts"),
+    [("RepOpt-VGG-B1", 86, 51.84, 23), ("ResNet-18", 62, 11.69, 13), ("ResNet-50", 161, 25.56, 13)],
 )
 def test_parameter_sets_are_those_of_the_networks(name, tensors, millions, shortcuts):
     parameters = parameter_sets.SETS[name]()
     assert len(parameters) == tensors
-    assert sum(p.shortcut for p in parameters) == shortcuts  # k x k convolutions that change neither the channels nor the size
+    assert (
+        sum(p.shortcut for p in parameters) == shortcuts
+    )  # k x k convolutions that change neither the channels nor the size
     assert round(sum(torch.Size(p.shape).numel() for p in parameters) / 1e6, 2) == millions
 
 
@@ -70,16 +73,22 @@ def test_optimizers_of_a_comparison_are_past_their_first_step_and_share_state(gr
     optimizers = [tensors.optimizer(cls, groups) for cls in (gr.FusedRepSGD, torch.optim.SGD)]
     for optimizer in optimizers:
         assert len(optimizer.param_groups) == groups
-        assert all(optimizer.state[p]["momentum_buffer"] is buffer for p, buffer in zip(tensors.params, tensors.buffers))
+        assert all(
+            optimizer.state[p]["momentum_buffer"] is buffer for p, buffer in zip(tensors.params, tensors.buffers)
+        )
         optimizer.step()
-        assert all(optimizer.state[p]["momentum_buffer"] is buffer for p, buffer in zip(tensors.params, tensors.buffers))
+        assert all(
+            optimizer.state[p]["momentum_buffer"] is buffer for p, buffer in zip(tensors.params, tensors.buffers)
+        )
 
 
 def test_published_loop_takes_the_same_step():
     ends = []
     for published_way in (False, True):
         torch.manual_seed(0)
-        tensors = parameter_sets.Tensors([parameter_sets.Parameter((6, 6, 3, 3), shortcut=True), parameter_sets.Parameter((6,))], torch.device("cpu"))
+        tensors = parameter_sets.Tensors(
+            [parameter_sets.Parameter((6, 6, 3, 3), shortcut=True), parameter_sets.Parameter((6,))], torch.device("cpu")
+        )
         masks = {p: mult.dense(p.shape) for p, mult in tensors.grad_mults.items()}
         assert len(masks) == 1
         for _ in range(3):
@@ -95,7 +104,12 @@ def test_published_loop_takes_the_same_step():
 def test_published_algorithm_gives_the_same_scaling(remove_near):
     batches = [feature_maps.KINDS["smooth"]((4, 3, 9, 7), torch.device("cpu")).double() for _ in range(2)]
     found = published.spatial_gradient_scaling(
-        [x.numpy() for x in batches], (3, 3), 1, feature_maps.half_displacements(3), published.numpy_histogram2d, remove_near=remove_near
+        [x.numpy() for x in batches],
+        (3, 3),
+        1,
+        feature_maps.half_displacements(3),
+        published.numpy_histogram2d,
+        remove_near=remove_near,
     )
     expected = gr.spatial_gradient_scaling(torch.cat(batches), 3, padding=1, remove_near=remove_near)
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
@@ -121,7 +135,9 @@ def test_graycomatrix_baseline_counts_the_same_pairs():
 
 
 @pytest.mark.parametrize(
-    ("layers", "images", "billions"), [(feature_maps.VGG16_CIFAR, 20 * 128, 2.43), (feature_maps.RESNET18_IMAGENET, 2 * 256, 5.67)], ids=["VGG-16", "ResNet-18"]
+    ("layers", "images", "billions"),
+    [(feature_maps.VGG16_CIFAR, 20 * 128, 2.43), (feature_maps.RESNET18_IMAGENET, 2 * 256, 5.67)],
+    ids=["VGG-16", "ResNet-18"],
 )
 def test_layers_are_those_of_the_networks(layers, images, billions):
     total = sum(layer.count * feature_maps.pairs(layer.shape(images), layer.kernel, layer.padding) for layer in layers)
@@ -162,7 +178,9 @@ def test_every_way_runs_once_a_round_and_they_take_turns_to_be_first(setup):
     ways = [harness.Candidate("a", lambda: 6.0), harness.Candidate("b", lambda: 2.0, share=0.5)]
     timed = harness.compare(_Benchmark(), setup, ways, clock=clock)
     assert order[:6] == [6.0, 2.0, 2.0, 6.0, 6.0, 2.0]
-    assert len(timed.seconds["a"]) == len(timed.seconds["b"]) == len(order) // 2 - 1  # the first round only tells how many there may be
+    assert (
+        len(timed.seconds["a"]) == len(timed.seconds["b"]) == len(order) // 2 - 1
+    )  # the first round only tells how many there may be
     assert timed.ratio("a", "b").median == 1.5  # b runs on half of the work
 
 
@@ -239,7 +257,10 @@ def test_markdown_marks_what_was_missed_and_by_what_it_is_bound(setup):
     assert row == "| S1 | as fast | 1 x |  | ≥ 1.05 x | ≥ 1.2 x | **missed** | 80% of the stream probe |"
 
 
-@pytest.mark.parametrize(("value", "shown"), [(0.0, "0"), (1234.5, "1230"), (12.345, "12.3"), (0.00012345, "0.000123"), (0.0000012, "0.000001")])
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0, "0"), (1234.5, "1230"), (12.345, "12.3"), (0.00012345, "0.000123"), (0.0000012, "0.000001")],
+)
 def test_numbers(value, shown):
     assert report.number(value) == shown
 
@@ -261,7 +282,18 @@ def _run(*command: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("bench", list(TARGET_ROWS))
 def test_quick_form(bench, tmp_path):
-    done = _run("-m", "pytest", f"bench/bench_{bench}.py", "--quick", "--device", "cpu", "--threads", "1", "--results", str(tmp_path))
+    done = _run(
+        "-m",
+        "pytest",
+        f"bench/bench_{bench}.py",
+        "--quick",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--results",
+        str(tmp_path),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*/*.json")
     content = json.loads(path.read_text())
@@ -273,14 +305,27 @@ def test_quick_form(bench, tmp_path):
     assert content["versions"]["torch"] == torch.__version__
     assert {row["row"] for row in content["targets"]} == TARGET_ROWS[bench]
     assert all(np.isfinite(row["figure"]["median"]) for row in content["targets"] if row["figure"])
-    assert all(row["seconds"]["low"] <= row["seconds"]["median"] <= row["seconds"]["high"] for row in content["measurements"])
+    assert all(
+        row["seconds"]["low"] <= row["seconds"]["median"] <= row["seconds"]["high"] for row in content["measurements"]
+    )
     page = path.with_suffix(".md").read_text()
     assert page == report.markdown(content)
     assert "Its figures mean nothing" in page
 
 
 def test_a_selection_is_not_a_whole_run(tmp_path):
-    done = _run("-m", "pytest", "bench/bench_rep_sgd_step.py", "--quick", "--device", "cpu", "-k", "memory", "--results", str(tmp_path))
+    done = _run(
+        "-m",
+        "pytest",
+        "bench/bench_rep_sgd_step.py",
+        "--quick",
+        "--device",
+        "cpu",
+        "-k",
+        "memory",
+        "--results",
+        str(tmp_path),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*/*.json")
     assert not json.loads(path.read_text())["complete"]
@@ -297,7 +342,17 @@ def test_gpu_check_goes_on_after_a_failure_and_tells_of_it(tmp_path, monkeypatch
     monkeypatch.setattr(gpu_check, "gpu_architecture", lambda: None)
     broken = tmp_path / "test_broken.py"
     broken.write_text("import pytest\n\n\n@pytest.mark.gpu\ndef test_on_gpu():\n    assert False, 'out of order'\n")
-    arguments = ["--dry-run", "--results", str(tmp_path), "--only", "small-run", "tests", "sanitizer", "--test-args", str(broken)]
+    arguments = [
+        "--dry-run",
+        "--results",
+        str(tmp_path),
+        "--only",
+        "small-run",
+        "tests",
+        "sanitizer",
+        "--test-args",
+        str(broken),
+    ]
     assert gpu_check.main(arguments) == 1
     page = (tmp_path / "summary.md").read_text()
     assert "There is no GPU here" in page
@@ -319,13 +374,17 @@ def test_gpu_check_ends_a_phase_at_its_limit(tmp_path):
 def test_gpu_check_keeps_packages_that_come_by_pythonpath(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "only_here.py").touch()
-    run = gpu_check.Check(tmp_path, True, None, ()).run([sys.executable, "-c", "import only_here, gradrep_kernels; print(gradrep_kernels.__file__)"], 60)
+    run = gpu_check.Check(tmp_path, True, None, ()).run(
+        [sys.executable, "-c", "import only_here, gradrep_kernels; print(gradrep_kernels.__file__)"], 60
+    )
     assert run.status == 0, run.output
     assert Path(run.output.strip()).parents[1] == ROOT
 
 
 def test_gpu_check_fits_into_ten_minutes():
-    assert sum(gpu_check.LIMITS.values()) + 60 <= gpu_check.DEADLINE  # a phase that takes all it may takes nothing from the next
+    assert (
+        sum(gpu_check.LIMITS.values()) + 60 <= gpu_check.DEADLINE
+    )  # a phase that takes all it may takes nothing from the next
     assert gpu_check.DEADLINE + 2 * gpu_check.GRACE < 600
     assert list(gpu_check.PHASES)[-2:] == ["sanitizer", "other-tests"]  # where running out of time is no failure
 
@@ -335,7 +394,9 @@ class _FakeGpu(gpu_check.Check):
 
     def run(self, command, limit, **env):
         self.commands.append(command)
-        junit = next((argument.removeprefix("--junitxml=") for argument in command if argument.startswith("--junitxml=")), None)
+        junit = next(
+            (argument.removeprefix("--junitxml=") for argument in command if argument.startswith("--junitxml=")), None
+        )
         if junit:
             Path(junit).write_text(self.junit)
         return gpu_check.Run(self.status, 1.0, self.output)
@@ -349,7 +410,10 @@ def _fake_gpu(tmp_path, junit="", status=0, output="") -> _FakeGpu:
 
 @pytest.mark.parametrize(
     ("cases", "state"),
-    [('<testcase name="a[triton-cuda]"/>', "passed"), ('<testcase name="a[triton-cuda]"><skipped message="no GPU"/></testcase>', "failed")],
+    [
+        ('<testcase name="a[triton-cuda]"/>', "passed"),
+        ('<testcase name="a[triton-cuda]"><skipped message="no GPU"/></testcase>', "failed"),
+    ],
     ids=["a kernel ran", "none ran"],
 )
 def test_gpu_check_wants_a_test_that_ran_on_the_gpu(tmp_path, cases, state):
@@ -362,7 +426,12 @@ def test_gpu_check_wants_a_test_that_ran_on_the_gpu(tmp_path, cases, state):
 
 @pytest.mark.parametrize(
     ("status", "output", "state"),
-    [(0, "9 passed", "passed"), (1, "FAILED a.py::b", "failed"), (None, "9 passed", "skipped"), (None, "FAILED a.py::b\n1 failed", "failed")],
+    [
+        (0, "9 passed", "passed"),
+        (1, "FAILED a.py::b", "failed"),
+        (None, "9 passed", "skipped"),
+        (None, "FAILED a.py::b\n1 failed", "failed"),
+    ],
     ids=["all ran", "one failed", "no time", "no time, one failed"],
 )
 def test_gpu_check_may_run_out_of_time_for_other_tests_alone(tmp_path, status, output, state):
@@ -372,7 +441,9 @@ def test_gpu_check_may_run_out_of_time_for_other_tests_alone(tmp_path, status, o
     (command,) = check.commands
     assert command[command.index("-m", 2) + 1] == "not gpu"
     files = {path.name for path in Path(ROOT, "tests").rglob("test_*.py")}
-    left_out = [argument.removeprefix("--ignore-glob=*/") for argument in command if argument.startswith("--ignore-glob=")]
+    left_out = [
+        argument.removeprefix("--ignore-glob=*/") for argument in command if argument.startswith("--ignore-glob=")
+    ]
     assert all(any(fnmatch.fnmatch(file, pattern) for file in files) for pattern in left_out)
     if status is None:
         assert gpu_check.tests(check)[0].state == "failed"
@@ -381,7 +452,10 @@ def test_gpu_check_may_run_out_of_time_for_other_tests_alone(tmp_path, status, o
 def test_gpu_check_builds_the_cpu_kernels_where_cuda_fails(tmp_path):
     check = _fake_gpu(tmp_path, status=1, output="nvcc fatal")
     outcomes = gpu_check.build(check)
-    assert [(outcome.phase, outcome.state) for outcome in outcomes] == [("build", "failed"), ("build without CUDA", "failed")]
+    assert [(outcome.phase, outcome.state) for outcome in outcomes] == [
+        ("build", "failed"),
+        ("build without CUDA", "failed"),
+    ]
     assert "nvcc fatal" in gpu_check.summary(check, outcomes, "")
 
 
@@ -397,4 +471,6 @@ def test_gpu_check_builds_the_cpu_kernels_where_cuda_fails(tmp_path):
 )
 def test_gpu_check_tells_errors_from_a_sanitizer_that_does_not_work(tmp_path, monkeypatch, status, output, state):
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/somewhere/{name}")
-    assert {outcome.state for outcome in gpu_check.sanitizer(_fake_gpu(tmp_path, status=status, output=output))} == {state}
+    assert {outcome.state for outcome in gpu_check.sanitizer(_fake_gpu(tmp_path, status=status, output=output))} == {
+        state
+    }

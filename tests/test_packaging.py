@@ -36,7 +36,19 @@ def run(*command, env, cwd, ok=True) -> str:
 def source(tmp_path_factory) -> Path:
     """A copy of what a fresh checkout has: no build outputs."""
     copy = tmp_path_factory.mktemp("checkout") / "gradrep_kernels"
-    ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", ".git", ".venv", "build", "dist", "runs", ".*_cache", ".hypothesis", "results")
+    ignored = shutil.ignore_patterns(
+        "*.so",
+        "__pycache__",
+        "*.egg-info",
+        ".git",
+        ".venv",
+        "build",
+        "dist",
+        "runs",
+        ".*_cache",
+        ".hypothesis",
+        "results",
+    )
     shutil.copytree(ROOT, copy, ignore=ignored)
     return copy
 
@@ -72,7 +84,11 @@ def test_wheel_serves_every_python_from_3_10(built):
     (wheel,) = built.glob("*.whl")
     assert "-cp310-abi3-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
-    assert [name for name in names if name.endswith(".so")] == [name for name in names if name.startswith("gradrep_kernels/_C.") and ".abi3." in name] != []
+    assert (
+        [name for name in names if name.endswith(".so")]
+        == [name for name in names if name.startswith("gradrep_kernels/_C.") and ".abi3." in name]
+        != []
+    )
     assert not [name for name in names if name.startswith(("tests/", "bench/"))]
 
 
@@ -136,7 +152,9 @@ def test_install_without_a_compiler_works_and_says_why(source, tmp_path):
 def test_require_fails_loudly_without_a_compiler(source, tmp_path):
     python = bare_environment(tmp_path / "venv")
     env = environment(PATH=str(tmp_path / "venv" / "bin"), CXX="", GRADREP_BUILD="require")
-    told = run(python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", source, env=env, cwd=tmp_path, ok=False)
+    told = run(
+        python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", source, env=env, cwd=tmp_path, ok=False
+    )
     assert "g++" in told or "c++" in told
 
 
@@ -150,7 +168,11 @@ def test_install_without_torch_tells_how_to_get_the_kernels(source, tmp_path):
 
 CUDA_ASKED_FOR = {
     # switches besides GRADREP_CUDA: whether the build goes on, what it says
-    "required": (dict(GRADREP_CUDA="1", GRADREP_BUILD="require"), False, "GRADREP_CUDA=1, but _C_cuda cannot be built: nvcc is not found; set CUDA_HOME"),
+    "required": (
+        dict(GRADREP_CUDA="1", GRADREP_BUILD="require"),
+        False,
+        "GRADREP_CUDA=1, but _C_cuda cannot be built: nvcc is not found; set CUDA_HOME",
+    ),
     "wanted": (dict(GRADREP_CUDA="1"), True, "_C_cuda is not built: nvcc is not found"),
     "if it can be": (dict(GRADREP_CUDA="auto"), True, ""),
 }
@@ -160,7 +182,14 @@ CUDA_ASKED_FOR = {
 def test_cuda_without_nvcc(source, tmp_path, case):
     """Loud when asked for, quiet when absent."""
     switches, goes_on, says = CUDA_ASKED_FOR[case]
-    told = run(sys.executable, "setup.py", "--version", env=environment(CUDA_HOME=str(tmp_path), **switches), cwd=source, ok=goes_on)
+    told = run(
+        sys.executable,
+        "setup.py",
+        "--version",
+        env=environment(CUDA_HOME=str(tmp_path), **switches),
+        cwd=source,
+        ok=goes_on,
+    )
     assert says in told
     assert bool(says) == ("_C_cuda" in told)
 
@@ -171,14 +200,25 @@ def test_a_cuda_build_that_fails_does_not_lose_the_cpu_kernels(source, tmp_path)
     broken = tmp_path / "bin" / "nvcc"
     broken.write_text("#!/bin/sh\n[ $1 = --version ] && echo release 13.0 || { echo 'ptxas: out of order'; exit 1; }\n")
     broken.chmod(0o755)
-    (copy / "csrc" / "module.cpp").rename(copy / "csrc" / "kept.cpp")  # in its place and those of all kernels something that is built at once
+    (copy / "csrc" / "module.cpp").rename(
+        copy / "csrc" / "kept.cpp"
+    )  # in its place and those of all kernels something that is built at once
     for file in copy.glob("csrc/*.cpp"):
         file.unlink() if file.name != "kept.cpp" else file.rename(copy / "csrc" / "module.cpp")
     env = environment(CUDA_HOME=str(tmp_path), GRADREP_CUDA="1")
     told = run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", env=env, cwd=copy)
     assert "gradrep_kernels._C_cuda could not be built (RuntimeError: nvcc failed on " in told
     assert [file.name for file in copy.glob("gradrep_kernels/*.so")] == ["_C.abi3.so"]
-    told = run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", env={**env, "GRADREP_BUILD": "require"}, cwd=copy, ok=False)
+    told = run(
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--inplace",
+        env={**env, "GRADREP_BUILD": "require"},
+        cwd=copy,
+        ok=False,
+    )
     assert "ptxas: out of order" in told
 
 
@@ -189,5 +229,7 @@ def test_unknown_switch(source, switch):
 
 
 def test_unknown_backend():
-    told = run(sys.executable, "-c", "import gradrep_kernels", env=environment(GRADREP_BACKEND="gpu"), cwd=ROOT, ok=False)
+    told = run(
+        sys.executable, "-c", "import gradrep_kernels", env=environment(GRADREP_BACKEND="gpu"), cwd=ROOT, ok=False
+    )
     assert "GRADREP_BACKEND must be one of auto, reference, cpp, triton, cuda, got 'gpu'" in told

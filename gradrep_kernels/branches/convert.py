@@ -76,7 +76,9 @@ def _with_blocks(model: nn.Module, pairs: list[tuple[Site, BranchScales]], *, tr
 
 
 @torch.no_grad()
-def reinitialize(model: nn.Module, scales: Mapping[str, BranchScales], *, identity: str = "searched", force: bool = False) -> None:
+def reinitialize(
+    model: nn.Module, scales: Mapping[str, BranchScales], *, identity: str = "searched", force: bool = False
+) -> None:
     """W ← Σ α_b ⊙ W_b + diag(id), in place: the kernel of the CSLA block as it is at its start (RepOptimizers, Eq. 4).
 
     The k x k branch is the conv's present weight; the 1x1 is drawn as nn.Conv2d draws it, from the default generator
@@ -137,7 +139,11 @@ def merge(model: nn.Module, fold_norm: bool = False) -> nn.Module:
 def _fold_norms(model: nn.Module) -> None:
     folded: dict[nn.Module, nn.Module] = {}
     for name, conv, norm, shared in convs_and_siblings(model):
-        plain = type(conv) is nn.Conv2d and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.num_features == conv.out_channels
+        plain = (
+            type(conv) is nn.Conv2d
+            and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+            and norm.num_features == conv.out_channels
+        )
         if plain and not shared and norm.running_mean is not None:
             kernel, bias = fold(conv.weight, conv.bias, norm)
             conv.weight = rounded(kernel, conv.weight)

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from gradrep_kernels.grad_mult import BranchScales
 from gradrep_kernels.ops.reference.multiply import diagonal_taps
 
-__all__ = ["CSLABlock", "CentredConv2d", "MultiBranch", "ScaleLayer", "add_centred", "fold", "has_shortcut", "plain_conv", "rounded"]
+__all__ = [
+    "CSLABlock",
+    "CentredConv2d",
+    "MultiBranch",
+    "ScaleLayer",
+    "add_centred",
+    "fold",
+    "has_shortcut",
+    "plain_conv",
+    "rounded",
+]
 
 
 class MultiBranch(nn.Module, ABC):
@@ -107,7 +117,9 @@ class CSLABlock(MultiBranch):
         weight = conv.weight
 
         def layer(scale: Tensor, **kind: bool) -> ScaleLayer:
-            return ScaleLayer(scale.to(device=weight.device, dtype=weight.dtype, copy=True), **kind).requires_grad_(weight.requires_grad)
+            return ScaleLayer(scale.to(device=weight.device, dtype=weight.dtype, copy=True), **kind).requires_grad_(
+                weight.requires_grad
+            )
 
         self.conv = plain_conv(conv, weight)
         self.scale_conv = layer(scales.kxk, trainable=trainable)

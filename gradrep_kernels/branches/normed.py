@@ -8,7 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gradrep_kernels.branches.csla import CentredConv2d, MultiBranch, add_centred, fold, has_shortcut, plain_conv, rounded
+from gradrep_kernels.branches.csla import (
+    CentredConv2d,
+    MultiBranch,
+    add_centred,
+    fold,
+    has_shortcut,
+    plain_conv,
+    rounded,
+)
 from gradrep_kernels.branches.sites import conv_sites, first_few, replace, unwrap
 from gradrep_kernels.ops.reference.multiply import diagonal_taps
 
@@ -26,7 +34,9 @@ class NormedBranches(MultiBranch):
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, smaller: list[tuple[int, int]], identity: bool):
         super().__init__()
-        self.convs = nn.ModuleList([plain_conv(conv, conv.weight, conv.bias), *(CentredConv2d(conv, size) for size in smaller)])
+        self.convs = nn.ModuleList(
+            [plain_conv(conv, conv.weight, conv.bias), *(CentredConv2d(conv, size) for size in smaller)]
+        )
         self.norms = nn.ModuleList([norm, *(copy.deepcopy(norm) for _ in smaller)])
         self.norm_identity = copy.deepcopy(norm) if identity else None
         self.train(conv.training)
@@ -78,10 +88,14 @@ def _with_branches(model: nn.Module, smaller: Callable[[int, int], list[tuple[in
         if not isinstance(site.norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) or site.norm.running_mean is None
     ]
     if problems:
-        raise ValueError(f"the branches need a BatchNorm2d with running statistics after each conv, got {first_few(problems)}")
+        raise ValueError(
+            f"the branches need a BatchNorm2d with running statistics after each conv, got {first_few(problems)}"
+        )
     new: dict[nn.Module, nn.Module] = {}
     for site in sites:
-        new[site.conv] = NormedBranches(site.conv, site.norm, smaller(*site.conv.kernel_size), identity and has_shortcut(site.conv))
+        new[site.conv] = NormedBranches(
+            site.conv, site.norm, smaller(*site.conv.kernel_size), identity and has_shortcut(site.conv)
+        )
         new[site.norm] = nn.Identity().train(site.norm.training)
     replace(model, new)
     return model

@@ -50,7 +50,9 @@ def extract_scales(model: nn.Module) -> Scales:
 
 def _checked(scales: Mapping[str, BranchScales]) -> Mapping[str, BranchScales]:
     if not isinstance(scales, Mapping):
-        raise TypeError(f"scales must map names to BranchScales, got {type(scales).__name__}; load_scales(path) reads a file")
+        raise TypeError(
+            f"scales must map names to BranchScales, got {type(scales).__name__}; load_scales(path) reads a file"
+        )
     for name, value in scales.items():
         if not isinstance(name, str) or not isinstance(value, BranchScales):
             raise TypeError(f"scales must map names to BranchScales, got {name!r}: {type(value).__name__}")
@@ -75,7 +77,11 @@ def match(model: nn.Module, scales: Mapping[str, BranchScales]) -> list[tuple[Si
     for name, value in _checked(scales).items():
         here = below.get(name, [])
         if len(here) != 1:
-            problems.append(f"{name}: holds {len(here)} convs, one is needed" if here else f"{name}: unexpected, the model has no such conv")
+            problems.append(
+                f"{name}: holds {len(here)} convs, one is needed"
+                if here
+                else f"{name}: unexpected, the model has no such conv"
+            )
             continue
         conv = here[0].conv
         if here[0].name in found:
@@ -112,7 +118,9 @@ def save_scales(scales: Mapping[str, BranchScales], path: str | os.PathLike[str]
         tensors = dict(value.tensors())
         if value.identity is True:
             tensors["identity"] = value.kxk.new_empty(0)
-        flat.update({f"{name}.scale_{branch}.weight": tensor.detach().cpu().clone() for branch, tensor in tensors.items()})
+        flat.update(
+            {f"{name}.scale_{branch}.weight": tensor.detach().cpu().clone() for branch, tensor in tensors.items()}
+        )
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -138,11 +146,15 @@ def load_scales(path: str | os.PathLike[str]) -> Scales:
     try:
         flat = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is not a scales file: it is not torch's, or holds more than tensors; code is never unpickled") from error
+        raise ValueError(
+            f"{path} is not a scales file: it is not torch's, or holds more than tensors; code is never unpickled"
+        ) from error
     except Exception as error:  # torch.load raises half a dozen unrelated classes for what is not its file
         raise ValueError(f"{path} is not a scales file: torch.load cannot read it ({type(error).__name__})") from error
     if not isinstance(flat, Mapping):
-        raise ValueError(f"{path} is not a scales file: it holds a {type(flat).__name__}, needed is a flat dict of tensors")
+        raise ValueError(
+            f"{path} is not a scales file: it holds a {type(flat).__name__}, needed is a flat dict of tensors"
+        )
     branches: dict[str, dict[str, Tensor]] = {}
     problems = []
     for key, tensor in flat.items():

@@ -101,7 +101,9 @@ def conv_sites(model: nn.Module) -> list[Site]:
     """
     blocks = [name or "the model itself" for name, module in model.named_modules() if isinstance(module, MultiBranch)]
     if blocks:
-        raise ValueError(f"model holds multi-branch blocks already ({first_few(blocks)}): csla.merge(model) gives the plain one")
+        raise ValueError(
+            f"model holds multi-branch blocks already ({first_few(blocks)}): csla.merge(model) gives the plain one"
+        )
     sites, left = [], []
     for sibling in convs_and_siblings(model):
         reason = _why_left(sibling)
@@ -111,5 +113,7 @@ def conv_sites(model: nn.Module) -> list[Site]:
             left.append(f"{sibling.name or 'the model itself'}: {reason}")
             logger.info("left as it is: %s", left[-1])
     if not sites:
-        raise ValueError(f"model has no odd k x k nn.Conv2d with a norm after it ({first_few(left) or 'no nn.Conv2d at all'})")
+        raise ValueError(
+            f"model has no odd k x k nn.Conv2d with a norm after it ({first_few(left) or 'no nn.Conv2d at all'})"
+        )
     return sites

@@ -1,7 +1,13 @@
 """Networks to train: RepOpt-VGG in its four forms, VGG and ResNet-18 for CIFAR, and the multi-branch baselines of any of them."""
 
 from gradrep_kernels.branches.normed import acb_model, repvgg_model
-from gradrep_kernels.models.repopt_vgg import repopt_vgg_b1, repopt_vgg_b2, repopt_vgg_l1, repopt_vgg_l2, repopt_vgg_small
+from gradrep_kernels.models.repopt_vgg import (
+    repopt_vgg_b1,
+    repopt_vgg_b2,
+    repopt_vgg_l1,
+    repopt_vgg_l2,
+    repopt_vgg_small,
+)
 from gradrep_kernels.models.resnet import resnet18
 from gradrep_kernels.models.vgg import vgg11, vgg13, vgg16, vgg19
 

@@ -58,13 +58,26 @@ class RepOptVGG(nn.Module):
         strides: of stage0 and of the first block of each stage.
     """
 
-    def __init__(self, blocks: Sequence[int], widths: Sequence[int], strides: Sequence[int], num_classes: int, in_channels: int = 3, se: bool = False):
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        widths: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        in_channels: int = 3,
+        se: bool = False,
+    ):
         super().__init__()
         channels = min(64, widths[0])
         self.stage0 = Block(in_channels, channels, strides[0], se)
         self.stages = [f"stage{n}" for n in range(1, len(blocks) + 1)]
         for name, count, width, stride in zip(self.stages, blocks, widths, strides[1:]):
-            self.add_module(name, nn.Sequential(*(Block(channels if n == 0 else width, width, stride if n == 0 else 1, se) for n in range(count))))
+            self.add_module(
+                name,
+                nn.Sequential(
+                    *(Block(channels if n == 0 else width, width, stride if n == 0 else 1, se) for n in range(count))
+                ),
+            )
             channels = width
         self.gap = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(channels, num_classes)
@@ -89,7 +102,11 @@ def _build(
     if mode not in ("target", "hs", "csla", "repvgg"):
         raise ValueError(f"mode must be 'target', 'hs', 'csla' or 'repvgg', got {mode!r}")
     if (mode == "csla") != (scales is not None):
-        raise ValueError("mode='csla' needs scales (a dict or a file)" if scales is None else f"scales are for mode='csla', got mode={mode!r}")
+        raise ValueError(
+            "mode='csla' needs scales (a dict or a file)"
+            if scales is None
+            else f"scales are for mode='csla', got mode={mode!r}"
+        )
     if isinstance(scales, (str, os.PathLike)):
         scales = csla.load_scales(scales)
     target = RepOptVGG(blocks, widths, strides, num_classes, in_channels, se)
@@ -100,7 +117,14 @@ def _build(
     return repvgg_model(target) if mode == "repvgg" else target
 
 
-def repopt_vgg_b1(mode: str = "target", num_classes: int = 1000, se: bool = False, scales: ScalesOrPath = None, *, in_channels: int = 3) -> nn.Module:
+def repopt_vgg_b1(
+    mode: str = "target",
+    num_classes: int = 1000,
+    se: bool = False,
+    scales: ScalesOrPath = None,
+    *,
+    in_channels: int = 3,
+) -> nn.Module:
     """RepOpt-VGG-B1, 51.84 M parameters as target  # [N, in_channels, H, W] -> [N, num_classes]; every stage halves H and W
 
     Args:
@@ -113,22 +137,50 @@ def repopt_vgg_b1(mode: str = "target", num_classes: int = 1000, se: bool = Fals
     return _build((4, 6, 16, 1), (128, 256, 512, 2048), _HALVED, mode, num_classes, se, scales, in_channels)
 
 
-def repopt_vgg_b2(mode: str = "target", num_classes: int = 1000, se: bool = False, scales: ScalesOrPath = None, *, in_channels: int = 3) -> nn.Module:
+def repopt_vgg_b2(
+    mode: str = "target",
+    num_classes: int = 1000,
+    se: bool = False,
+    scales: ScalesOrPath = None,
+    *,
+    in_channels: int = 3,
+) -> nn.Module:
     """RepOpt-VGG-B2, 80.33 M parameters as target; arguments as `repopt_vgg_b1`."""
     return _build((4, 6, 16, 1), (160, 320, 640, 2560), _HALVED, mode, num_classes, se, scales, in_channels)
 
 
-def repopt_vgg_l1(mode: str = "target", num_classes: int = 1000, se: bool = False, scales: ScalesOrPath = None, *, in_channels: int = 3) -> nn.Module:
+def repopt_vgg_l1(
+    mode: str = "target",
+    num_classes: int = 1000,
+    se: bool = False,
+    scales: ScalesOrPath = None,
+    *,
+    in_channels: int = 3,
+) -> nn.Module:
     """RepOpt-VGG-L1, 76.04 M parameters as target; arguments as `repopt_vgg_b1`."""
     return _build((8, 14, 24, 1), (128, 256, 512, 2048), _HALVED, mode, num_classes, se, scales, in_channels)
 
 
-def repopt_vgg_l2(mode: str = "target", num_classes: int = 1000, se: bool = False, scales: ScalesOrPath = None, *, in_channels: int = 3) -> nn.Module:
+def repopt_vgg_l2(
+    mode: str = "target",
+    num_classes: int = 1000,
+    se: bool = False,
+    scales: ScalesOrPath = None,
+    *,
+    in_channels: int = 3,
+) -> nn.Module:
     """RepOpt-VGG-L2, 118.13 M parameters as target; arguments as `repopt_vgg_b1`."""
     return _build((8, 14, 24, 1), (160, 320, 640, 2560), _HALVED, mode, num_classes, se, scales, in_channels)
 
 
-def repopt_vgg_small(mode: str = "target", num_classes: int = 1000, se: bool = False, scales: ScalesOrPath = None, *, in_channels: int = 3) -> nn.Module:
+def repopt_vgg_small(
+    mode: str = "target",
+    num_classes: int = 1000,
+    se: bool = False,
+    scales: ScalesOrPath = None,
+    *,
+    in_channels: int = 3,
+) -> nn.Module:
     """A RepOpt-VGG for images of 32 x 32 and less, three of its six blocks with a shortcut; arguments as `repopt_vgg_b1`.
 
     stage0 keeps the size, stage1 and stage2 halve it. 0.1 M parameters in the blocks.

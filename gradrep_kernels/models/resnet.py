@@ -19,7 +19,9 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
@@ -36,7 +38,11 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU()
         channels, stages = 64, []
         for count, width, stride in zip(blocks, (64, 128, 256, 512), (1, 2, 2, 2)):
-            stages.append(nn.Sequential(*(BasicBlock(channels if n == 0 else width, width, stride if n == 0 else 1) for n in range(count))))
+            stages.append(
+                nn.Sequential(
+                    *(BasicBlock(channels if n == 0 else width, width, stride if n == 0 else 1) for n in range(count))
+                )
+            )
             channels = width
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.gap = nn.AdaptiveAvgPool2d(1)

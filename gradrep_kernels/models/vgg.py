@@ -16,9 +16,15 @@ class VGG(nn.Module):
         channels = in_channels
         for count, width in zip(counts, (64, 128, 256, 512, 512)):
             for _ in range(count):
-                layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+                layers += [
+                    nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(inplace=True),
+                ]
                 channels = width
-            layers.append(nn.MaxPool2d(2, ceil_mode=True))  # no change for 32 x 32; smaller images end at 1 x 1 instead of 0 x 0
+            layers.append(
+                nn.MaxPool2d(2, ceil_mode=True)
+            )  # no change for 32 x 32; smaller images end at 1 x 1 instead of 0 x 0
         self.features = nn.Sequential(*layers)
         self.gap = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(channels, num_classes)

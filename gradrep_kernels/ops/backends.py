@@ -45,7 +45,9 @@ def _module(name: str) -> ModuleType | str:
         return f"{type(error).__name__}: {error}"
 
 
-def _compiled(module: str, device_type: str, how: str, missing: Callable[[], str | None] = lambda: None) -> Callable[[str, str], Callable]:
+def _compiled(
+    module: str, device_type: str, how: str, missing: Callable[[], str | None] = lambda: None
+) -> Callable[[str, str], Callable]:
     """A loader of kernels that registered themselves with torch when their module was imported; `missing` says what this machine lacks."""
 
     def load(op: str, device: str) -> Callable:

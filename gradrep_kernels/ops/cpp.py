@@ -28,10 +28,16 @@ def lies_alike(a: Tensor, b: Tensor) -> bool:
 def takes(p: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
     """Whether the step's kernels take this parameter: all share one dtype they know, one device, and dense strides."""
     others = (grad,) if buffer is None else (grad, buffer)
-    return p.dtype in DTYPES and is_dense(p) and all(t.dtype == p.dtype and t.device == p.device and t.shape == p.shape and lies_alike(t, p) for t in others)
+    return (
+        p.dtype in DTYPES
+        and is_dense(p)
+        and all(t.dtype == p.dtype and t.device == p.device and t.shape == p.shape and lies_alike(t, p) for t in others)
+    )
 
 
-def rep_sgd_step(params, grads, momentum_buffers, scales, identities, first_steps, groups, hyper, grad_scale=None, found_inf=None) -> None:
+def rep_sgd_step(
+    params, grads, momentum_buffers, scales, identities, first_steps, groups, hyper, grad_scale=None, found_inf=None
+) -> None:
     """As reference.rep_sgd_step, on CPU tensors."""
     momentum = [row[1] != 0 for row in hyper.tolist()]
     rows = list(zip(params, grads, momentum_buffers, scales, identities, first_steps, groups))
@@ -50,4 +56,6 @@ def rep_grad_norm(grads, scales, identities) -> Tensor:
     """As reference.rep_grad_norm, on CPU tensors; the order of summation differs, so the last bit may."""
     if not grads or any(g.dtype not in DTYPES for g in grads):
         return reference.rep_grad_norm(grads, scales, identities)
-    return torch.ops.gradrep_kernels.rep_grad_norm.default([g if is_dense(g) else g.contiguous() for g in grads], scales, identities)
+    return torch.ops.gradrep_kernels.rep_grad_norm.default(
+        [g if is_dense(g) else g.contiguous() for g in grads], scales, identities
+    )

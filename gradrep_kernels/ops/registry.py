@@ -22,11 +22,15 @@ class Op:
     schema: str
     meaning: str
     reference: Callable
-    fake: Callable | None = None  # shapes without data; an op that returns nothing needs none unless its reference looks at values
+    fake: Callable | None = (
+        None  # shapes without data; an op that returns nothing needs none unless its reference looks at values
+    )
 
 
 def _fake_norm(grads, scales, identities):
-    return grads[0].new_empty((), dtype=torch.float64 if any(g.dtype in (torch.float64, torch.complex128) for g in grads) else torch.float32)
+    return grads[0].new_empty(
+        (), dtype=torch.float64 if any(g.dtype in (torch.float64, torch.complex128) for g in grads) else torch.float32
+    )
 
 
 def _fake_pair_ranges(x, displacements, padding, remove_near):

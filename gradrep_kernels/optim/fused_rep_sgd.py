@@ -80,9 +80,21 @@ class FusedRepSGD(SGD):
             raise TypeError(f"grad_mults must map parameters to GradMult or Tensor, got {type(grad_mults).__name__}")
         self._multipliers = Multipliers()
         self._forget_plan()
-        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach, differentiable=differentiable)
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+        )
         if fused:
-            self._step_supports_amp_scaling = True  # only when asked for: Lightning refuses gradient clipping where it is set
+            self._step_supports_amp_scaling = (
+                True  # only when asked for: Lightning refuses gradient clipping where it is set
+            )
         checked = [(param, self._checked(param, mult)) for param, mult in (grad_mults or {}).items()]
         for param, mult in checked:
             self._multipliers.set_caller(param, mult)
@@ -124,7 +136,9 @@ class FusedRepSGD(SGD):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _describe(self, position: int) -> str:
-        names = [name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))]
+        names = [
+            name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))
+        ]
         if names[position] is not None:
             return f"parameter {names[position]!r}"
         return f"parameter {position} of shape {list(self._params()[position].shape)}"
@@ -138,7 +152,9 @@ class FusedRepSGD(SGD):
             return None
         try:
             if is_dtensor(mult):
-                raise TypeError("a Grad Mult must be given for the whole weight, as a plain tensor (full_tensor()); got a DTensor")
+                raise TypeError(
+                    "a Grad Mult must be given for the whole weight, as a plain tensor (full_tensor()); got a DTensor"
+                )
             if isinstance(mult, Tensor):
                 # A user's own full-size mask often has the structured form: 0.1 MB instead of 199 MB for RepOpt-VGG-B1.
                 mult = GradMult.from_dense(mult) if mult.shape == param.shape else GradMult(mult)
@@ -228,7 +244,12 @@ class FusedRepSGD(SGD):
                     buffer = self.state.get(p, {}).get("momentum_buffer")
                     if buffer is None:
                         # float32 gradients of bf16 weights (p.grad_dtype) keep float32 momentum
-                        buffer, first = torch.empty_like(p, dtype=torch.promote_types(p.dtype, grad.dtype), memory_format=torch.preserve_format), True
+                        buffer, first = (
+                            torch.empty_like(
+                                p, dtype=torch.promote_types(p.dtype, grad.dtype), memory_format=torch.preserve_format
+                            ),
+                            True,
+                        )
                         fresh.append((p, buffer))
                 if grad_scale is not None and grad is not p.grad:
                     p.grad = grad  # the same values, and what is unscaled below
@@ -243,9 +264,14 @@ class FusedRepSGD(SGD):
             step(
                 *w.arguments(),
                 hyper.cpu() if kind == "cpu" else hyper,
-                *(t if t is None or kind in ("reference", t.device.type) else t.to(kind) for t in (grad_scale, found_inf)),
+                *(
+                    t if t is None or kind in ("reference", t.device.type) else t.to(kind)
+                    for t in (grad_scale, found_inf)
+                ),
             )
-            torch.autograd.graph.increment_version(w.written if grad_scale is None else w.written + w.grads)  # kernels do not
+            torch.autograd.graph.increment_version(
+                w.written if grad_scale is None else w.written + w.grads
+            )  # kernels do not
         for p, buffer in fresh:
             self.state[p]["momentum_buffer"] = buffer
         for group, p in sparse:
@@ -266,7 +292,9 @@ class FusedRepSGD(SGD):
         momentum = [group["momentum"] != 0 for group in self.param_groups]
         buffers = [buffer if momentum[row] else None for buffer, row in zip(w.buffers, w.groups)]
         if all(map(StepPlan.can_take, w.params, w.grads, buffers)):
-            self._plan = StepPlan(self, [(p, b, self._multipliers.total(p), row) for p, b, row in zip(w.params, buffers, w.groups)])
+            self._plan = StepPlan(
+                self, [(p, b, self._multipliers.total(p), row) for p, b, row in zip(w.params, buffers, w.groups)]
+            )
 
     def _refuse_strays(self) -> None:
         strays = self._multipliers.strays(self._params())
@@ -277,7 +305,9 @@ class FusedRepSGD(SGD):
             )
 
     def _refuse_layout(self, p: Tensor, what: str) -> None:
-        raise ValueError(f"{self._describe(self._position(p))}: {what} cannot be applied to a gradient of layout {p.grad.layout}")
+        raise ValueError(
+            f"{self._describe(self._position(p))}: {what} cannot be applied to a gradient of layout {p.grad.layout}"
+        )
 
     def _hyper(self) -> Tensor:
         """The table of hyper-parameters  # [G, 6] float64; read from the groups at every step: schedulers change them.
@@ -286,13 +316,24 @@ class FusedRepSGD(SGD):
         does not allow.
         """
         rows = [[group[key] for key in HYPER] for group in self.param_groups]
-        device = next((v.device for row in rows for v in row if isinstance(v, Tensor) and not v.is_cpu), torch.device("cpu"))
+        device = next(
+            (v.device for row in rows for v in row if isinstance(v, Tensor) and not v.is_cpu), torch.device("cpu")
+        )
         if device.type == "cpu":
-            return torch.tensor([[float(v) for v in row] for row in rows], dtype=torch.float64, device=device).reshape(-1, len(HYPER))
+            return torch.tensor([[float(v) for v in row] for row in rows], dtype=torch.float64, device=device).reshape(
+                -1, len(HYPER)
+            )
         number = {"dtype": torch.float64, "device": device}
         return torch.stack(
             [
-                torch.stack([torch.full((), float(v), **number) if not isinstance(v, Tensor) or v.is_cpu else v.to(**number).reshape(()) for v in row])
+                torch.stack(
+                    [
+                        torch.full((), float(v), **number)
+                        if not isinstance(v, Tensor) or v.is_cpu
+                        else v.to(**number).reshape(())
+                        for v in row
+                    ]
+                )
                 for row in rows
             ]
         )
@@ -335,9 +376,15 @@ class FusedRepSGD(SGD):
         for p in params:
             groups.setdefault((p.device_mesh, p.placements) if is_dtensor(p) else p.device, []).append(p)
         norms = [norm_over_shards(self._norm(group), group[0]) for group in groups.values()]
-        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+        norm = (
+            norms[0]
+            if len(norms) == 1
+            else torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+        )
         if error_if_nonfinite and not bool(torch.isfinite(norm)):
-            raise RuntimeError(f"the gradient norm is {float(norm)}, so it cannot be clipped; error_if_nonfinite=False scales the gradients by it anyway")
+            raise RuntimeError(
+                f"the gradient norm is {float(norm)}, so it cannot be clipped; error_if_nonfinite=False scales the gradients by it anyway"
+            )
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         for p in params:
             g = local(p.grad)
@@ -352,7 +399,11 @@ class FusedRepSGD(SGD):
                 self._refuse_layout(p, "a Grad Mult")
         grads = [p.grad.coalesce().values() if p.grad.is_sparse else local(aligned_grad(p)) for p in params]
         scales, identities = zip(*((None, None) if mult is None else mult.parts() for mult in mults))
-        norm = backends.implementation("rep_grad_norm", grads[0].device.type) if _are_plain(*grads) else reference.rep_grad_norm
+        norm = (
+            backends.implementation("rep_grad_norm", grads[0].device.type)
+            if _are_plain(*grads)
+            else reference.rep_grad_norm
+        )
         return norm(grads, list(scales), list(identities))
 
     # ---- saving, copying, loading
@@ -360,7 +411,9 @@ class FusedRepSGD(SGD):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict) and "grad_mults" in param_group:
             # ZeroRedundancyOptimizer puts all its keyword arguments there, on every rank
-            raise ValueError("grad_mults is not an option of a parameter group: call set_grad_mult, under ZeroRedundancyOptimizer that of its .optim")
+            raise ValueError(
+                "grad_mults is not an option of a parameter group: call set_grad_mult, under ZeroRedundancyOptimizer that of its .optim"
+            )
         super().add_param_group(param_group)
         self.param_groups[-1].update({"fused": None, _FINGERPRINT: 0})
 
@@ -404,7 +457,9 @@ class FusedRepSGD(SGD):
             else:
                 restored = saved
         if problem and strict:
-            raise ValueError(f"the checkpoint's Grad Mults are not the live ones: {problem}. Set the right ones first, or load with strict=False")
+            raise ValueError(
+                f"the checkpoint's Grad Mults are not the live ones: {problem}. Set the right ones first, or load with strict=False"
+            )
         checked = [(params[n], self._checked(params[n], mult)) for n, mult in restored.items()]
         super().load_state_dict(state_dict)
         if problem:
@@ -418,7 +473,10 @@ class FusedRepSGD(SGD):
             live = self._multipliers.fingerprint(group["params"])
             saved = saved_group.get(_FINGERPRINT, live)
             if saved != live:
-                were, are = "none" if saved == 0 else "some, which the checkpoint has lost", "none" if live == 0 else "others" if saved else "some"
+                were, are = (
+                    "none" if saved == 0 else "some, which the checkpoint has lost",
+                    "none" if live == 0 else "others" if saved else "some",
+                )
                 return f"group {n} had {were}, and {are} are set"
         return None
 

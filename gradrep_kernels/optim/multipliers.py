@@ -55,7 +55,9 @@ class Multipliers:
         if factors.caller is None and factors.spatial is None:
             del self._factors[param]
         elif not is_dtensor(param):
-            self.total(param)  # now: the next step may be in a CUDA graph capture, which a product on the CPU cannot leave
+            self.total(
+                param
+            )  # now: the next step may be in a CUDA graph capture, which a product on the CPU cannot leave
         self.version += 1
 
     def caller(self, param: Tensor) -> GradMult | None:
@@ -114,8 +116,12 @@ def unpack(packed: Any, count: int) -> dict[int, GradMult]:
     try:
         mults = {int(n): GradMult(parts["scale"], parts["identity"]) for n, parts in packed.items()}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"state_dict['grad_mults'] must hold a 'scale' and an 'identity' per parameter: {error!r}") from None
+        raise ValueError(
+            f"state_dict['grad_mults'] must hold a 'scale' and an 'identity' per parameter: {error!r}"
+        ) from None
     unknown = sorted(n for n in mults if not 0 <= n < count)
     if unknown:
-        raise ValueError(f"state_dict['grad_mults'] speaks of parameter {unknown[0]}; this optimizer has {count}, numbered from 0")
+        raise ValueError(
+            f"state_dict['grad_mults'] speaks of parameter {unknown[0]}; this optimizer has {count}, numbered from 0"
+        )
     return mults

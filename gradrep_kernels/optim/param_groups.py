@@ -20,12 +20,19 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     if weight_decay < 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
     decayed_vectors = {
-        f"{module_name}.{name}" if module_name else name for module_name, module in model.named_modules() for name in getattr(module, "decayed_vectors", ())
+        f"{module_name}.{name}" if module_name else name
+        for module_name, module in model.named_modules()
+        for name in getattr(module, "decayed_vectors", ())
     }
     decays: dict[bool, list] = {True: [], False: []}
     for name, param in model.named_parameters():
         if param.requires_grad:
             decays[param.dim() > 1 or name in decayed_vectors].append((name, param))
     return [
-        {"params": [p for _, p in named], "param_names": [n for n, _ in named], "weight_decay": weight_decay if does else 0.0} for does, named in decays.items()
+        {
+            "params": [p for _, p in named],
+            "param_names": [n for n, _ in named],
+            "weight_decay": weight_decay if does else 0.0,
+        }
+        for does, named in decays.items()
     ]

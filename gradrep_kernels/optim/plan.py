@@ -45,8 +45,12 @@ class StepPlan:
         self._keys, self._buffers = list(self._state), self._all_buffers()
         ops = torch.ops.gradrep_kernels
         self._step = ops.rep_sgd_plan_step.default
-        self._handle = ops.rep_sgd_plan.default(self.params, buffers, [s for s, _ in parts], [i for _, i in parts], [row for _, _, _, row in rows])
-        weakref.finalize(self, ops.rep_sgd_plan_free.default, self._handle)  # not __del__: at exit the op is gone before it
+        self._handle = ops.rep_sgd_plan.default(
+            self.params, buffers, [s for s, _ in parts], [i for _, i in parts], [row for _, _, _, row in rows]
+        )
+        weakref.finalize(
+            self, ops.rep_sgd_plan_free.default, self._handle
+        )  # not __del__: at exit the op is gone before it
 
     @staticmethod
     def can_take(p: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
@@ -96,7 +100,9 @@ class StepPlan:
             if not self._step(self._handle, grads, hyper, grad_scale, found_inf):
                 return False
         except (RuntimeError, TypeError):
-            if any(g is None or g.layout != torch.strided for g in grads):  # looked for only here: it would cost 2 µs a step
+            if any(
+                g is None or g.layout != torch.strided for g in grads
+            ):  # looked for only here: it would cost 2 µs a step
                 return False
             raise
         torch.autograd.graph.increment_version(self._mutated if grad_scale is None else self._mutated + grads)

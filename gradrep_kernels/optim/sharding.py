@@ -19,7 +19,9 @@ PLAIN = (Tensor, torch.nn.Parameter)  # not a subclass, which may hold other ten
 def is_dtensor(t: Tensor) -> bool:
     if type(t) in PLAIN:
         return False
-    module = sys.modules.get("torch.distributed.tensor")  # importing it takes 0.5 s; where nobody has, there is no DTensor
+    module = sys.modules.get(
+        "torch.distributed.tensor"
+    )  # importing it takes 0.5 s; where nobody has, there is no DTensor
     return module is not None and isinstance(t, module.DTensor)
 
 
@@ -59,7 +61,9 @@ def part_on(p: Tensor, mult: GradMult) -> GradMult:
     mult = mult.to(local(p).device)
     index = [_held(p, dim) for dim in range(p.dim())]
     if [len(held) for held in index] != list(local(p).shape):
-        raise RuntimeError(f"cannot tell which part of a parameter with placements {p.placements} lies on this rank; its Grad Mult would be misplaced")
+        raise RuntimeError(
+            f"cannot tell which part of a parameter with placements {p.placements} lies on this rank; its Grad Mult would be misplaced"
+        )
     scale = mult.scale.reshape((1,) * (p.dim() - mult.scale.dim()) + tuple(mult.scale.shape))
     for dim, held in enumerate(index):
         if scale.shape[dim] > 1:
@@ -87,7 +91,9 @@ def _held(p: Tensor, dim: int) -> Tensor:
         if getattr(placement, "dim", None) != dim:
             return Replicate()
         # FSDP2 over tensor parallelism on one dimension interleaves: _StridedShard
-        return type(placement)(0, split_factor=placement.split_factor) if hasattr(placement, "split_factor") else Shard(0)
+        return (
+            type(placement)(0, split_factor=placement.split_factor) if hasattr(placement, "split_factor") else Shard(0)
+        )
 
     every = torch.arange(p.shape[dim], device=p.device_mesh.device_type)
     placements = [along(placement) for placement in p.placements]

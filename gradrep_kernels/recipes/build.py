@@ -112,7 +112,10 @@ def _ablated(ablation: str | None, scales: csla.Scales | None, model: nn.Module)
     if ablation == "ones":
         return {name: _changed(value, torch.ones_like) for name, value in initial_scales(model).items()}
     if ablation == "channel-mean":
-        return {name: _changed(value, lambda t: t.double().mean().to(t.dtype).expand_as(t)) for name, value in scales.items()}
+        return {
+            name: _changed(value, lambda t: t.double().mean().to(t.dtype).expand_as(t))
+            for name, value in scales.items()
+        }
     return scales
 
 
@@ -125,5 +128,7 @@ def multiplier_bytes(trainee: Trainee) -> int:
     """What Grad Mults and spatial scalings take in their stored form."""
     if not isinstance(trainee.optimizer, FusedRepSGD):
         return 0
-    found = (trainee.optimizer.grad_mult(p, total=True) for group in trainee.optimizer.param_groups for p in group["params"])
+    found = (
+        trainee.optimizer.grad_mult(p, total=True) for group in trainee.optimizer.param_groups for p in group["params"]
+    )
     return sum(mult.nbytes for mult in found if mult is not None)

@@ -19,7 +19,19 @@ from torch.nn import functional as F
 
 from gradrep_kernels.recipes.errors import InputError, extra
 
-__all__ = ["AUGMENTATIONS", "KINDS", "Data", "Images", "Loader", "cutout", "derived_seed", "flip", "load_data", "pad_and_crop", "split_source"]
+__all__ = [
+    "AUGMENTATIONS",
+    "KINDS",
+    "Data",
+    "Images",
+    "Loader",
+    "cutout",
+    "derived_seed",
+    "flip",
+    "load_data",
+    "pad_and_crop",
+    "split_source",
+]
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +43,10 @@ _CIFAR = {  # name -> (label bytes before the pixels, classes of each of them, t
 }
 _PUBLISHED_RECORDS = {"train.bin": 50000}  # all other files hold 10000
 _IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # reading a whole folder for its own would take an epoch
+_IMAGENET_MEAN, _IMAGENET_STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # reading a whole folder for its own would take an epoch
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,13 @@ class Data:
     def description(self) -> dict[str, object]:
         """What a resumed run must find again."""
         shape = [self.channels, self.side, self.side]
-        return {"name": self.name, "train": len(self.train), "test": len(self.test), "classes": len(self.classes), "shape": shape}
+        return {
+            "name": self.name,
+            "train": len(self.train),
+            "test": len(self.test),
+            "classes": len(self.classes),
+            "shape": shape,
+        }
 
 
 def split_source(source: str) -> tuple[str, str | None]:
@@ -113,7 +134,9 @@ def _statistics(images: np.ndarray) -> tuple[Tensor, Tensor]:
         values = values.astype(np.float64) / (255 if images.dtype == np.uint8 else 1)
         mean = np.average(values, weights=counts)
         means.append(mean)
-        stds.append(max(np.sqrt(np.average((values - mean) ** 2, weights=counts)), 1e-6))  # a constant channel stays finite
+        stds.append(
+            max(np.sqrt(np.average((values - mean) ** 2, weights=counts)), 1e-6)
+        )  # a constant channel stays finite
     return torch.tensor(means).float(), torch.tensor(stds).float()
 
 
@@ -160,14 +183,25 @@ def _cifar_file(kind: str, path: Path, label_classes: tuple[int, ...]) -> tuple[
     except OSError as reason:
         raise InputError(f"{path}: {reason.strerror or reason}; {kind} needs the binary distribution") from None
     if raw.size == 0 or raw.size % record:
-        other = next((name for name, (labels, *_) in _CIFAR.items() if name != kind and raw.size and raw.size % (len(labels) + 3 * _PLANE) == 0), None)
+        other = next(
+            (
+                name
+                for name, (labels, *_) in _CIFAR.items()
+                if name != kind and raw.size and raw.size % (len(labels) + 3 * _PLANE) == 0
+            ),
+            None,
+        )
         hint = f"looks like {other}" if other else "truncated, or not the binary distribution"
-        raise InputError(f"{path}: {raw.size} bytes are not a whole number of {kind} records of {record} bytes ({hint})")
+        raise InputError(
+            f"{path}: {raw.size} bytes are not a whole number of {kind} records of {record} bytes ({hint})"
+        )
     records = raw.reshape(-1, record)
     for column, classes in enumerate(label_classes):
         wrong = np.flatnonzero(records[:, column] >= classes)
         if wrong.size:
-            raise InputError(f"{path}: record {wrong[0]} has label {records[wrong[0], column]}, {kind} has 0 to {classes - 1} there")
+            raise InputError(
+                f"{path}: record {wrong[0]} has label {records[wrong[0], column]}, {kind} has 0 to {classes - 1} there"
+            )
     published = _PUBLISHED_RECORDS.get(path.name, 10000)
     if len(records) != published:
         log.warning("%s holds %d records, the published file %d", path, len(records), published)
@@ -181,21 +215,34 @@ def _folder(root: Path, side: int) -> Data:
     for part in ("train", "val"):
         if not (root / part).is_dir():
             raise InputError(f"{root / part}: no such folder; images are expected in train/CLASS/* and val/CLASS/*")
-    names = {part: sorted(entry.name for entry in (root / part).iterdir() if entry.is_dir() and not entry.name.startswith(".")) for part in ("train", "val")}
+    names = {
+        part: sorted(
+            entry.name for entry in (root / part).iterdir() if entry.is_dir() and not entry.name.startswith(".")
+        )
+        for part in ("train", "val")
+    }
     if not names["train"]:
         raise InputError(f"{root / 'train'}: no class folders")
     if names["train"] != names["val"]:
         lone = sorted(set(names["train"]) ^ set(names["val"]))
         here, there = ("train", "val") if lone[0] in names["train"] else ("val", "train")
-        raise InputError(f"{root / here / lone[0]}: this class is not in {there}; both must have the same classes ({len(lone)} differ)")
+        raise InputError(
+            f"{root / here / lone[0]}: this class is not in {there}; both must have the same classes ({len(lone)} differ)"
+        )
     parts = [_image_files(image, root / part, names["train"], side) for part in ("train", "val")]
-    return Data("folder", *parts, tuple(names["train"]), side, torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD))
+    return Data(
+        "folder", *parts, tuple(names["train"]), side, torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD)
+    )
 
 
 def _image_files(image, root: Path, classes: list[str], side: int) -> Images:
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (root / name).iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith("."))
+        found = sorted(
+            path
+            for path in (root / name).iterdir()
+            if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")
+        )
         if not found:
             raise InputError(f"{root / name}: no images")
         paths += found
@@ -279,7 +326,16 @@ class Loader:
     a set smaller than one batch is one batch). Without: all images in order, as they are.
     """
 
-    def __init__(self, data: Data, images: Images, batch_size: int, *, seed: int | None = None, augment: tuple[str, ...] = (), device: str = "cpu"):
+    def __init__(
+        self,
+        data: Data,
+        images: Images,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        augment: tuple[str, ...] = (),
+        device: str = "cpu",
+    ):
         self.data, self.images, self.seed, self.augment, self.device = data, images, seed, augment, device
         self.batch_size = min(batch_size, len(images))
 

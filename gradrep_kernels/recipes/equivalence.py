@@ -53,7 +53,12 @@ def csla_equals_gr(options: Options, data: Data, scales: csla.Scales) -> dict[st
         worst = max(worst, _difference(*outputs))
     merged = csla.merge(explicit).state_dict()
     weights = max(_difference(merged[name], tensor) for name, tensor in target.state_dict().items())
-    return {"steps": options.check_steps, "outputs": worst, "weights": weights, "agrees": max(worst, weights) <= TOLERANCE}
+    return {
+        "steps": options.check_steps,
+        "outputs": worst,
+        "weights": weights,
+        "agrees": max(worst, weights) <= TOLERANCE,
+    }
 
 
 def _batches(data: Data, seed: int):
@@ -64,7 +69,9 @@ def _batches(data: Data, seed: int):
 def _double(value: BranchScales) -> BranchScales:
     """In float64 the Grad Mult Σα² is not rounded to float32, as the explicit branches' product α·α is not."""
     one_by_one = None if value.one_by_one is None else value.one_by_one.double()
-    return BranchScales(value.kxk.double(), one_by_one, value.identity if isinstance(value.identity, bool) else value.identity.double())
+    return BranchScales(
+        value.kxk.double(), one_by_one, value.identity if isinstance(value.identity, bool) else value.identity.double()
+    )
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -21,7 +21,15 @@ import torch
 from gradrep_kernels import csla
 from gradrep_kernels.branches.scales import match
 from gradrep_kernels.recipes import files
-from gradrep_kernels.recipes.build import Trainee, build, initial_scales, multiplier_bytes, plain_model, rows, search_model
+from gradrep_kernels.recipes.build import (
+    Trainee,
+    build,
+    initial_scales,
+    multiplier_bytes,
+    plain_model,
+    rows,
+    search_model,
+)
 from gradrep_kernels.recipes.data import Data, Loader, load_data, split_source
 from gradrep_kernels.recipes.environment import versions
 from gradrep_kernels.recipes.equivalence import csla_equals_gr
@@ -57,7 +65,11 @@ def open_run(out: Path, name: str | None, given: Mapping[str, Any], *, resume: b
     differs, data or scales are not what they should be, a package is missing.
     """
     extra("matplotlib.figure", "matplotlib")  # needed at the end only, but hours earlier is the time to say so
-    return _resumed(out, name, given, search) if resume else _started(out, name, {**given, **({"recipe": ()} if search else {})})
+    return (
+        _resumed(out, name, given, search)
+        if resume
+        else _started(out, name, {**given, **({"recipe": ()} if search else {})})
+    )
 
 
 def _started(out: Path, name: str | None, given: Mapping[str, Any]) -> Run:
@@ -73,7 +85,9 @@ def _started(out: Path, name: str | None, given: Mapping[str, Any]) -> Run:
         unfinished.mkdir(parents=True)
         if scales is not None:
             csla.save_scales(scales, unfinished / SCALES)
-        files.write_json(unfinished / _OPTIONS, {"options": options.to_json(), "data": data.description(), "versions": versions()})
+        files.write_json(
+            unfinished / _OPTIONS, {"options": options.to_json(), "data": data.description(), "versions": versions()}
+        )
         if folder.exists():
             folder.rmdir()
         unfinished.rename(folder)
@@ -99,7 +113,9 @@ def _resumed(out: Path, name: str | None, given: Mapping[str, Any], search: bool
     options.check()
     data = load_data(options.data, options.image_size)
     if data.description() != stored["data"]:
-        raise InputError(f"{options.data} is not what it was when {folder} was started: {data.description()}, then {stored['data']}")
+        raise InputError(
+            f"{options.data} is not what it was when {folder} was started: {data.description()}, then {stored['data']}"
+        )
     for leftover in folder.rglob(f"*{files.TEMPORARY}"):
         leftover.unlink()
     return Run(folder, options, data)
@@ -171,7 +187,9 @@ class _Job:
             try:
                 self.state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             except Exception as error:  # torch.load raises half a dozen unrelated classes
-                raise InputError(f"{checkpoint}: cannot be read, it is damaged ({type(error).__name__}); start the run anew under another --name") from error
+                raise InputError(
+                    f"{checkpoint}: cannot be read, it is damaged ({type(error).__name__}); start the run anew under another --name"
+                ) from error
         self.before, self.begun = self.state["seconds"], time.monotonic()
 
     def run(self) -> dict[str, Any]:
@@ -179,13 +197,24 @@ class _Job:
         steps = len(Loader(self.data, self.data.train, self.options.batch_size, seed=0))
         trainings = len(self.rows) * len(self.seeds)
         epochs = trainings * self.options.epochs + self.searches * self.options.search_epochs
-        self.reporter.line(f"{self.folder}: {trainings} trainings of {self.options.epochs} epochs" + ", and a Hyper-Search first" * self.searches)
+        self.reporter.line(
+            f"{self.folder}: {trainings} trainings of {self.options.epochs} epochs"
+            + ", and a Hyper-Search first" * self.searches
+        )
         if any(row.uses_sgs for row in self.rows) and self.options.sgs_warmup >= self.options.epochs:
             late = f"--sgs-warmup {self.options.sgs_warmup}, of {self.options.epochs} epochs counted from 0"
-            self.reporter.line(f"no update of the spatial gradient scaling falls due ({late}): it stays ones, and sgs changes nothing")
+            self.reporter.line(
+                f"no update of the spatial gradient scaling falls due ({late}): it stays ones, and sgs changes nothing"
+            )
         self.reporter.start(epochs * steps, steps * sum(len(records) for records in self._epochs().values()))
         if self.searches:
-            self._train(_SEARCH, lambda: search_model(self.options, self.data), self.options.seed, self.options.search_epochs, self._keep_scales)
+            self._train(
+                _SEARCH,
+                lambda: search_model(self.options, self.data),
+                self.options.seed,
+                self.options.search_epochs,
+                self._keep_scales,
+            )
         scales = csla.load_scales(self.folder / SCALES) if (self.folder / SCALES).exists() else None
         if scales is not None and self.rows and self.options.check_steps and self.state["check"] is None:
             self.reporter.doing("CSLA = GR")
@@ -201,9 +230,20 @@ class _Job:
                     lambda trainee, row=row, seed=seed: self._keep_weights(trainee, f"{row.label}-seed{seed}"),
                 )
         self._save()
-        return write_report(self.folder, self.options, self.data, self.rows, list(self.seeds), self.state, scales, self._initial_scales(scales))
+        return write_report(
+            self.folder,
+            self.options,
+            self.data,
+            self.rows,
+            list(self.seeds),
+            self.state,
+            scales,
+            self._initial_scales(scales),
+        )
 
-    def _train(self, key: str, make: Callable[[], Trainee], seed: int, epochs: int, keep: Callable[[Trainee], dict[str, Any]]) -> None:
+    def _train(
+        self, key: str, make: Callable[[], Trainee], seed: int, epochs: int, keep: Callable[[Trainee], dict[str, Any]]
+    ) -> None:
         """One training, from where the checkpoint says it stands; `keep` writes what is to stay of it."""
         if key in self.state["finished"]:
             return
@@ -220,7 +260,9 @@ class _Job:
             self.reporter.doing(f"{key} {epoch + 1}/{epochs}")
             record = train_epoch(trainee, self.data, self.options, seed, epoch, epochs, self.reporter.batch)
             record["test_accuracy"] = accuracy(trainee.model, self.data, self.options.device)
-            record["train_loss"] = record["train_loss"] if math.isfinite(record["train_loss"]) else None  # JSON has no NaN
+            record["train_loss"] = (
+                record["train_loss"] if math.isfinite(record["train_loss"]) else None
+            )  # JSON has no NaN
             current["epochs"].append(record)
             if trainee.sgs is not None:
                 if record["sgs_updated"] and current["first_scalings"] is None:
@@ -230,14 +272,22 @@ class _Job:
             self.state["current"] = current
             self._save()
             self._append_metrics(key, len(current["epochs"]), record)
-            self.reporter.epoch(f"  {key}, epoch {epoch + 1} of {epochs}: loss {_shown(record['train_loss'])}, test accuracy {record['test_accuracy']:.2%}")
-        kept = {"epochs": current["epochs"], "parameters": sum(p.numel() for p in trainee.model.parameters() if p.requires_grad), **keep(trainee)}
+            self.reporter.epoch(
+                f"  {key}, epoch {epoch + 1} of {epochs}: loss {_shown(record['train_loss'])}, test accuracy {record['test_accuracy']:.2%}"
+            )
+        kept = {
+            "epochs": current["epochs"],
+            "parameters": sum(p.numel() for p in trainee.model.parameters() if p.requires_grad),
+            **keep(trainee),
+        }
         if trainee.sgs is not None:
             kept["scalings"] = {"start": current["first_scalings"], "end": _as_lists(trainee.sgs.scalings)}
         self.state["finished"][key], self.state["current"] = kept, None
         self._save()
         seconds = sum(record["seconds"] + record["sgs_seconds"] for record in kept["epochs"])
-        self.reporter.line(f"{key}: test accuracy {kept['epochs'][-1]['test_accuracy']:.2%} after {epochs} epochs, {seconds:.1f} s")
+        self.reporter.line(
+            f"{key}: test accuracy {kept['epochs'][-1]['test_accuracy']:.2%} after {epochs} epochs, {seconds:.1f} s"
+        )
 
     def _keep_scales(self, trainee: Trainee) -> dict[str, Any]:
         csla.save_scales(csla.extract_scales(trainee.model), self.folder / SCALES)
@@ -260,10 +310,16 @@ class _Job:
     def _epochs(self) -> dict[str, list[dict[str, Any]]]:
         """{run: its epochs so far}, in the order they were done."""
         current = self.state["current"]
-        return {key: kept["epochs"] for key, kept in self.state["finished"].items()} | ({} if current is None else {current["run"]: current["epochs"]})
+        return {key: kept["epochs"] for key, kept in self.state["finished"].items()} | (
+            {} if current is None else {current["run"]: current["epochs"]}
+        )
 
     def _rewrite_metrics(self) -> None:
-        lines = [_metrics_line(key, n, record) for key, records in self._epochs().items() for n, record in enumerate(records, 1)]
+        lines = [
+            _metrics_line(key, n, record)
+            for key, records in self._epochs().items()
+            for n, record in enumerate(records, 1)
+        ]
         files.write_text(self.folder / _METRICS, "".join(lines))
 
     def _append_metrics(self, key: str, epoch: int, record: dict[str, Any]) -> None:

@@ -94,7 +94,9 @@ class Options:
     threads: int
 
     def to_json(self) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Options:
@@ -113,7 +115,9 @@ class Options:
         kind = split_source(self.data)[0]
         for name, value in _normalised(given, kind).items():
             if getattr(self, name) != value:
-                raise InputError(f"{flag(name)} was {_shown(getattr(self, name))} when this run was started, now it is {_shown(value)}; leave it out to resume")
+                raise InputError(
+                    f"{flag(name)} was {_shown(getattr(self, name))} when this run was started, now it is {_shown(value)}; leave it out to resume"
+                )
 
 
 def flag(name: str) -> str:
@@ -152,11 +156,17 @@ def _normalised(given: Mapping[str, Any], kind: str) -> dict[str, Any]:
         values["scales"] = str(Path(values["scales"]).absolute())
     if "model" in values:
         values["model"] = _known("model", values["model"], MODELS).__name__
-    for name, known in (("recipe", {**RECIPES, "all": ""}), ("ablate", ABLATIONS), ("augment", dict.fromkeys(AUGMENTATIONS, ""))):
+    for name, known in (
+        ("recipe", {**RECIPES, "all": ""}),
+        ("ablate", ABLATIONS),
+        ("augment", dict.fromkeys(AUGMENTATIONS, "")),
+    ):
         if values.get(name) is not None:
             for item in values[name]:
                 _known(name, item, known)
-            values[name] = tuple(RECIPES) if "all" in values[name] else tuple(item for item in known if item in values[name])
+            values[name] = (
+                tuple(RECIPES) if "all" in values[name] else tuple(item for item in known if item in values[name])
+            )
     return values
 
 

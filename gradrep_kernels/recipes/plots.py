@@ -15,8 +15,24 @@ from gradrep_kernels.recipes.errors import extra
 __all__ = ["curves", "scales_over_depth", "spatial_scalings"]
 
 # For as many rows as there can be; the first eight are told apart by the colour-blind (Okabe and Ito).
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#F0E442", "#7B68EE", "#8B4513", "#AA4499"]
-_BRANCHES = {"conv": ("k x k", "#0072B2", "o"), "1x1": ("1 x 1", "#D55E00", "s"), "identity": ("identity", "#009E73", "^")}
+_COLOURS = [
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#444444",
+    "#F0E442",
+    "#7B68EE",
+    "#8B4513",
+    "#AA4499",
+]
+_BRANCHES = {
+    "conv": ("k x k", "#0072B2", "o"),
+    "1x1": ("1 x 1", "#D55E00", "s"),
+    "identity": ("identity", "#009E73", "^"),
+}
 
 
 def _figure(width: float, height: float):
@@ -40,7 +56,9 @@ def curves(path: Path, epochs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]
     for (label, runs), colour in zip(epochs.items(), _COLOURS):
         at = np.arange(1, len(runs[0]) + 1)
         for axes, key, factor in zip(panels, ("train_loss", "test_accuracy"), (1, 100)):
-            values = factor * np.array([[np.nan if record[key] is None else record[key] for record in run] for run in runs])  # [seeds, epochs]
+            values = factor * np.array(
+                [[np.nan if record[key] is None else record[key] for record in run] for run in runs]
+            )  # [seeds, epochs]
             mean = values.mean(0)
             axes.plot(at, mean, color=colour, label=label, linewidth=1.6, marker="o" if len(at) == 1 else None)
             if len(runs) > 1:
@@ -53,7 +71,9 @@ def curves(path: Path, epochs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]
         _plain(axes)
     panels[0].set_yscale("log")
     top = max(record["test_accuracy"] for runs in epochs.values() for run in runs for record in run) * 100
-    low = min(run[len(run) // 2]["test_accuracy"] for runs in epochs.values() for run in runs) * 100  # the first half would flatten the rest
+    low = (
+        min(run[len(run) // 2]["test_accuracy"] for runs in epochs.values() for run in runs) * 100
+    )  # the first half would flatten the rest
     panels[1].set_ylim(max(0, low - 0.15 * (top - low) - 0.5), min(100.5, top + 0.15 * (top - low) + 0.5))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     _save(figure, path)
@@ -73,7 +93,9 @@ def spatial_scalings(path: Path, start: Mapping[str, Sequence], end: Mapping[str
         if g.size <= 25:
             for (y, x), value in np.ndenumerate(g):
                 dark = value < low + 0.6 * (high - low)
-                axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black", fontsize=9)
+                axes.text(
+                    x, y, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black", fontsize=9
+                )
         axes.set_xticks([])
         axes.set_yticks([])
         if when == "start":
@@ -95,12 +117,35 @@ def scales_over_depth(path: Path, scales: Scales, initial: Scales) -> None:
             if not at:
                 continue
             now, start = ([values[names[n]].tensors()[branch].double() for n in at] for values in (scales, initial))
-            axes.plot(at, [float(t.mean()) for t in start], color=colour, linestyle="--", linewidth=1, alpha=0.6, marker="_" if len(at) == 1 else None)
+            axes.plot(
+                at,
+                [float(t.mean()) for t in start],
+                color=colour,
+                linestyle="--",
+                linewidth=1,
+                alpha=0.6,
+                marker="_" if len(at) == 1 else None,
+            )
             spread = [float(t.std(correction=0)) for t in now]
-            axes.errorbar(at, [float(t.mean()) for t in now], spread, color=colour, marker=marker, markersize=5, linewidth=1.8, elinewidth=0.8, capsize=2)
+            axes.errorbar(
+                at,
+                [float(t.mean()) for t in now],
+                spread,
+                color=colour,
+                marker=marker,
+                markersize=5,
+                linewidth=1.8,
+                elinewidth=0.8,
+                capsize=2,
+            )
         axes.plot([], [], color=colour, marker=marker, label=label)
     axes.plot([], [], color="grey", linestyle="--", linewidth=1, label="initial")
-    axes.set_xticks(range(len(names)), [name.removesuffix(".conv") for name in names], rotation=90 if len(names) > 8 else 0, fontsize=8)
+    axes.set_xticks(
+        range(len(names)),
+        [name.removesuffix(".conv") for name in names],
+        rotation=90 if len(names) > 8 else 0,
+        fontsize=8,
+    )
     axes.set_xlabel("layer")
     axes.set_ylabel("mean scale")
     _plain(axes)

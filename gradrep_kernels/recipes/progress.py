@@ -32,7 +32,9 @@ class Reporter:
     def start(self, batches: int, done: int) -> None:
         """`batches` are the whole job's, of which `done` were done before (a resumed run)."""
         if self._tqdm is not None:
-            self._bar = self._tqdm.tqdm(total=batches, initial=done, file=self.stream, unit="batch", dynamic_ncols=True, leave=False)
+            self._bar = self._tqdm.tqdm(
+                total=batches, initial=done, file=self.stream, unit="batch", dynamic_ncols=True, leave=False
+            )
 
     def doing(self, what: str) -> None:
         if self._bar is not None:

@@ -99,17 +99,42 @@ def _movement(scales: Scales, initial: Scales) -> dict[str, Any]:
                 "moved": float(((now - start).abs() / start.abs()).mean()),
             }
     moved = [figures["moved"] for branches in layers.values() for figures in branches.values()]
-    return {"moved_mean": statistics.fmean(moved), "moved_least": min(moved), "moved_most": max(moved), "layers": layers}
+    return {
+        "moved_mean": statistics.fmean(moved),
+        "moved_least": min(moved),
+        "moved_most": max(moved),
+        "layers": layers,
+    }
 
 
 def _cells(summary: Mapping[str, Any]) -> list[list[str]]:
     """Heading and rows of the table."""
     many = len(summary["seeds"]) > 1
-    cells = [["recipe", f"test accuracy, %{' (mean ± std)' if many else ''}", "s per epoch", "parameters", "multipliers, bytes", "SGS, s per epoch"]]
+    cells = [
+        [
+            "recipe",
+            f"test accuracy, %{' (mean ± std)' if many else ''}",
+            "s per epoch",
+            "parameters",
+            "multipliers, bytes",
+            "SGS, s per epoch",
+        ]
+    ]
     for label, found in summary["recipes"].items():
-        accuracy = f"{100 * found['test_accuracy_mean']:.2f}" + (f" ± {100 * found['test_accuracy_std']:.2f}" if many else "")
+        accuracy = f"{100 * found['test_accuracy_mean']:.2f}" + (
+            f" ± {100 * found['test_accuracy_std']:.2f}" if many else ""
+        )
         sgs = "" if found["sgs_seconds_per_epoch"] is None else f"{found['sgs_seconds_per_epoch']:.4f}"
-        cells.append([label, accuracy, f"{found['seconds_per_epoch']:.3f}", f"{found['parameters']:,}", f"{found['multiplier_bytes']:,}", sgs])
+        cells.append(
+            [
+                label,
+                accuracy,
+                f"{found['seconds_per_epoch']:.3f}",
+                f"{found['parameters']:,}",
+                f"{found['multiplier_bytes']:,}",
+                sgs,
+            ]
+        )
     return cells
 
 
@@ -117,14 +142,19 @@ def table(summary: Mapping[str, Any]) -> str:
     """The table for a terminal."""
     cells = _cells(summary)
     widths = [max(len(row[n]) for row in cells) for n in range(len(cells[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip() for row in cells]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
+        for row in cells
+    ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def scales_line(summary: Mapping[str, Any]) -> str:
     """How far the scales are from where Hyper-Search starts."""
     found = summary["scales"]
-    after = f"after {summary['search']['epochs']} epochs of Hyper-Search" if summary["search"] else f"of {found['source']}"
+    after = (
+        f"after {summary['search']['epochs']} epochs of Hyper-Search" if summary["search"] else f"of {found['source']}"
+    )
     span = f"{found['moved_least']:.1%} to {found['moved_most']:.1%} between branches"
     return f"Scales {after} lie {found['moved_mean']:.1%} from their initial values on average ({span})."
 
@@ -176,11 +206,23 @@ def _markdown(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         cells = [["layer", "branch", "initial", "mean", "std", "min", "max", "moved"]]
         for layer, branches in summary["scales"]["layers"].items():
             for branch, found in branches.items():
-                cells.append([layer, branch, *(f"{found[key]:.3f}" for key in ("initial", "mean", "std", "min", "max")), f"{found['moved']:.1%}"])
+                cells.append(
+                    [
+                        layer,
+                        branch,
+                        *(f"{found[key]:.3f}" for key in ("initial", "mean", "std", "min", "max")),
+                        f"{found['moved']:.1%}",
+                    ]
+                )
         lines += [*_markdown_table(cells, left=2), "", "Moved: mean of |α − α₀| / |α₀| over the channels.", ""]
     for name, caption in pictures.items():
         lines += [f"![{caption}]({name})", "", f"{caption}.", ""]
-    lines += ["## Options", "", *_markdown_table([["option", "value"], *([name, str(value)] for name, value in options.items())], left=2), ""]
+    lines += [
+        "## Options",
+        "",
+        *_markdown_table([["option", "value"], *([name, str(value)] for name, value in options.items())], left=2),
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -195,20 +237,33 @@ def _what_it_shows(summary: Mapping[str, Any]) -> str:
 
 
 def _pictures(
-    folder: Path, trainings: Mapping[str, list[dict[str, Any]]], seeds: Sequence[int], scales: Scales | None, initial: Scales | None
+    folder: Path,
+    trainings: Mapping[str, list[dict[str, Any]]],
+    seeds: Sequence[int],
+    scales: Scales | None,
+    initial: Scales | None,
 ) -> dict[str, str]:
     """Draw them; {file name: caption}."""
     found: dict[str, str] = {}
     if trainings:
-        plots.curves(folder / "curves.png", {label: [training["epochs"] for training in runs] for label, runs in trainings.items()})
-        found["curves.png"] = "Training loss and test accuracy: mean over the seeds, and one standard deviation either side"
+        plots.curves(
+            folder / "curves.png",
+            {label: [training["epochs"] for training in runs] for label, runs in trainings.items()},
+        )
+        found["curves.png"] = (
+            "Training loss and test accuracy: mean over the seeds, and one standard deviation either side"
+        )
     for label, runs in trainings.items():
         scalings = runs[0].get("scalings")
         if scalings and scalings["start"]:
             name = f"spatial_scaling_{label.replace('+', '_')}.png"
             plots.spatial_scalings(folder / name, scalings["start"], scalings["end"])
-            found[name] = f"G of the first, middle and last layer under {label}, seed {seeds[0]}, after its first update and at the end"
+            found[name] = (
+                f"G of the first, middle and last layer under {label}, seed {seeds[0]}, after its first update and at the end"
+            )
     if scales is not None:
         plots.scales_over_depth(folder / "scales.png", scales, initial)
-        found["scales.png"] = "Mean scales over depth with the standard deviation over channels; curves join layers with a shortcut; dashed: initial values"
+        found["scales.png"] = (
+            "Mean scales over depth with the standard deviation over channels; curves join layers with a shortcut; dashed: initial values"
+        )
     return found

@@ -34,7 +34,10 @@ def repeatable(threads: int, device: str) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.random.fork_rng(), _deterministic_gpu() if torch.device(device).type == "cuda" else contextlib.nullcontext():
+        with (
+            torch.random.fork_rng(),
+            _deterministic_gpu() if torch.device(device).type == "cuda" else contextlib.nullcontext(),
+        ):
             yield
     finally:
         torch.set_num_threads(before)
@@ -42,7 +45,9 @@ def repeatable(threads: int, device: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _deterministic_gpu() -> Iterator[None]:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; its deterministic algorithms need it
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # read when cuBLAS starts; its deterministic algorithms need it
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -60,12 +65,16 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def train_epoch(trainee: Trainee, data: Data, options: Options, seed: int, epoch: int, epochs: int, on_batch: Callable[[], None]) -> dict[str, Any]:
+def train_epoch(
+    trainee: Trainee, data: Data, options: Options, seed: int, epoch: int, epochs: int, on_batch: Callable[[], None]
+) -> dict[str, Any]:
     """One epoch (from 0) of `epochs`; changes the trainee only. The same state, seed and epoch give the same bits.
 
     Returns train_loss (mean over the images), lr (of the last step), seconds (training alone), sgs_updated and sgs_seconds.
     """
-    torch.manual_seed(derived_seed(seed, _ORDER, epoch))  # for whatever in a model draws; batches have a generator of their own
+    torch.manual_seed(
+        derived_seed(seed, _ORDER, epoch)
+    )  # for whatever in a model draws; batches have a generator of their own
     start = _now(options.device)
     statistics = _training_batches(data, options, derived_seed(seed, _STATISTICS, epoch))
     due = trainee.sgs is not None and trainee.sgs.update_if_due(epoch, statistics)
@@ -100,7 +109,9 @@ def _training_batches(data: Data, options: Options, seed: int) -> Loader:
 
 def _clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     if isinstance(optimizer, FusedRepSGD):
-        optimizer.clip_grad_norm_(max_norm)  # the norm that the CSLA model's own gradients have, so that the rows stay comparable
+        optimizer.clip_grad_norm_(
+            max_norm
+        )  # the norm that the CSLA model's own gradients have, so that the rows stay comparable
     else:
         nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
@@ -109,5 +120,8 @@ def _clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -
 def accuracy(model: nn.Module, data: Data, device: str) -> float:
     """Share of the test images that are classified rightly; leaves the model in eval mode."""
     model.eval()
-    right = sum(int((model(x).argmax(1) == labels).sum()) for x, labels in Loader(data, data.test, _EVALUATION_BATCH, device=device))
+    right = sum(
+        int((model(x).argmax(1) == labels).sum())
+        for x, labels in Loader(data, data.test, _EVALUATION_BATCH, device=device)
+    )
     return right / len(data.test)

@@ -1,7 +1,13 @@
 """Spatial gradient scaling: how much each tap of a kernel learns, from the spatial dependence in its input (Detkov et al., 2023)."""
 
 from gradrep_kernels.sgs.controller import SpatialGradientScaling
-from gradrep_kernels.sgs.dependence import alpha_beta_scaling, joint_histogram, normalized_mutual_information, pair_ranges, spatial_gradient_scaling
+from gradrep_kernels.sgs.dependence import (
+    alpha_beta_scaling,
+    joint_histogram,
+    normalized_mutual_information,
+    pair_ranges,
+    spatial_gradient_scaling,
+)
 
 __all__ = [
     "SpatialGradientScaling",

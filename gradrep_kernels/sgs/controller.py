@@ -18,13 +18,24 @@ from torch import Tensor, nn
 
 from gradrep_kernels.sgs.dependence import check_k, normalize, not_finite, spatial_dependence
 from gradrep_kernels.sgs.gradient_hooks import GradientScaling, UpdateScaling, closure_of
-from gradrep_kernels.sgs.layers import DEPENDENCES, Layer, Plan, find_layers, gather_ranges, gather_table, named_root, unwrapped
+from gradrep_kernels.sgs.layers import (
+    DEPENDENCES,
+    Layer,
+    Plan,
+    find_layers,
+    gather_ranges,
+    gather_table,
+    named_root,
+    unwrapped,
+)
 from gradrep_kernels.sgs.passes import run, undisturbed
 from gradrep_kernels.sgs.ranks import Ranks, on_host
 
 logger = logging.getLogger(__name__)
 
-_controllers: WeakSet[SpatialGradientScaling] = WeakSet()  # that were not removed: hooks scale again what another one scales
+_controllers: WeakSet[SpatialGradientScaling] = (
+    WeakSet()
+)  # that were not removed: hooks scale again what another one scales
 
 
 class SpatialGradientScaling:
@@ -95,11 +106,21 @@ class SpatialGradientScaling:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
-            raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {type(process_group).__name__}")
-        for name, value, least in (("every", every, 1), ("warmup", warmup, 0), ("batches", batches, 1), ("every_steps", every_steps, 1)):
+            raise TypeError(
+                f"process_group must be a torch.distributed.ProcessGroup or None, got {type(process_group).__name__}"
+            )
+        for name, value, least in (
+            ("every", every, 1),
+            ("warmup", warmup, 0),
+            ("batches", batches, 1),
+            ("every_steps", every_steps, 1),
+        ):
             if not _is_int(value, least) and not (name == "every_steps" and value is None):
                 raise ValueError(f"{name} must be an int, {least} or more, got {value!r}")
-        for name, value, choices in (("dependence", dependence, tuple(DEPENDENCES)), ("apply_to", apply_to, ("gradient", "update"))):
+        for name, value, choices in (
+            ("dependence", dependence, tuple(DEPENDENCES)),
+            ("apply_to", apply_to, ("gradient", "update")),
+        ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         by_hooks = apply_to == "update" or not hasattr(optimizer, "set_spatial_scaling")
@@ -263,7 +284,9 @@ class SpatialGradientScaling:
             with undisturbed(self._model, batches):
                 failure = _attempt(draw) or _attempt(lambda: pass_over(self._gather_ranges, self._layers))
                 plans, bad = self._pool_ranges(len(kept), failure)
-                failure = _attempt(lambda: pass_over(lambda layer, *call: self._gather_table(layer, plans[layer], *call), plans))
+                failure = _attempt(
+                    lambda: pass_over(lambda layer, *call: self._gather_table(layer, plans[layer], *call), plans)
+                )
                 self._learn(plans, _most_pairs(plans), failure)
         finally:
             self._forget()
@@ -338,7 +361,9 @@ class SpatialGradientScaling:
                 layer.ranges = torch.tensor([torch.inf, -torch.inf], device=home).expand(*layer.statistics_shape, 2, 2)
             n.append(layer.n)
             bad.append(not_finite(layer.ranges, layer.n).long())
-            ends.append(torch.stack((layer.ranges[..., 0], -layer.ranges[..., 1]), dim=-1).double())  # one minimum for both ends
+            ends.append(
+                torch.stack((layer.ranges[..., 0], -layer.ranges[..., 1]), dim=-1).double()
+            )  # one minimum for both ends
         status = torch.tensor([drawn, failure is not None], device=home)
         *sums, status = on_host(self._ranks.reduce([*n, *bad, status], "sum", home))
         total_drawn, failures = status.tolist()
@@ -358,7 +383,10 @@ class SpatialGradientScaling:
         """Pool the tables of the planned layers, forget what was gathered, and set each G that is defined."""
         home = self._layers[0].weight.device
         what = self._dependence
-        tables = [torch.zeros(what.shape(plan), dtype=what.dtype, device=home) if layer.table is None else layer.table for layer, plan in plans.items()]
+        tables = [
+            torch.zeros(what.shape(plan), dtype=what.dtype, device=home) if layer.table is None else layer.table
+            for layer, plan in plans.items()
+        ]
         self._forget()
         failed = torch.tensor([failure is not None], device=home).to(what.dtype)
         *tables, failures = self._ranks.reduce([*tables, failed], "sum", home, most_pairs)
@@ -451,7 +479,9 @@ def _warn_not_finite(layers: list[Layer]) -> None:
 def _warn(text: str, category: type[Warning] = UserWarning) -> None:
     """Points to the caller's line, which lies above this module and above torch, where the hooks of a step are called."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and (frame.f_globals is globals() or frame.f_globals.get("__name__", "").split(".")[0] == "torch"):
+    while frame.f_back is not None and (
+        frame.f_globals is globals() or frame.f_globals.get("__name__", "").split(".")[0] == "torch"
+    ):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, category, stacklevel=level)
 

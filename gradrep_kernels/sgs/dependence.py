@@ -63,7 +63,9 @@ def scalable_kernel(kernel_size: Sequence[int]) -> str | None:
     return None
 
 
-def resolve_padding(padding: int | str | Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[int, int]:
+def resolve_padding(
+    padding: int | str | Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
     """A convolution's padding as (rows, columns); 'same' and 'valid' as torch.nn.Conv2d has them (odd kernels: equal on both sides)."""
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
@@ -75,7 +77,9 @@ def resolve_padding(padding: int | str | Sequence[int], kernel_size: Sequence[in
 # -- pairs and counts --------------------------------------------------------------------------------------------------
 
 
-def pair_ranges(x: Tensor, displacements: Iterable[Sequence[int]], *, padding: int | Sequence[int] = 0, remove_near: bool = False) -> tuple[Tensor, Tensor]:
+def pair_ranges(
+    x: Tensor, displacements: Iterable[Sequence[int]], *, padding: int | Sequence[int] = 0, remove_near: bool = False
+) -> tuple[Tensor, Tensor]:
     """Range of both sides of all pairs (p, q = p + displacement) of each channel, pooled over the images.
 
     Args:
@@ -106,7 +110,9 @@ def _check_bins(bins: int | str | Tensor, channels: int, pairs: int, device: tor
         try:
             bins = torch.tensor([operator.index(bins)])
         except TypeError:
-            raise TypeError(f"bins must be an int, 'sturges' or an integer Tensor [D] or [C, D], got {type(bins).__name__}") from None
+            raise TypeError(
+                f"bins must be an int, 'sturges' or an integer Tensor [D] or [C, D], got {type(bins).__name__}"
+            ) from None
     elif bins.dtype == torch.bool or bins.is_floating_point() or bins.is_complex():
         raise TypeError(f"bins must be integers, got {bins.dtype}")
     elif tuple(bins.shape) not in ((pairs,), (channels, pairs)):
@@ -148,13 +154,17 @@ def joint_histogram(
         if not isinstance(ranges, Tensor):
             raise TypeError(f"ranges must be a Tensor [C, D, 2, 2], got {type(ranges).__name__}")
         if tuple(ranges.shape) != (channels, pairs, 2, 2) or not ranges.is_floating_point():
-            raise ValueError(f"ranges must be floating [{channels}, {pairs}, 2, 2], got {ranges.dtype} {list(ranges.shape)}")
+            raise ValueError(
+                f"ranges must be floating [{channels}, {pairs}, 2, 2], got {ranges.dtype} {list(ranges.shape)}"
+            )
     if ranges is None or bins is None:
         own_ranges, n = implementation("pair_ranges", x.device.type)(x, flat, rows_columns, bool(remove_near))
         ranges = own_ranges if ranges is None else ranges
         bins = sturges(n) if bins is None else bins
     ranges = ranges.detach().to(device=x.device, dtype=compute_dtype(x.dtype)).contiguous()
-    return implementation("joint_histogram", x.device.type)(x, flat, ranges, bins, int(bins.max()), rows_columns, bool(remove_near))
+    return implementation("joint_histogram", x.device.type)(
+        x, flat, ranges, bins, int(bins.max()), rows_columns, bool(remove_near)
+    )
 
 
 def half_displacements(kernel_size: Sequence[int], dilation: Sequence[int] = (1, 1)) -> list[tuple[int, int]]:
@@ -198,7 +208,9 @@ def pair_moments(x: Tensor, displacements: list[int], ranges: Tensor, padding: l
         p, q = pair_views(maps, di, dj)
         keep = (p != 0) & (q != 0) if remove_near else torch.ones_like(p, dtype=torch.bool)
         p, q = (((side.double() - ranges[:, d, s, 0].double().view(-1, 1, 1)) * keep) for s, side in enumerate((p, q)))
-        sums.append(torch.stack([moment.sum((0, 2, 3)) for moment in (keep.double(), p, q, p * p, q * q, p * q)], dim=-1))
+        sums.append(
+            torch.stack([moment.sum((0, 2, 3)) for moment in (keep.double(), p, q, p * p, q * q, p * q)], dim=-1)
+        )
     return torch.stack(sums, dim=1)
 
 

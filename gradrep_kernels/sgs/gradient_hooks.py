@@ -19,7 +19,9 @@ class GradientScaling:
 
     def __init__(self):
         self.scalings: dict[Parameter, Tensor] = {}  # G, float32 [kh, kw]
-        self._swapped: list[tuple[Parameter, Tensor, Tensor, int]] = []  # parameter, the caller's gradient, copy, its version
+        self._swapped: list[
+            tuple[Parameter, Tensor, Tensor, int]
+        ] = []  # parameter, the caller's gradient, copy, its version
 
     def before_step(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._put_back(unless_written=True)

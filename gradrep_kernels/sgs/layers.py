@@ -106,7 +106,12 @@ def find_layers(root: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list
             layers.setdefault(id(weight), Layer(weight, {})).convs[name] = conv
     for key, layer in list(layers.items()):
         if len({conv.in_channels for conv in layer.convs.values()}) > 1:
-            skipped.update({name: "it shares its weight with a convolution of another number of input channels" for name in layer.convs})
+            skipped.update(
+                {
+                    name: "it shares its weight with a convolution of another number of input channels"
+                    for name in layer.convs
+                }
+            )
             del layers[key]
     return list(layers.values()), skipped
 
@@ -133,11 +138,16 @@ def gather_ranges(layer: Layer, conv: nn.Conv2d, args: tuple, kwargs: dict, remo
     if layer.n is None:
         layer.ranges, layer.n = ranges, n
     else:
-        lo, hi = torch.minimum(layer.ranges[..., 0], ranges[..., 0]), torch.maximum(layer.ranges[..., 1], ranges[..., 1])
+        lo, hi = (
+            torch.minimum(layer.ranges[..., 0], ranges[..., 0]),
+            torch.maximum(layer.ranges[..., 1], ranges[..., 1]),
+        )
         layer.ranges, layer.n = torch.stack((lo, hi), dim=-1), layer.n + n
 
 
-def gather_table(layer: Layer, conv: nn.Conv2d, args: tuple, kwargs: dict, remove_near: bool, plan: Plan, dependence: Dependence) -> None:
+def gather_table(
+    layer: Layer, conv: nn.Conv2d, args: tuple, kwargs: dict, remove_near: bool, plan: Plan, dependence: Dependence
+) -> None:
     """What the second pass takes from one call of a convolution."""
     x = _input_map(conv, args, kwargs)
     if x is None:
@@ -158,7 +168,9 @@ class MutualInformation:
         return (*plan.n.shape, plan.max_bins, plan.max_bins)
 
     @staticmethod
-    def gather(counts: Tensor, x: Tensor, displacements: list[int], padding: list[int], plan: Plan, remove_near: bool) -> None:
+    def gather(
+        counts: Tensor, x: Tensor, displacements: list[int], padding: list[int], plan: Plan, remove_near: bool
+    ) -> None:
         ranges, bins = plan.near(x.device, compute_dtype(x.dtype))
         implementation("joint_histogram_", x.device.type)(counts, x, displacements, ranges, bins, padding, remove_near)
 
@@ -174,7 +186,9 @@ class Autocorrelation:
         return (*plan.n.shape, 6)
 
     @staticmethod
-    def gather(moments: Tensor, x: Tensor, displacements: list[int], padding: list[int], plan: Plan, remove_near: bool) -> None:
+    def gather(
+        moments: Tensor, x: Tensor, displacements: list[int], padding: list[int], plan: Plan, remove_near: bool
+    ) -> None:
         moments += pair_moments(x, displacements, plan.near(x.device, torch.float64)[0], padding, remove_near)
 
 

@@ -19,7 +19,12 @@ def undisturbed(model: nn.Module, loader: object) -> Iterator[None]:
     Modes are set as attributes: `.eval()` and `.train()` may be overridden, and merge weights, say.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, name, buffer, buffer.clone()) for module, _ in modes for name, buffer in module._buffers.items() if buffer is not None]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module, _ in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     batch_sampler = getattr(loader, "batch_sampler", None)
     holders = loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
     generators = {getattr(holder, "generator", None) for holder in holders} - {None}
@@ -63,7 +68,9 @@ def _call(model: nn.Module, batch: object) -> object:
         return model(**batch)
     if isinstance(batch, Tensor):
         return model(batch)
-    raise TypeError(f"a batch must be a Tensor, a tuple or list that starts with one, or a dict; got {type(batch).__name__} (or give forward=)")
+    raise TypeError(
+        f"a batch must be a Tensor, a tuple or list that starts with one, or a dict; got {type(batch).__name__} (or give forward=)"
+    )
 
 
 def _copied(item: object, device: torch.device) -> object:

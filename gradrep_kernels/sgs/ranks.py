@@ -25,7 +25,9 @@ class Ranks:
         """
         if not self.many:
             return parts
-        flat = torch.cat([part.reshape(-1).to("cpu" if dist.get_backend(self.group) == "gloo" else device) for part in parts])
+        flat = torch.cat(
+            [part.reshape(-1).to("cpu" if dist.get_backend(self.group) == "gloo" else device) for part in parts]
+        )
         if flat.dtype == torch.int64 and largest is not None and largest < 2**31:
             flat = flat.to(torch.int32)
         dist.all_reduce(flat, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MIN, group=self.group)

@@ -9,7 +9,16 @@ import math
 
 import pytest
 import torch
-from cases_csla import EQUIVALENCE_TOLERANCE, EQUIVALENCES, FORWARD_TOLERANCE, GEOMETRIES, GEOMETRY, Equivalence, Geometry, random_scales
+from cases_csla import (
+    EQUIVALENCE_TOLERANCE,
+    EQUIVALENCES,
+    FORWARD_TOLERANCE,
+    GEOMETRIES,
+    GEOMETRY,
+    Equivalence,
+    Geometry,
+    random_scales,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -129,7 +138,10 @@ def test_leaves_shared_computed_and_foreign_weights():
     for model, reason in [
         (tied, "0: it, its weight or its norm is registered at more than one place"),
         (nn.Sequential(twice, nn.BatchNorm2d(4), twice, nn.BatchNorm2d(4)), "0: it, its weight or its norm"),
-        (nn.Sequential(nn.Conv2d(3, 4, 3), shared_norm, nn.Conv2d(4, 4, 3), shared_norm), "0: it, its weight or its norm"),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3), shared_norm, nn.Conv2d(4, 4, 3), shared_norm),
+            "0: it, its weight or its norm",
+        ),
         (nn.Sequential(pruned, nn.BatchNorm2d(4)), "0: its weight is not a parameter (weight norm, pruning)"),
         (nn.Sequential(OwnConv(4, 4, 3), nn.BatchNorm2d(4)), "0: OwnConv may have a forward of its own"),
         (nn.Sequential(normed, nn.BatchNorm2d(4)), "0: ParametrizedConv2d may have"),
@@ -153,7 +165,12 @@ def test_refuses_what_is_no_plain_model():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
         csla.hyper_search_model([model])
     hs = csla.hyper_search_model(model)
-    for again in (csla.hyper_search_model, lambda m: csla.csla_model(m, {}), lambda m: csla.grad_mults(m, {}), lambda m: csla.reinitialize(m, {})):
+    for again in (
+        csla.hyper_search_model,
+        lambda m: csla.csla_model(m, {}),
+        lambda m: csla.grad_mults(m, {}),
+        lambda m: csla.reinitialize(m, {}),
+    ):
         with pytest.raises(ValueError, match=r"multi-branch blocks already \(0\): csla.merge"):
             again(hs)
     with pytest.raises(ValueError, match="model holds no Hyper-Search or CSLA block"):
@@ -179,7 +196,9 @@ def test_depth_init_by_hand():
         if block.scale_identity is not None:
             assert torch.equal(block.scale_identity.weight, torch.ones(widths[n + 1], dtype=torch.float64))
     all_at = csla.hyper_search_model(nn.Sequential(*layers), init=1)
-    assert all(bool((scale == 1).all()) for value in csla.extract_scales(all_at).values() for scale in value.tensors().values())
+    assert all(
+        bool((scale == 1).all()) for value in csla.extract_scales(all_at).values() for scale in value.tensors().values()
+    )
 
 
 @named("init", ["ones", math.nan, math.inf, True, None, [1.0]])
@@ -191,8 +210,12 @@ def test_init_is_checked(init):
 def test_scales_train_and_do_not_decay():
     hs = csla.hyper_search_model(Tree())
     decays, stays = gr.param_groups(hs, 0.1)
-    assert {"stem.conv.scale_conv.weight", "last.scale_1x1.weight", "body.0.bias", "stem.norm.weight"} <= set(stays["param_names"])
-    assert {"body.0.scale_identity.weight", "body.0.conv_1x1.weight", "body.0.conv.weight"} <= set(decays["param_names"])
+    assert {"stem.conv.scale_conv.weight", "last.scale_1x1.weight", "body.0.bias", "stem.norm.weight"} <= set(
+        stays["param_names"]
+    )
+    assert {"body.0.scale_identity.weight", "body.0.conv_1x1.weight", "body.0.conv.weight"} <= set(
+        decays["param_names"]
+    )
     before = csla.extract_scales(hs)
     opt = torch.optim.SGD([decays, stays], lr=0.1)
     hs(torch.randn(4, 3, 12, 12)).square().sum().backward()
@@ -259,7 +282,9 @@ def test_unbatched_and_channels_last_input():
     block = csla.csla_model(model, random_scales(model))[0]
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     torch.testing.assert_close(block(x[1]), block(x)[1], rtol=0, atol=FORWARD_TOLERANCE)
-    torch.testing.assert_close(block(x.contiguous(memory_format=torch.channels_last)), block(x), rtol=0, atol=FORWARD_TOLERANCE)
+    torch.testing.assert_close(
+        block(x.contiguous(memory_format=torch.channels_last)), block(x), rtol=0, atol=FORWARD_TOLERANCE
+    )
 
 
 def test_memory_format_and_frozen_weights_stay():
@@ -312,7 +337,9 @@ def test_modes_stay():
         modes = {name: module.training for name, module in explicit.named_modules()}
         assert all(training == (not name.startswith("body")) for name, training in modes.items())
         for fold_norm in (False, True):
-            assert [m.training for m in csla.merge(explicit, fold_norm).modules()] == [m.training for m in tree.modules()]
+            assert [m.training for m in csla.merge(explicit, fold_norm).modules()] == [
+                m.training for m in tree.modules()
+            ]
 
 
 def test_a_block_shares_nothing_with_its_merged_conv():
@@ -363,7 +390,9 @@ def test_fold_norm_takes_every_plain_pair_and_leaves_the_rest(caplog):
 
 
 def test_random_numbers_move_as_nn_conv2d_moves_them():
-    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 5, padding=2), nn.BatchNorm2d(6))
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 5, padding=2), nn.BatchNorm2d(6)
+    )
     torch.manual_seed(7)
     drawn = [nn.Conv2d(4, 6, 1, groups=2, bias=False).weight, nn.Conv2d(6, 6, 1, bias=False).weight]
     after = torch.rand(1)
@@ -426,7 +455,9 @@ def test_reinitialize_wants_fresh_norms():
     trained = copy.deepcopy(tree)
     trained(torch.randn(2, 3, 12, 12))
     refused(
-        trained, scales, "needs an untrained model, force=True goes ahead: the norm after body.0 has seen 1 batches; the norm after last has seen 1 batches"
+        trained,
+        scales,
+        "needs an untrained model, force=True goes ahead: the norm after body.0 has seen 1 batches; the norm after last has seen 1 batches",
     )
     moved = copy.deepcopy(tree)
     moved.last_norm.running_var[0] = 2
@@ -497,7 +528,9 @@ def test_csla_equals_grad_mult(case: Equivalence):
     """Explicit branches under torch.optim.SGD, then merged, against the plain network under FusedRepSGD (RepOptimizers, Appendix A)."""
     plain = network(GEOMETRY[case.geometry])
     scales = random_scales(plain, one_by_one=case.one_by_one, searched=case.searched_identity)
-    signs = torch.cat([t for value in scales.values() for branch, t in value.tensors().items() if branch != "identity"]).sign()
+    signs = torch.cat(
+        [t for value in scales.values() for branch, t in value.tensors().items() if branch != "identity"]
+    ).sign()
     assert (signs < 0).double().mean() >= 0.4
     torch.manual_seed(5)
     explicit = csla.csla_model(plain, scales)
@@ -509,7 +542,9 @@ def test_csla_equals_grad_mult(case: Equivalence):
     max_norm = math.inf if case.max_norm is None else case.max_norm
     sgd = torch.optim.SGD(gr.param_groups(explicit, decay), foreach=False, **options)
     rep = gr.FusedRepSGD(gr.param_groups(plain, decay), grad_mults=csla.grad_mults(plain, scales), **options)
-    norms = train(explicit, sgd, lambda opt: torch.nn.utils.clip_grad_norm_(explicit.parameters(), max_norm, foreach=False))
+    norms = train(
+        explicit, sgd, lambda opt: torch.nn.utils.clip_grad_norm_(explicit.parameters(), max_norm, foreach=False)
+    )
     rep_norms = train(plain, rep, lambda opt: opt.clip_grad_norm_(max_norm))
     if case.max_norm is not None:
         assert sum(norm > max_norm for norm in norms) >= 10
@@ -535,7 +570,9 @@ def test_the_equivalence_is_not_a_matter_of_course(wrong):
         mults = {}
     elif wrong == "signed":
         s = scales["3"].kxk
-        mults[plain[3].weight] = gr.GradMult((mults[plain[3].weight].scale * s.sign().view(-1, 1, 1, 1)).clamp(min=0), torch.ones(8))
+        mults[plain[3].weight] = gr.GradMult(
+            (mults[plain[3].weight].scale * s.sign().view(-1, 1, 1, 1)).clamp(min=0), torch.ones(8)
+        )
     elif wrong == "identity_scale_squared":
         mults[plain[3].weight] = gr.GradMult(mults[plain[3].weight].scale, scales["3"].identity.square())
     groups = gr.param_groups(explicit, 0.05)

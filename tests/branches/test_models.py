@@ -22,7 +22,13 @@ SHAPES = {
     "l2": ((8, 14, 24, 1), (160, 320, 640, 2560)),
 }
 # Counted by hand: Σ 9·I·O of the 3x3s (+ 1x1 shortcuts), 2·O per norm, 513 per class (10).
-CIFAR = {"vgg11": (9_228_362, 8), "vgg13": (9_413_066, 10), "vgg16": (14_724_042, 13), "vgg19": (20_035_018, 16), "resnet18": (11_173_962, 17)}
+CIFAR = {
+    "vgg11": (9_228_362, 8),
+    "vgg13": (9_413_066, 10),
+    "vgg16": (14_724_042, 13),
+    "vgg19": (20_035_018, 16),
+    "resnet18": (11_173_962, 17),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +72,9 @@ def test_repopt_vgg_sizes_names_and_strides(name):
     out = [64] + [width for count, width in zip(counts, widths) for _ in range(count)]
     assert [c.out_channels for c in convs.values()] == out
     assert [c.in_channels for c in convs.values()] == [3, *out[:-1]]
-    assert [c.stride for c in convs.values()] == [(2, 2) if block == "stage0" or block.endswith(".0") else (1, 1) for block in blocks]
+    assert [c.stride for c in convs.values()] == [
+        (2, 2) if block == "stage0" or block.endswith(".0") else (1, 1) for block in blocks
+    ]
     assert all(c.kernel_size == (3, 3) and c.padding == (1, 1) and c.bias is None for c in convs.values())
     assert all(isinstance(model.get_submodule(f"{block}.bn"), nn.BatchNorm2d) for block in blocks)
     assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
@@ -113,13 +121,19 @@ def test_small_trains_and_merges_in_every_mode(mode, se):
 
 def test_squeeze_excite_by_hand():
     model = models.repopt_vgg_small(se=True)
-    assert {n for n, m in model.stage2[1].named_modules() if isinstance(m, nn.Conv2d)} == {"conv", "post_se.down", "post_se.up"}
+    assert {n for n, m in model.stage2[1].named_modules() if isinstance(m, nn.Conv2d)} == {
+        "conv",
+        "post_se.down",
+        "post_se.up",
+    }
     se = model.stage2[1].post_se
     assert se.down.weight.shape == (16, 64, 1, 1)
     assert se.up.bias.shape == (64,)
     x = torch.randn(2, 64, 3, 5)
     mean = x.mean((2, 3))
-    gate = torch.sigmoid(F.linear(F.relu(F.linear(mean, se.down.weight[..., 0, 0], se.down.bias)), se.up.weight[..., 0, 0], se.up.bias))
+    gate = torch.sigmoid(
+        F.linear(F.relu(F.linear(mean, se.down.weight[..., 0, 0], se.down.bias)), se.up.weight[..., 0, 0], se.up.bias)
+    )
     torch.testing.assert_close(se(x), x * gate[:, :, None, None])
     block = model.stage2[1]
     torch.testing.assert_close(block(x), se(F.relu(block.bn(block.conv(x)))))
@@ -150,7 +164,9 @@ def test_cifar_networks(name):
     assert len([m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]) == convs
     for pixels in (32, 16):
         assert model(torch.empty(2, 3, pixels, pixels, device="meta")).shape == (2, 10)
-    assert on_meta(getattr(models, name), num_classes=7, in_channels=1)(torch.empty(2, 1, 32, 32, device="meta")).shape == (2, 7)
+    assert on_meta(getattr(models, name), num_classes=7, in_channels=1)(
+        torch.empty(2, 1, 32, 32, device="meta")
+    ).shape == (2, 7)
     hs = csla.hyper_search_model(model)
     assert len(csla.merge(hs).state_dict()) == len(model.state_dict())
     assert sum(1 for n, _ in hs.named_parameters() if n.endswith("scale_conv.weight")) == convs
@@ -160,7 +176,9 @@ def test_resnet_block_by_hand():
     block = models.resnet18().layer2[0].eval()
     x = torch.randn(2, 64, 6, 6)
     y = F.relu(block.bn1(F.conv2d(x, block.conv1.weight, stride=2, padding=1)))
-    y = block.bn2(F.conv2d(y, block.conv2.weight, padding=1)) + block.shortcut[1](F.conv2d(x, block.shortcut[0].weight, stride=2))
+    y = block.bn2(F.conv2d(y, block.conv2.weight, padding=1)) + block.shortcut[1](
+        F.conv2d(x, block.shortcut[0].weight, stride=2)
+    )
     torch.testing.assert_close(block(x), F.relu(y))
 
 
@@ -198,7 +216,11 @@ def test_repvgg_by_hand():
     def normalised(y):
         return (y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-3).sqrt()
 
-    expected = normalised(F.conv2d(x, plain[0].weight, padding=1)) + normalised(F.conv2d(x, block.convs[1].weight)) + normalised(x)
+    expected = (
+        normalised(F.conv2d(x, plain[0].weight, padding=1))
+        + normalised(F.conv2d(x, block.convs[1].weight))
+        + normalised(x)
+    )
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     assert plain[1].num_batches_tracked == 0
 
@@ -209,7 +231,9 @@ def test_acb_has_its_kernels():
 
 
 def test_branches_need_batch_norms():
-    with pytest.raises(ValueError, match="need a BatchNorm2d with running statistics after each conv, got 0: GroupNorm"):
+    with pytest.raises(
+        ValueError, match="need a BatchNorm2d with running statistics after each conv, got 0: GroupNorm"
+    ):
         models.repvgg_model(nn.Sequential(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)))
     with pytest.raises(ValueError, match="multi-branch blocks already"):
         models.acb_model(models.repopt_vgg_small("repvgg"))

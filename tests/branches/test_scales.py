@@ -80,7 +80,14 @@ def test_search_to_file_to_model(tmp_path):
     csla.save_scales(scales, str(tmp_path / "scales.pth"))
     explicit = gr.models.repopt_vgg_small("csla", 10, scales=tmp_path / "scales.pth")
     assert_same_scales(csla.extract_scales(explicit), scales)
-    assert list(scales) == ["stage0.conv", "stage1.0.conv", "stage1.1.conv", "stage2.0.conv", "stage2.1.conv", "stage2.2.conv"]
+    assert list(scales) == [
+        "stage0.conv",
+        "stage1.0.conv",
+        "stage1.1.conv",
+        "stage2.0.conv",
+        "stage2.1.conv",
+        "stage2.2.conv",
+    ]
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
@@ -114,7 +121,10 @@ def test_published_naming(tmp_path, conv_first, prefix):
 
 def test_ghost_naming(tmp_path):
     s, identity = torch.randn(4), torch.randn(4)
-    torch.save({"blocks.0.0.ghost1.fusion_scale.weight": identity, "blocks.0.0.ghost1.cheap_operation.1.weight": s}, tmp_path / "ghost.pth")
+    torch.save(
+        {"blocks.0.0.ghost1.fusion_scale.weight": identity, "blocks.0.0.ghost1.cheap_operation.1.weight": s},
+        tmp_path / "ghost.pth",
+    )
     ((name, value),) = csla.load_scales(tmp_path / "ghost.pth").items()
     assert name == "blocks.0.0.ghost1"
     assert value.one_by_one is None
@@ -182,7 +192,11 @@ def test_missing_file(tmp_path):
 
 @pytest.mark.parametrize("scales", [None, "scales.pth", [1], {"a": torch.ones(3)}, {1: BranchScales(ONES)}])
 def test_wrong_types(tmp_path, scales):
-    for use in (lambda: csla.grad_mults(small(), scales), lambda: csla.csla_model(small(), scales), lambda: csla.save_scales(scales, tmp_path / "s.pth")):
+    for use in (
+        lambda: csla.grad_mults(small(), scales),
+        lambda: csla.csla_model(small(), scales),
+        lambda: csla.save_scales(scales, tmp_path / "s.pth"),
+    ):
         with pytest.raises(TypeError, match="scales must map names to BranchScales, got"):
             use()
     assert os.listdir(tmp_path) == []
@@ -200,7 +214,10 @@ def changed(changes):
 ONES32 = torch.ones(32)
 BOTH, PLAIN, SHORT = BranchScales(ONES32, ONES32), BranchScales(ONES32), BranchScales(ONES32, None, True)
 MISFITS = {  # what differs from right scales, and what the error says
-    "missing": ({"stage1.0.conv": None, "stage2.0.conv": None}, "2 mismatches: stage1.0.conv: missing; stage2.0.conv: missing"),
+    "missing": (
+        {"stage1.0.conv": None, "stage2.0.conv": None},
+        "2 mismatches: stage1.0.conv: missing; stage2.0.conv: missing",
+    ),
     "unexpected": ({"stage3.0": PLAIN}, "1 mismatches: stage3.0: unexpected, the model has no such conv"),
     "several_convs": ({"stage2": PLAIN}, "stage2: holds 3 convs, one is needed"),
     "twice": ({"stage1.0": BOTH}, "stage1.0: stage1.0.conv has scales under another name already"),
@@ -248,7 +265,11 @@ def test_grad_mults_by_hand():
 
 def within_one_ulp(value, exact):
     """value float32, exact float64, both numpy"""
-    return bool((np.abs(value.astype(np.float64) - exact) <= np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)).all())
+    return bool(
+        (
+            np.abs(value.astype(np.float64) - exact) <= np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
+        ).all()
+    )
 
 
 def formulas(scales, kxk, one):
@@ -293,8 +314,14 @@ def thin(model):
     """`model` with at most 8 inputs per group: the same names, channels and shortcuts, a hundredth of the weights."""
     for block in [m for m in model.modules() if hasattr(m, "conv")]:
         conv = block.conv
-        groups = max(g for g in range(1, conv.in_channels + 1) if conv.in_channels % g == conv.out_channels % g == 0 and (conv.in_channels // g >= 8 or g == 1))
-        block.conv = nn.Conv2d(conv.in_channels, conv.out_channels, 3, conv.stride, padding=1, groups=groups, bias=False, device="meta")
+        groups = max(
+            g
+            for g in range(1, conv.in_channels + 1)
+            if conv.in_channels % g == conv.out_channels % g == 0 and (conv.in_channels // g >= 8 or g == 1)
+        )
+        block.conv = nn.Conv2d(
+            conv.in_channels, conv.out_channels, 3, conv.stride, padding=1, groups=groups, bias=False, device="meta"
+        )
     return model.to_empty(device="cpu")
 
 

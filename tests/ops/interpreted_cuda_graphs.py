@@ -22,7 +22,9 @@ from gradrep_kernels.ops import reference
 from gradrep_kernels.ops.triton import joint_histogram, pair_ranges, rep_grad_norm, rep_sgd_step, tables
 from gradrep_kernels.ops.triton import pair_walk as rule
 
-step_module, norm_module = (sys.modules[f"gradrep_kernels.ops.triton.{name}"] for name in ("rep_sgd_step", "rep_grad_norm"))
+step_module, norm_module = (
+    sys.modules[f"gradrep_kernels.ops.triton.{name}"] for name in ("rep_sgd_step", "rep_grad_norm")
+)
 
 
 class Graph:
@@ -73,7 +75,9 @@ class Gpu:
             monkeypatch.setattr(tables, name, function)
         monkeypatch.setattr(step_module, "_plans", tables.Plans("rep_sgd_step", tables.BLOCK, distinct=True))
         monkeypatch.setattr(step_module, "_hyper_tables", {})
-        monkeypatch.setattr(norm_module, "_plans", tables.Plans("rep_grad_norm", norm_module._plans.chunk, distinct=False))
+        monkeypatch.setattr(
+            norm_module, "_plans", tables.Plans("rep_grad_norm", norm_module._plans.chunk, distinct=False)
+        )
         monkeypatch.setattr(rule, "_displacement_tables", {})
         launch, launch_pairs = tables.Plans.launch, rule.launch
 
@@ -94,7 +98,9 @@ class Gpu:
                 return launch_pairs(op, kernel, work, **more)
             for made in more.values():  # results, and what the op derives from the map: memory of the graph
                 self.graph.own[id(made)] = made
-            return self.graph.launch(lambda **named: kernel[(work.programs,)](**named, **rule.options()), **work.arguments, **more)
+            return self.graph.launch(
+                lambda **named: kernel[(work.programs,)](**named, **rule.options()), **work.arguments, **more
+            )
 
         monkeypatch.setattr(tables.Plans, "launch", launch_or_record)
         monkeypatch.setattr(rule, "launch", launch_pairs_or_record)
@@ -109,7 +115,9 @@ class Gpu:
             self.uploads += 1
             return table.clone()
         where = table.data_ptr()
-        assert any(b.data_ptr() <= where < b.data_ptr() + len(b) for b in self.blocks), "a copy from memory that is not pinned inside a capture"
+        assert any(b.data_ptr() <= where < b.data_ptr() + len(b) for b in self.blocks), (
+            "a copy from memory that is not pinned inside a capture"
+        )
         assert not wait, "a wait inside a capture"
         return self.graph.copy(table)
 
@@ -118,7 +126,12 @@ class Gpu:
 
     def forget(self) -> None:
         """What the ops remember may be dropped at any time; a graph must not need it."""
-        for memory in (step_module._plans._plans, step_module._plans._calls, step_module._hyper_tables, rule._displacement_tables):
+        for memory in (
+            step_module._plans._plans,
+            step_module._plans._calls,
+            step_module._hyper_tables,
+            rule._displacement_tables,
+        ):
             memory.clear()
         gc.collect()
 

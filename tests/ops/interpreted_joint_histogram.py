@@ -26,7 +26,9 @@ module = sys.modules["gradrep_kernels.ops.triton.joint_histogram"]
 def assert_interpreted(x: torch.Tensor, case: Pairs, **more) -> None:
     tables.LAUNCHES.clear()
     assert_counts(x, case, **more)
-    assert tables.LAUNCHES["joint_histogram", "cpu", x.dtype] == len(more.get("modes", (False, True)))  # not the reference
+    assert tables.LAUNCHES["joint_histogram", "cpu", x.dtype] == len(
+        more.get("modes", (False, True))
+    )  # not the reference
 
 
 def test_it_is_interpreted():
@@ -62,7 +64,9 @@ def test_layouts(layout, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bins", BINS)
 def test_numbers_of_bins(bins, dtype):
-    assert_interpreted(make("8-bit" if bins % 2 == 0 else "noise", SMALL.shape, dtype), SMALL, bins=bins, modes=[bins % 3 == 0])
+    assert_interpreted(
+        make("8-bit" if bins % 2 == 0 else "noise", SMALL.shape, dtype), SMALL, bins=bins, modes=[bins % 3 == 0]
+    )
 
 
 @pytest.mark.parametrize("bins", [8, 24, 33])
@@ -111,7 +115,9 @@ def test_bins_beyond_the_most_write_nowhere_else(most, bins):
     around = torch.zeros(3, 4, most, most, dtype=torch.int64)
     x = torch.linspace(0, 1, 90).view(3, 1, 5, 6)
     ranges, _ = reference.pair_ranges(x, SMALL.flat_displacements(), [1, 1], False)
-    joint_histogram_(around[1:2], x, SMALL.flat_displacements(), ranges, torch.full((1, 4), bins, dtype=torch.int32), [1, 1], False)
+    joint_histogram_(
+        around[1:2], x, SMALL.flat_displacements(), ranges, torch.full((1, 4), bins, dtype=torch.int32), [1, 1], False
+    )
     assert not around[0].any()
     assert not around[2].any()
 

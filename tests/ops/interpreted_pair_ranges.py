@@ -23,7 +23,10 @@ SMALL = Pairs("small", (3, 2, 5, 6))
 def few_channels(x: torch.Tensor, case: Pairs) -> torch.Tensor:
     """The first channels, at least one."""
     n, _, h, w = x.shape
-    places, groups = n * (h + 2 * case.padding[0]) * (w + 2 * case.padding[1]), -(-len(case.flat_displacements()) // (2 * rule.GROUP.value))
+    places, groups = (
+        n * (h + 2 * case.padding[0]) * (w + 2 * case.padding[1]),
+        -(-len(case.flat_displacements()) // (2 * rule.GROUP.value)),
+    )
     return x[:, : max(1, 16 // (groups * -(-places // 1024)))]
 
 

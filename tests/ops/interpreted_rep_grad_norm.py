@@ -80,7 +80,11 @@ def test_one_launch_per_dtype_and_the_wider_result():
 
 def test_what_the_kernel_does_not_take_goes_to_the_reference():
     on_any_device.test_kernel_on_what_is_unusual("triton", "cpu")
-    columns = [torch.randn(6, 8)[:, ::2], torch.randn(30), torch.randn(5, dtype=torch.complex64)], [torch.rand(6, 1), None, torch.rand(5)], [None] * 3
+    columns = (
+        [torch.randn(6, 8)[:, ::2], torch.randn(30), torch.randn(5, dtype=torch.complex64)],
+        [torch.rand(6, 1), None, torch.rand(5)],
+        [None] * 3,
+    )
     assert_norm(*columns)
 
 

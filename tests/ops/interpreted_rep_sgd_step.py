@@ -20,7 +20,10 @@ from gradrep_kernels.ops.triton import rep_sgd_step, tables
 
 BLOCK = tables.BLOCK[torch.float32]
 SHAPES = {
-    **{name: cases.SHAPES[name] for name in ("empty", "scalar", "one", "prime", "conv_5x5", "conv_3x5", "conv_2x2", "grouped", "depthwise")},
+    **{
+        name: cases.SHAPES[name]
+        for name in ("empty", "scalar", "one", "prime", "conv_5x5", "conv_3x5", "conv_2x2", "grouped", "depthwise")
+    },
     "block": (BLOCK,),
     "block_minus_1": (BLOCK - 1,),
     "block_plus_1": (BLOCK + 1,),
@@ -63,7 +66,9 @@ def test_it_is_interpreted():
 @pytest.mark.parametrize("form", list(cases.scale_shapes((2, 2, 3, 3))))
 def test_every_form_of_multiplier(form, channels_last):
     for identity in (False, True):
-        assert_step(Problem(SHAPES.values(), form, identity, hypers=FOUR_GROUPS, channels_last=channels_last, first=identity))
+        assert_step(
+            Problem(SHAPES.values(), form, identity, hypers=FOUR_GROUPS, channels_last=channels_last, first=identity)
+        )
 
 
 @pytest.mark.parametrize("hyper", cases.HYPERS, ids=on_any_device.HYPER_IDS)
@@ -121,10 +126,15 @@ def test_unscaling_and_overflow():
     for dtype in (torch.float32, torch.float64, torch.float16):
         problem = Problem(SHAPES.values(), dtype=dtype, hypers=FOUR_GROUPS)
         for scale, found_inf in ((3.0, None), (3.0, 0.0), (None, 0.0)):
-            amp = {"grad_scale": scale and torch.tensor(scale), "found_inf": None if found_inf is None else torch.tensor([found_inf])}
+            amp = {
+                "grad_scale": scale and torch.tensor(scale),
+                "found_inf": None if found_inf is None else torch.tensor([found_inf]),
+            }
             assert_step(problem, **amp)
     for overflow in (1.0, 2, -1.0, float("nan"), torch.tensor(1e-300, dtype=torch.float64), torch.tensor(True)):
-        assert_same_bits(run(problem.clone(), grad_scale=torch.tensor(3.0), found_inf=torch.as_tensor(overflow)), problem)
+        assert_same_bits(
+            run(problem.clone(), grad_scale=torch.tensor(3.0), found_inf=torch.as_tensor(overflow)), problem
+        )
 
 
 def test_zeros_infinities_and_nan_pass_through():
@@ -136,7 +146,9 @@ def test_the_sign_of_zero():
     for hyper in cases.HYPERS:
         for first in (False, True):
             problem = Problem([(64,)], "number", hypers=(hyper,), first=first)
-            problem.params, problem.grads, problem.buffers = ([t.flatten().clone()] for t in torch.meshgrid(values, values, values, indexing="ij"))
+            problem.params, problem.grads, problem.buffers = (
+                [t.flatten().clone()] for t in torch.meshgrid(values, values, values, indexing="ij")
+            )
             expected, actual = expect(problem), run(problem)
             for a, b in zip(actual.params + actual.buffers, expected.params + expected.buffers):
                 assert torch.equal(a.signbit(), b.signbit())
@@ -250,7 +262,9 @@ CHANGES = {
     "new gradients": lambda p: setattr(p, "grads", [g.clone() * 2 for g in p.grads]),
     "a parameter moved": lambda p: p.params[0].set_(p.params[0].clone()),
     "a buffer moved": lambda p: p.buffers[0].set_(p.buffers[0].clone()),
-    "one gradient with other strides": lambda p: p.grads.__setitem__(0, p.grads[0].contiguous(memory_format=torch.channels_last)),
+    "one gradient with other strides": lambda p: p.grads.__setitem__(
+        0, p.grads[0].contiguous(memory_format=torch.channels_last)
+    ),
     "and all of that parameter": lambda p: replace(p, 0, lambda t: t.contiguous(memory_format=torch.channels_last)),
     "other strides at the same addresses": lambda p: replace(p, 1, channels_last_in_place),
     "another shape at the same addresses": lambda p: replace(p, 2, lambda t: t.view(14, 5)),
@@ -264,7 +278,9 @@ CHANGES = {
     "scale of another dtype": lambda p: p.scales.__setitem__(0, p.scales[0].double()),
     "that scale written in place": lambda p: p.scales[0].mul_(3),
     "no identity": lambda p: setattr(p, "identities", [None] * 3),
-    "fewer parameters": lambda p: [getattr(p, name).pop() for name in ("params", "grads", "buffers", "scales", "identities", "first", "groups")],
+    "fewer parameters": lambda p: [
+        getattr(p, name).pop() for name in ("params", "grads", "buffers", "scales", "identities", "first", "groups")
+    ],
 }
 
 

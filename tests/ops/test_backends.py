@@ -41,7 +41,12 @@ def test_a_request_that_cannot_be_met_says_why(name):
     device = "cpu" if name != "cpp" else "cuda"
     if name == "triton" and backends.report(("cpu",))[0]["triton"] == "available":
         pytest.skip("Triton interprets kernels on the CPU here")
-    with gr.use_backend(name), pytest.raises(RuntimeError, match=f"backend '{name}' was asked for, but cannot serve rep_sgd_step on {device}: ."):
+    with (
+        gr.use_backend(name),
+        pytest.raises(
+            RuntimeError, match=f"backend '{name}' was asked for, but cannot serve rep_sgd_step on {device}: ."
+        ),
+    ):
         backends.implementation("rep_sgd_step", device)
 
 
@@ -54,18 +59,29 @@ def test_cuda_without_a_gpu_says_why():
 
 
 def test_a_gpu_takes_cuda_first_then_triton(monkeypatch):
-    available = {"cuda": ("joint_histogram",), "triton": ("joint_histogram", "rep_sgd_step"), "reference": tuple(ops.OPS)}
+    available = {
+        "cuda": ("joint_histogram",),
+        "triton": ("joint_histogram", "rep_sgd_step"),
+        "reference": tuple(ops.OPS),
+    }
 
     def load(backend, op, device):
         return (backend,) if op in available.get(backend, ()) else f"{backend} has no {op}"
 
     monkeypatch.setattr(backends, "_load", load)
     with gr.use_backend("auto"):
-        assert [backends.implementation(op, "cuda") for op in ("joint_histogram", "rep_sgd_step", "rep_grad_norm")] == [("cuda",), ("triton",), ("reference",)]
+        assert [backends.implementation(op, "cuda") for op in ("joint_histogram", "rep_sgd_step", "rep_grad_norm")] == [
+            ("cuda",),
+            ("triton",),
+            ("reference",),
+        ]
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="one of auto, reference, cpp, triton, cuda, got 'fast'"), gr.use_backend("fast"):
+    with (
+        pytest.raises(ValueError, match="one of auto, reference, cpp, triton, cuda, got 'fast'"),
+        gr.use_backend("fast"),
+    ):
         pass
 
 
@@ -80,7 +96,9 @@ def test_the_block_ends():
 
 def test_the_environment_forces():
     code = "import gradrep_kernels.ops.backends as b; print(b.forced(), b.implementation('rep_grad_norm', 'cpu').__module__)"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "GRADREP_BACKEND": "reference"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "GRADREP_BACKEND": "reference"}, capture_output=True, text=True
+    )
     assert done.stdout.split() == ["reference", "gradrep_kernels.ops.reference.rep_grad_norm"]
 
 

@@ -20,12 +20,17 @@ TABLES = {"chunks": "*i32", "geometry": "*i32", "pointers": "*i64"}
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled")
 
-STEP_VARIANTS = list(itertools.product(tables.COMPUTE, (False, True), (False, True)))  # dtype, grad_scale given, found_inf given
+STEP_VARIANTS = list(
+    itertools.product(tables.COMPUTE, (False, True), (False, True))
+)  # dtype, grad_scale given, found_inf given
 MOST_REGISTERS = 64  # eight blocks of 128 threads per multiprocessor
 
 
 def names(variant) -> str:
-    return "-".join([str(variant[0]).removeprefix("torch.")] + [name for name, given in zip(("unscale", "found_inf"), variant[1:]) if given])
+    return "-".join(
+        [str(variant[0]).removeprefix("torch.")]
+        + [name for name, given in zip(("unscale", "found_inf"), variant[1:]) if given]
+    )
 
 
 def compiled(kernel, dtype, target, types, constants) -> compile_gate.Compiled:
@@ -46,7 +51,9 @@ def test_rep_sgd_step(variant, target):
     dtype, unscales, _ = variant
     wide = TYPE[tables.COMPUTE[dtype]]
     constants = {name: None for name, given in zip(("grad_scale", "found_inf"), variant[1:]) if not given}
-    made = compiled(rep_sgd_step_kernel, dtype, target, {"hyper": wide, "grad_scale": wide, "found_inf": "*fp32"}, constants)
+    made = compiled(
+        rep_sgd_step_kernel, dtype, target, {"hyper": wide, "grad_scale": wide, "found_inf": "*fp32"}, constants
+    )
     assert made.wide_loads >= 3 * accesses(dtype, target)  # parameter, gradient, buffer
     assert made.wide_stores >= (3 if unscales else 2) * accesses(dtype, target)
     assert made.claims_of_alignment() == [True] * 3  # once for each tensor, and not on the path of unaligned ones

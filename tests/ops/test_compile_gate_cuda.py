@@ -32,7 +32,11 @@ def built(tmp_path_factory):
 @pytest.fixture(scope="session")
 def compiled(built):
     def find(kernel: str, dtype: str, target: str, constant: str = "") -> compile_gate.Compiled:
-        (found,) = (made for (name, of), made in built[1].items() if of == target and f"{kernel}I{constant}{DTYPES[dtype]}E" in name)
+        (found,) = (
+            made
+            for (name, of), made in built[1].items()
+            if of == target and f"{kernel}I{constant}{DTYPES[dtype]}E" in name
+        )
         return found
 
     return find
@@ -54,7 +58,9 @@ def assert_sound(made: compile_gate.Compiled, dtype: str) -> None:
 def test_joint_histogram_in_private_tables(compiled, dtype, target):
     made = compiled("joint_histogram_kernel", dtype, target, "Lb1E")
     assert_sound(made, dtype)
-    assert made.count(r"ATOMS\.POPC\.INC") >= 4 + 1  # of four pixels in tiles, of pairs: it counts the threads that want one address
+    assert (
+        made.count(r"ATOMS\.POPC\.INC") >= 4 + 1
+    )  # of four pixels in tiles, of pairs: it counts the threads that want one address
     assert not made.count(r"ATOMS\.(ADD|CAS)|ATOM\.")
     assert made.count(r"REDG?\.E\.ADD\.64") > 0  # tables into the result
     assert dtype == "float64" or made.count(rf"LDG\.E\.{WORDS[dtype]}\b") > 0
@@ -104,11 +110,24 @@ def test_the_module_loads_and_registers(built, tmp_path):
     """With a CPU build of torch, and three functions of a CUDA build made up: nothing else is missing."""
     (tmp_path / "stand_in.cpp").write_text(STAND_IN)
     setup_py, module = compile_gate.setup_py(), tmp_path / "_C_cuda.abi3.so"
-    folders = [f"-{flag}{folder}" for folder in (*setup_py.cuda_library_folders(), *cpp_extension.library_paths()) for flag in ("L", "Wl,-rpath,")]
+    folders = [
+        f"-{flag}{folder}"
+        for folder in (*setup_py.cuda_library_folders(), *cpp_extension.library_paths())
+        for flag in ("L", "Wl,-rpath,")
+    ]
     sources = [compile_gate.ROOT / "csrc" / "module.cpp", tmp_path / "stand_in.cpp", *built[0]]
     flags = ["-shared", "-fPIC", "-DTORCH_EXTENSION_NAME=_C_cuda", f"-I{sysconfig.get_path('include')}", *folders]
     libraries = ["-lcudart", "-ltorch", "-ltorch_cpu", "-lc10"]
     linked = subprocess.run(["g++", *flags, *sources, *libraries, "-o", module], capture_output=True, text=True)
     assert linked.returncode == 0, linked.stderr
     loaded = subprocess.run([sys.executable, "-c", LOAD, module], cwd=compile_gate.ROOT, capture_output=True, text=True)
-    assert loaded.stdout.split() == ["pair_ranges", "True", "joint_histogram", "True", "joint_histogram_", "True", "rep_sgd_step", "False"], loaded.stderr
+    assert loaded.stdout.split() == [
+        "pair_ranges",
+        "True",
+        "joint_histogram",
+        "True",
+        "joint_histogram_",
+        "True",
+        "rep_sgd_step",
+        "False",
+    ], loaded.stderr

@@ -32,7 +32,9 @@ def compiled(kernel, dtype, target, constants, types: Mapping[str, str] | None =
     wide = TYPE[compute_dtype(dtype)]
     types = {"x": TYPE[dtype], "ranges": wide, "ends": wide, **TABLES, **(types or {})}
     options = rule.options(compile_gate.TARGETS[target].warp_size)
-    return compile_gate.compile_variant(kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, constants, target, **options)
+    return compile_gate.compile_variant(
+        kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, constants, target, **options
+    )
 
 
 def assert_rounds_as_the_reference(made: compile_gate.Compiled, dtype) -> None:
@@ -47,7 +49,9 @@ def assert_rounds_as_the_reference(made: compile_gate.Compiled, dtype) -> None:
 @pytest.mark.parametrize("target", compile_gate.TARGETS)
 @pytest.mark.parametrize(("dtype", "cells"), HISTOGRAM_VARIANTS, ids=str)
 def test_joint_histogram(dtype, cells, target):
-    made = compiled(joint_histogram_kernel, dtype, target, {"CELLS": cells, "BLOCK": block(compile_gate.TARGETS[target].warp_size)})
+    made = compiled(
+        joint_histogram_kernel, dtype, target, {"CELLS": cells, "BLOCK": block(compile_gate.TARGETS[target].warp_size)}
+    )
     assert made.spills == 0
     assert made.registers <= MOST_REGISTERS or dtype == torch.float64
     assert made.shared == (4 * FIRST.value if cells else 0)

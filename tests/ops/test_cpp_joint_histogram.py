@@ -46,7 +46,9 @@ def check(x, displacements, padding, remove_near, *, bins=None, ranges=None, thr
         expected = reference.joint_histogram(x, displacements, ranges, numbers, most, padding, remove_near)
         for count in threads:
             torch.set_num_threads(count)
-            assert torch.equal(cpp("joint_histogram")(x, displacements, ranges, numbers, most, padding, remove_near), expected)
+            assert torch.equal(
+                cpp("joint_histogram")(x, displacements, ranges, numbers, most, padding, remove_near), expected
+            )
             sevens = torch.full_like(expected, 7)
             cpp("joint_histogram_")(sevens, x, displacements, ranges, numbers, padding, remove_near)
             assert torch.equal(sevens, expected + 7)
@@ -87,7 +89,9 @@ MANY_PIXELS = {
 def test_many_pixels(case, kind, layout):
     shape, radius = MANY_PIXELS[case]
     x = laid_out(make(kind, shape, torch.float32), layout)
-    displacements = [v for i in range(radius + 1) for j in range(-radius, radius + 1) if (i, j) > (0, 0) for v in (i, j)]
+    displacements = [
+        v for i in range(radius + 1) for j in range(-radius, radius + 1) if (i, j) > (0, 0) for v in (i, j)
+    ]
     five = torch.full((shape[1], len(displacements) // 2), 5, dtype=torch.int32)
     check(x, displacements, [radius, radius], False, bins=five, threads=(1,))
 
@@ -102,7 +106,9 @@ def test_many_pixels_and_displacements_of_any_direction(seed):
 
 
 @pytest.mark.parametrize("remove_near", [False, True])
-@pytest.mark.parametrize("most", [2, 31, 32, 255, 256, 300])  # the last of cubes, uint8 and tables, and the first without
+@pytest.mark.parametrize(
+    "most", [2, 31, 32, 255, 256, 300]
+)  # the last of cubes, uint8 and tables, and the first without
 def test_any_number_of_bins(most, remove_near):
     x = make("noise", (12, 5, 40, 41), torch.float32)
     displacements = [0, 1, 1, -1, 1, 0, 1, 1, 2, 0]
@@ -118,7 +124,9 @@ def test_the_largest_table():
     ranges, _ = reference.pair_ranges(x, [0, 1], [0, 0], False)
     bins = torch.full((1, 1), MAX_BINS // 8, dtype=torch.int32)
     found = cpp("joint_histogram")(x, [0, 1], ranges, bins, MAX_BINS // 8, [0, 0], False)
-    assert torch.equal(found.nonzero(), reference.joint_histogram(x, [0, 1], ranges, bins, MAX_BINS // 8, [0, 0], False).nonzero())
+    assert torch.equal(
+        found.nonzero(), reference.joint_histogram(x, [0, 1], ranges, bins, MAX_BINS // 8, [0, 0], False).nonzero()
+    )
 
 
 @pytest.mark.parametrize("padding", [(1, 0), (1, 2)], ids=["little padding", "enough padding"])
@@ -167,10 +175,14 @@ def test_nothing_to_count(empty, remove_near):
     ranges, n = cpp("pair_ranges")(x, displacements, padding, remove_near)
     assert torch.equal(ranges, expected)
     assert torch.equal(n, expected_n)
-    counts = cpp("joint_histogram")(x, displacements, ranges, torch.ones(empty[1], 2, dtype=torch.int32), 3, padding, remove_near)
+    counts = cpp("joint_histogram")(
+        x, displacements, ranges, torch.ones(empty[1], 2, dtype=torch.int32), 3, padding, remove_near
+    )
     assert counts.shape == (empty[1], 2, 3, 3)
     assert not counts.any()
-    cpp("joint_histogram_")(counts.fill_(7), x, displacements, ranges, torch.ones(empty[1], 2, dtype=torch.int32), padding, remove_near)
+    cpp("joint_histogram_")(
+        counts.fill_(7), x, displacements, ranges, torch.ones(empty[1], 2, dtype=torch.int32), padding, remove_near
+    )
     assert (counts == 7).all()
 
 
@@ -186,10 +198,16 @@ WRONG = {
     "bins above the most": (dict(bins=[[4, 9]]), "bins must be between 1 and max_bins"),
     "no bin": (dict(bins=[[4, 0]]), "bins must be between 1 and max_bins"),
     "most above the limit": (dict(most=MAX_BINS + 1), f"max_bins must be between 1 and {MAX_BINS}"),
-    "ranges of another dtype": (dict(ranges=torch.zeros(1, 2, 2, 2, dtype=torch.float64)), r"ranges must be \[C, D, 2, 2\]"),
+    "ranges of another dtype": (
+        dict(ranges=torch.zeros(1, 2, 2, 2, dtype=torch.float64)),
+        r"ranges must be \[C, D, 2, 2\]",
+    ),
     "ranges of another shape": (dict(ranges=torch.zeros(1, 1, 2, 2)), r"ranges must be \[C, D, 2, 2\]"),
     "three dimensions": (dict(x=torch.zeros(2, 3, 4)), "x must be a map"),
-    "integers": (dict(x=torch.zeros(2, 1, 4, 4, dtype=torch.int32), ranges=torch.zeros(1, 2, 2, 2)), "x must be float32"),
+    "integers": (
+        dict(x=torch.zeros(2, 1, 4, 4, dtype=torch.int32), ranges=torch.zeros(1, 2, 2, 2)),
+        "x must be float32",
+    ),
     "half a displacement": (dict(displacements=[0, 1, 1]), "displacements must be pairs"),
     "negative padding": (dict(padding=[-1, 0]), "padding must be two numbers"),
     "a plane past 2^30 pixels": (dict(padding=[1 << 20, 1 << 20]), "fewer than 2.30 pixels"),
@@ -199,10 +217,28 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_the_op_refuses_what_would_write_out_of_bounds(case):
     change, message = WRONG[case]
-    arguments = dict(x=torch.zeros(2, 1, 4, 4), displacements=[0, 1, 1, 0], ranges=torch.zeros(1, 2, 2, 2), bins=[[4, 4]], most=8, padding=[0, 0]) | change
+    arguments = (
+        dict(
+            x=torch.zeros(2, 1, 4, 4),
+            displacements=[0, 1, 1, 0],
+            ranges=torch.zeros(1, 2, 2, 2),
+            bins=[[4, 4]],
+            most=8,
+            padding=[0, 0],
+        )
+        | change
+    )
     bins = torch.tensor(arguments["bins"], dtype=torch.int32)
     with pytest.raises(RuntimeError, match=message):
-        cpp("joint_histogram")(arguments["x"], arguments["displacements"], arguments["ranges"], bins, arguments["most"], arguments["padding"], False)
+        cpp("joint_histogram")(
+            arguments["x"],
+            arguments["displacements"],
+            arguments["ranges"],
+            bins,
+            arguments["most"],
+            arguments["padding"],
+            False,
+        )
 
 
 @st.composite
@@ -212,10 +248,27 @@ def drawn_cases(draw):
     shape = tuple(draw(st.integers(1, size)) for size in (6, channels, 20, 40))
     small = st.integers(-4, 4)
     displacements = draw(st.lists(st.tuples(small, small), min_size=1, max_size=9))
-    kind = draw(st.sampled_from(["noise", "relu", "sparse", "8-bit", "constant", "zeros", "NaN", "infinities", "denormal", "unlike channels"]))
+    kind = draw(
+        st.sampled_from(
+            [
+                "noise",
+                "relu",
+                "sparse",
+                "8-bit",
+                "constant",
+                "zeros",
+                "NaN",
+                "infinities",
+                "denormal",
+                "unlike channels",
+            ]
+        )
+    )
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
     x = laid_out(make(kind, shape, dtype, seed=draw(st.integers(0, 99))), draw(st.sampled_from(LAYOUTS)))
-    bins = torch.randint(1, most + 1, (shape[1], len(displacements)), generator=torch.Generator().manual_seed(most), dtype=torch.int32)
+    bins = torch.randint(
+        1, most + 1, (shape[1], len(displacements)), generator=torch.Generator().manual_seed(most), dtype=torch.int32
+    )
     padding = [draw(st.integers(0, 4)), draw(st.integers(0, 4))]
     return x, [v for d in displacements for v in d], padding, draw(st.booleans()), bins
 
@@ -226,9 +279,14 @@ def test_drawn_cases(case, threads, cut):
     x, displacements, padding, remove_near, bins = case
     check(x, displacements, padding, remove_near, bins=bins, threads=(threads,))
     ranges, n = cpp("pair_ranges")(x, displacements, padding, remove_near)
-    count = lambda part: cpp("joint_histogram")(part, displacements, ranges, bins, int(bins.max()), padding, remove_near)  # noqa: E731
+    count = lambda part: cpp("joint_histogram")(
+        part, displacements, ranges, bins, int(bins.max()), padding, remove_near
+    )  # noqa: E731
     parts = [x[:cut], x[cut:]]
     ends, numbers = zip(*(cpp("pair_ranges")(part, displacements, padding, remove_near) for part in parts))
-    assert same_bits(torch.stack((torch.minimum(*(e[..., 0] for e in ends)), torch.maximum(*(e[..., 1] for e in ends))), dim=-1), ranges)
+    assert same_bits(
+        torch.stack((torch.minimum(*(e[..., 0] for e in ends)), torch.maximum(*(e[..., 1] for e in ends))), dim=-1),
+        ranges,
+    )
     assert torch.equal(sum(numbers), n)
     assert torch.equal(sum(map(count, parts)), count(x))

@@ -38,7 +38,17 @@ class Arguments(ctypes.Structure):
 
 class Facts(ctypes.Structure):
     _fields_ = tuple(
-        (name, ctypes.c_int64) for name in ("most_shared", "blocks_at_once", "launches", "blocks", "shared", "tiled", "private_tables", "wild_writes")
+        (name, ctypes.c_int64)
+        for name in (
+            "most_shared",
+            "blocks_at_once",
+            "launches",
+            "blocks",
+            "shared",
+            "tiled",
+            "private_tables",
+            "wild_writes",
+        )
     )
 
 
@@ -48,9 +58,23 @@ def library(tmp_path_factory) -> ctypes.CDLL:
         pytest.skip("no C++ compiler")
     built = tmp_path_factory.mktemp("emulated") / "emulated_cuda.so"
     # As nvcc rounds: every product and sum on its own. A read that is not aligned, an overflow: at once the end of all tests.
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-ffp-contract=off", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-Werror",
+        "-ffp-contract=off",
+        "-shared",
+        "-fPIC",
+        f"-I{ROOT / 'csrc'}",
+    ]
     flags += ["-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error"]
-    done = subprocess.run([COMPILER, *flags, ROOT / "tests" / "support" / "emulated_cuda.cpp", "-o", built], capture_output=True, text=True)
+    done = subprocess.run(
+        [COMPILER, *flags, ROOT / "tests" / "support" / "emulated_cuda.cpp", "-o", built],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(built))
 
@@ -63,7 +87,9 @@ class Emulated:
     facts: Facts = field(default_factory=Facts)
     device: str = "cpu"
 
-    def _run(self, x, displacements, padding, remove_near, ranges, bins, max_bins, result, shared, blocks_at_once) -> None:
+    def _run(
+        self, x, displacements, padding, remove_near, ranges, bins, max_bins, result, shared, blocks_at_once
+    ) -> None:
         flat = torch.tensor(displacements, dtype=torch.int64)
         arguments = Arguments(
             DTYPES.index(x.dtype), x.data_ptr(), Four(*x.shape), Four(*x.stride()), flat.data_ptr(), len(displacements) // 2, *padding, remove_near,
@@ -75,17 +101,37 @@ class Emulated:
 
     def pair_ranges(self, x, displacements, padding, remove_near, *, shared=H100, blocks_at_once=5):
         pairs = len(displacements) // 2
-        ranges, n = x.new_zeros((x.shape[1], pairs, 2, 2), dtype=compute_dtype(x.dtype)), x.new_zeros((x.shape[1], pairs), dtype=torch.int64)
+        ranges, n = (
+            x.new_zeros((x.shape[1], pairs, 2, 2), dtype=compute_dtype(x.dtype)),
+            x.new_zeros((x.shape[1], pairs), dtype=torch.int64),
+        )
         self._run(x, displacements, padding, remove_near, ranges, None, 0, n, shared, blocks_at_once)
         return ranges, n
 
-    def joint_histogram(self, x, displacements, ranges, bins, max_bins, padding, remove_near, *, shared=H100, blocks_at_once=5):
+    def joint_histogram(
+        self, x, displacements, ranges, bins, max_bins, padding, remove_near, *, shared=H100, blocks_at_once=5
+    ):
         counts = x.new_zeros((x.shape[1], len(displacements) // 2, max_bins, max_bins), dtype=torch.int64)
-        self.joint_histogram_(counts, x, displacements, ranges, bins, padding, remove_near, shared=shared, blocks_at_once=blocks_at_once)
+        self.joint_histogram_(
+            counts, x, displacements, ranges, bins, padding, remove_near, shared=shared, blocks_at_once=blocks_at_once
+        )
         return counts
 
-    def joint_histogram_(self, counts, x, displacements, ranges, bins, padding, remove_near, *, shared=H100, blocks_at_once=5):
-        self._run(x, displacements, padding, remove_near, ranges.contiguous(), bins.contiguous(), counts.shape[-1], counts, shared, blocks_at_once)
+    def joint_histogram_(
+        self, counts, x, displacements, ranges, bins, padding, remove_near, *, shared=H100, blocks_at_once=5
+    ):
+        self._run(
+            x,
+            displacements,
+            padding,
+            remove_near,
+            ranges.contiguous(),
+            bins.contiguous(),
+            counts.shape[-1],
+            counts,
+            shared,
+            blocks_at_once,
+        )
         assert self.facts.shared <= shared
 
 
@@ -108,7 +154,9 @@ def emulated(library) -> Emulated:
     return Emulated(library)
 
 
-ON_GPU = [pytest.param(OnGPU(), id=p.id, marks=p.marks) for p in implementations.of("joint_histogram") if p.id == "cuda-cuda"]
+ON_GPU = [
+    pytest.param(OnGPU(), id=p.id, marks=p.marks) for p in implementations.of("joint_histogram") if p.id == "cuda-cuda"
+]
 
 
 def on_gpu(test):
@@ -120,7 +168,9 @@ def ops(request):
     return request.getfixturevalue("emulated") if request.param == "emulated" else request.param
 
 
-def check(ops, x, displacements, padding, remove_near, *, layout="contiguous", bins=None, ranges=None, **emulated) -> None:
+def check(
+    ops, x, displacements, padding, remove_near, *, layout="contiguous", bins=None, ranges=None, **emulated
+) -> None:
     """Ranges and counts, added to sevens, against the reference on the CPU; bins and ranges are those of x unless others are given."""
     there, x = laid_out(x.to(ops.device), layout), laid_out(x, layout)
     expected, expected_n = reference.pair_ranges(x, displacements, padding, remove_near)
@@ -131,7 +181,9 @@ def check(ops, x, displacements, padding, remove_near, *, layout="contiguous", b
     most = int(bins.max())
     expected = reference.joint_histogram(x, displacements, ranges, bins, most, padding, remove_near)
     counts = torch.full_like(expected, 7, device=ops.device)
-    ops.joint_histogram_(counts, there, displacements, ranges.to(ops.device), bins.to(ops.device), padding, remove_near, **emulated)
+    ops.joint_histogram_(
+        counts, there, displacements, ranges.to(ops.device), bins.to(ops.device), padding, remove_near, **emulated
+    )
     assert torch.equal(counts.cpu(), expected + 7)
 
 
@@ -163,11 +215,25 @@ def test_rows_that_can_be_read_four_pixels_at_a_time(ops):
     shifted = torch.nn.functional.pad(x, (1, 0))[..., 1:]
     narrow = x.flatten(2)[..., :126].view(3, 3, 7, 18)
     odd = [x.as_strided((3, 3, 8, 8), strides) for strides in ((126, 60, 8, 1), (124, 62, 8, 1))]
-    for part in (x, x[..., 4:], x[..., 4:12], x[:, 1:, 2:], x[..., 3:15], x[..., :7], x[:, :, :, ::2], shifted, narrow[..., :8], x.transpose(0, 1), *odd):
+    for part in (
+        x,
+        x[..., 4:],
+        x[..., 4:12],
+        x[:, 1:, 2:],
+        x[..., 3:15],
+        x[..., :7],
+        x[:, :, :, ::2],
+        shifted,
+        narrow[..., :8],
+        x.transpose(0, 1),
+        *odd,
+    ):
         ranges, _ = reference.pair_ranges(part.cpu(), HALF_3X3, [1, 1], False)
         bins = torch.full((part.shape[1], 4), 9, dtype=torch.int32)
         counts = ops.joint_histogram(part, HALF_3X3, ranges.to(ops.device), bins.to(ops.device), 9, [1, 1], False)
-        assert torch.equal(counts.cpu(), reference.joint_histogram(part.cpu(), HALF_3X3, ranges, bins, 9, [1, 1], False))
+        assert torch.equal(
+            counts.cpu(), reference.joint_histogram(part.cpu(), HALF_3X3, ranges, bins, 9, [1, 1], False)
+        )
         assert ops.device == "cuda" or ops.facts.tiled == ops.facts.blocks
 
 
@@ -175,8 +241,22 @@ WAYS = {
     # shape, layout, displacements, padding, bins: (whether tiles of bin numbers are used, whether tables are private, blocks if 8 run at once)
     "3x3": ((32, 2, 32, 32), "contiguous", HALF_3X3, (1, 1), 23, (True, True, 2 * 4)),
     "7x7: all displacements at once": ((32, 2, 32, 32), "contiguous", HALF_7X7, (3, 3), 24, (True, True, 2 * 4)),
-    "channels_last: eight channels at once": ((20, 19, 16, 16), "channels_last", HALF_3X3, (1, 1), 20, (True, True, 3 * 2)),
-    "7x7, channels_last: displacements in groups": ((3, 9, 16, 16), "channels_last", HALF_7X7, (3, 3), 20, (True, True, 2 * 5)),
+    "channels_last: eight channels at once": (
+        (20, 19, 16, 16),
+        "channels_last",
+        HALF_3X3,
+        (1, 1),
+        20,
+        (True, True, 3 * 2),
+    ),
+    "7x7, channels_last: displacements in groups": (
+        (3, 9, 16, 16),
+        "channels_last",
+        HALF_7X7,
+        (3, 3),
+        20,
+        (True, True, 2 * 5),
+    ),
     "bands of an image": ((1, 1, 400, 300), "contiguous", HALF_7X7, (3, 3), 20, (True, True, 8)),
     "a band in more shared memory": ((2, 1, 3, 20000), "contiguous", HALF_3X3, (1, 1), 20, (True, True, 6)),
     "rows too long for a tile": ((1, 1, 3, 130000), "contiguous", HALF_3X3, (1, 1), 20, (False, True, 5)),
@@ -192,13 +272,24 @@ def test_ways(emulated, way):
     """That the cheap ways are taken where they can be, and how the work is dealt."""
     shape, layout, displacements, padding, bins, (tiled, private_tables, blocks) = WAYS[way]
     bins = torch.full((shape[1], len(displacements) // 2), bins, dtype=torch.int32)
-    check(emulated, make("noise", shape, torch.float32), displacements, list(padding), False, layout=layout, bins=bins, blocks_at_once=8)
+    check(
+        emulated,
+        make("noise", shape, torch.float32),
+        displacements,
+        list(padding),
+        False,
+        layout=layout,
+        bins=bins,
+        blocks_at_once=8,
+    )
     assert emulated.facts.blocks == blocks
     assert emulated.facts.tiled == (blocks if tiled else 0)
     assert emulated.facts.private_tables == (blocks if private_tables else 0)
 
 
-@pytest.mark.parametrize(("ends", "number"), [((0.0, 4.0), 8), ((1.0, 3.0), 4), ((0.0, 3.0), 4)])  # other bins, starts, steps; the other two equal
+@pytest.mark.parametrize(
+    ("ends", "number"), [((0.0, 4.0), 8), ((1.0, 3.0), 4), ((0.0, 3.0), 4)]
+)  # other bins, starts, steps; the other two equal
 def test_one_unlike_channel_of_a_block(emulated, ends, number):
     """Channels of a block may have pixels of one bin number, or of many."""
     x = make("noise", (5, 20, 8, 8), torch.float32)
@@ -245,8 +336,12 @@ def test_bins_out_of_range_are_no_wild_writes(ops, bins):
     x = make("noise", (2, 3, 8, 8), torch.float32)
     ranges, _ = reference.pair_ranges(x, HALF_3X3, [1, 1], False)
     given = torch.full((3, 4), bins, dtype=torch.int32)
-    counts = ops.joint_histogram(x.to(ops.device), HALF_3X3, ranges.to(ops.device), given.to(ops.device), 8, [1, 1], False)
-    assert torch.equal(counts.cpu(), reference.joint_histogram(x, HALF_3X3, ranges, given.clamp(1, 8), 8, [1, 1], False))
+    counts = ops.joint_histogram(
+        x.to(ops.device), HALF_3X3, ranges.to(ops.device), given.to(ops.device), 8, [1, 1], False
+    )
+    assert torch.equal(
+        counts.cpu(), reference.joint_histogram(x, HALF_3X3, ranges, given.clamp(1, 8), 8, [1, 1], False)
+    )
 
 
 @pytest.mark.parametrize("kind", ["noise", "NaN", "infinities", "wide"])
@@ -267,7 +362,9 @@ def test_values_next_to_the_edges(ops, bins):
     """Another rounding of one operation shows."""
     lo, hi = torch.tensor(1 / 3), torch.tensor(10 / 3)
     edges = lo + torch.arange(bins + 1) / (bins / (hi - lo))
-    x = torch.cat([edges] + [torch.nextafter(edges, torch.tensor(to)) for to in (torch.inf, -torch.inf)]).view(1, 1, 3, -1)
+    x = torch.cat([edges] + [torch.nextafter(edges, torch.tensor(to)) for to in (torch.inf, -torch.inf)]).view(
+        1, 1, 3, -1
+    )
     ranges = torch.stack((lo, hi)).expand(1, 1, 2, 2)
     check(ops, x, [0, 1], [0, 0], False, ranges=ranges, bins=torch.full((1, 1), bins, dtype=torch.int32))
 
@@ -276,8 +373,12 @@ def test_the_largest_table(ops):
     x = make("noise", (1, 1, 4, 4), torch.float32)
     ranges, _ = reference.pair_ranges(x, [0, 1], [0, 0], False)
     most, bins = MAX_BINS // 8, torch.full((1, 1), MAX_BINS // 8, dtype=torch.int32)
-    counts = ops.joint_histogram(x.to(ops.device), [0, 1], ranges.to(ops.device), bins.to(ops.device), most, [0, 0], False)
-    assert torch.equal(counts.nonzero().cpu(), reference.joint_histogram(x, [0, 1], ranges, bins, most, [0, 0], False).nonzero())
+    counts = ops.joint_histogram(
+        x.to(ops.device), [0, 1], ranges.to(ops.device), bins.to(ops.device), most, [0, 0], False
+    )
+    assert torch.equal(
+        counts.nonzero().cpu(), reference.joint_histogram(x, [0, 1], ranges, bins, most, [0, 0], False).nonzero()
+    )
 
 
 @pytest.mark.parametrize("remove_near", [False, True])
@@ -290,7 +391,9 @@ def test_nothing_to_count(ops, shape, remove_near):
         assert torch.equal(found.cpu(), expected)
         assert torch.equal(n.cpu(), expected_n)
         bins = torch.ones(shape[1], pairs, dtype=torch.int32, device=ops.device)
-        counts = ops.joint_histogram(x, displacements, torch.zeros(shape[1], pairs, 2, 2, device=ops.device), bins, 3, [1, 1], remove_near)
+        counts = ops.joint_histogram(
+            x, displacements, torch.zeros(shape[1], pairs, 2, 2, device=ops.device), bins, 3, [1, 1], remove_near
+        )
         assert counts.shape == (shape[1], pairs, 3, 3)
         assert not counts.any()
 
@@ -298,7 +401,9 @@ def test_nothing_to_count(ops, shape, remove_near):
 @pytest.mark.parametrize("blocks_at_once", [1, 7, 1000])
 @pytest.mark.parametrize("remove_near", [False, True])
 def test_one_channel_is_shared_out_by_images(ops, remove_near, blocks_at_once):
-    check(ops, make("relu", (700, 1, 12, 12), torch.float32), HALF_3X3, [1, 1], remove_near, blocks_at_once=blocks_at_once)
+    check(
+        ops, make("relu", (700, 1, 12, 12), torch.float32), HALF_3X3, [1, 1], remove_near, blocks_at_once=blocks_at_once
+    )
 
 
 @pytest.mark.parametrize("remove_near", [False, True])
@@ -331,14 +436,23 @@ def test_many_pixels(ops, kind):
 @on_gpu
 def test_strides_beyond_32_bits(ops):
     x = make("relu", (2, 1, 9, 9), torch.float16)
-    far = torch.zeros(2**31 + 200, dtype=torch.float16, device="cuda").as_strided((2, 1, 9, 9), (2**31 + 1, 1, 9, 1)).copy_(x)
+    far = (
+        torch.zeros(2**31 + 200, dtype=torch.float16, device="cuda")
+        .as_strided((2, 1, 9, 9), (2**31 + 1, 1, 9, 1))
+        .copy_(x)
+    )
     for remove_near in (False, True):
         expected, n = reference.pair_ranges(x, HALF_3X3, [1, 1], remove_near)
         ranges, found_n = ops.pair_ranges(far, HALF_3X3, [1, 1], remove_near)
         assert torch.equal(ranges.cpu(), expected)
         assert torch.equal(found_n.cpu(), n)
-        counts = ops.joint_histogram(far, HALF_3X3, ranges, sturges(n).cuda(), int(sturges(n).max()), [1, 1], remove_near)
-        assert torch.equal(counts.cpu(), reference.joint_histogram(x, HALF_3X3, expected, sturges(n), counts.shape[-1], [1, 1], remove_near))
+        counts = ops.joint_histogram(
+            far, HALF_3X3, ranges, sturges(n).cuda(), int(sturges(n).max()), [1, 1], remove_near
+        )
+        assert torch.equal(
+            counts.cpu(),
+            reference.joint_histogram(x, HALF_3X3, expected, sturges(n), counts.shape[-1], [1, 1], remove_near),
+        )
 
 
 @on_gpu
@@ -365,7 +479,9 @@ def test_a_cuda_graph_on_another_stream_reads_the_map_at_replay(ops, remove_near
         expected, expected_n = reference.pair_ranges(y, HALF_3X3, [1, 1], remove_near)
         assert torch.equal(ranges.cpu(), expected)
         assert torch.equal(n.cpu(), expected_n)
-        assert torch.equal(counts.cpu(), reference.joint_histogram(y, HALF_3X3, expected, bins.cpu(), 8, [1, 1], remove_near))
+        assert torch.equal(
+            counts.cpu(), reference.joint_histogram(y, HALF_3X3, expected, bins.cpu(), 8, [1, 1], remove_near)
+        )
 
 
 @on_gpu
@@ -383,6 +499,14 @@ def test_wrong_arguments(ops):
     with pytest.raises(RuntimeError, match="must be on one device"):
         ops.joint_histogram(x, [0, 1], torch.zeros(1, 1, 2, 2, device="cuda"), bins, 4, [0, 0], False)
     with pytest.raises(RuntimeError, match="counts must be contiguous int64"):
-        ops.joint_histogram_(torch.zeros(1, 1, 4, 4, dtype=torch.int64), x, [0, 1], torch.zeros(1, 1, 2, 2, device="cuda"), bins.cuda(), [0, 0], False)
+        ops.joint_histogram_(
+            torch.zeros(1, 1, 4, 4, dtype=torch.int64),
+            x,
+            [0, 1],
+            torch.zeros(1, 1, 2, 2, device="cuda"),
+            bins.cuda(),
+            [0, 0],
+            False,
+        )
     with pytest.raises(RuntimeError, match="displacements must be pairs"):
         ops.pair_ranges(x, [0, 1, 1], [0, 0], False)

@@ -37,7 +37,9 @@ def test_dense_is_the_formula(shape, form, identity):
 
 
 @pytest.mark.parametrize("identity", [False, True])
-@pytest.mark.parametrize("shape", [s for s in SHAPES if cases.takes_identity(s)] + [(7, 1, 3, 3), (8, 2, 3, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [s for s in SHAPES if cases.takes_identity(s)] + [(7, 1, 3, 3), (8, 2, 3, 3)], ids=str
+)
 def test_from_dense_finds_the_structured_form(shape, identity):
     for form in ("number", "repopt", "spatial", "per_output", "per_input", "dense"):
         dense = cases.multiplier(shape, form, identity).dense(shape)
@@ -115,25 +117,53 @@ WRONG = {
     "number": (lambda: GradMult(2.0), TypeError, "scale must be a Tensor, got float"),
     "complex": (lambda: GradMult(torch.ones(2, dtype=torch.complex64)), TypeError, "must be real"),
     "sparse": (lambda: GradMult(torch.ones(2, 2).to_sparse()), TypeError, "strided"),
-    "identity_matrix": (lambda: GradMult(torch.ones(1), torch.ones(2, 2)), ValueError, r"identity must have shape \[O\]"),
+    "identity_matrix": (
+        lambda: GradMult(torch.ones(1), torch.ones(2, 2)),
+        ValueError,
+        r"identity must have shape \[O\]",
+    ),
     "does_not_broadcast": (
         lambda: GradMult(torch.ones(3, 1, 3, 3)).dense((4, 4, 3, 3)),
         ValueError,
         r"\[3, 1, 3, 3\] does not broadcast to the weight \[4, 4, 3, 3\]",
     ),
     "larger_than_the_weight": (lambda: GradMult(torch.ones(4, 4)).dense((4,)), ValueError, "does not broadcast"),
-    "identity_even": (lambda: GradMult(torch.ones(1), torch.ones(4)).dense((4, 4, 2, 3)), ValueError, "odd kernel, got 2 x 3"),
+    "identity_even": (
+        lambda: GradMult(torch.ones(1), torch.ones(4)).dense((4, 4, 2, 3)),
+        ValueError,
+        "odd kernel, got 2 x 3",
+    ),
     "identity_2d": (lambda: GradMult(torch.ones(1), torch.ones(4)).dense((4, 4)), ValueError, "4-D weight"),
-    "identity_length": (lambda: GradMult(torch.ones(1), torch.ones(3)).dense((4, 4, 3, 3)), ValueError, "3 elements, the weight has 4"),
-    "negative_with_identity": (lambda: GradMult(torch.tensor(-1.0), torch.ones(4)).dense((4, 4, 3, 3)), ValueError, "not be negative, got -1"),
+    "identity_length": (
+        lambda: GradMult(torch.ones(1), torch.ones(3)).dense((4, 4, 3, 3)),
+        ValueError,
+        "3 elements, the weight has 4",
+    ),
+    "negative_with_identity": (
+        lambda: GradMult(torch.tensor(-1.0), torch.ones(4)).dense((4, 4, 3, 3)),
+        ValueError,
+        "not be negative, got -1",
+    ),
     "negative_dense": (lambda: GradMult.from_dense(torch.tensor([[1.0, -3.0]])), ValueError, "M has -3"),
     "mask_of_lists": (lambda: GradMult.from_masks([[1]]), TypeError, r"masks\[0\] must be a Tensor, got list"),
-    "scales_kernel": (lambda: BranchScales(torch.ones(4)).grad_mult((1, 2, 3)), ValueError, "kernel_size must be a number or"),
+    "scales_kernel": (
+        lambda: BranchScales(torch.ones(4)).grad_mult((1, 2, 3)),
+        ValueError,
+        "kernel_size must be a number or",
+    ),
     "scales_number": (lambda: BranchScales(1.0), TypeError, "kxk must be a Tensor"),
-    "scales_channels": (lambda: BranchScales(torch.ones(4), torch.ones(5)), ValueError, "one_by_one has 5 channels, kxk has 4"),
+    "scales_channels": (
+        lambda: BranchScales(torch.ones(4), torch.ones(5)),
+        ValueError,
+        "one_by_one has 5 channels, kxk has 4",
+    ),
     "scales_shape": (lambda: BranchScales(torch.ones(4, 1)), ValueError, r"kxk must have shape \[O\]"),
     "scales_identity": (lambda: BranchScales(torch.ones(4), identity=1.0), TypeError, "identity must be a bool"),
-    "scales_nan": (lambda: BranchScales(torch.ones(4), torch.full((4,), math.nan)), ValueError, "one_by_one must be finite"),
+    "scales_nan": (
+        lambda: BranchScales(torch.ones(4), torch.full((4,), math.nan)),
+        ValueError,
+        "one_by_one must be finite",
+    ),
     "scales_even": (lambda: BranchScales(torch.ones(4)).grad_mult(2), ValueError, "odd, got 2 x 2"),
     "scales_overflow": (lambda: BranchScales(torch.full((4,), 1e30)).grad_mult(3), ValueError, "overflow"),
 }
@@ -165,7 +195,9 @@ def test_branch_scales_are_eq_3(dtype, identity):
     assert torch.equal(mult.scale.expand(5, 5, 3, 5), expected.to(dtype))  # one rounding
     if identity:
         expected[range(5), range(5), 1, 2] += 1
-    torch.testing.assert_close(mult.dense((5, 5, 3, 5)).double(), expected, rtol=1.2e-7 if dtype == torch.float32 else 2.3e-16, atol=0)
+    torch.testing.assert_close(
+        mult.dense((5, 5, 3, 5)).double(), expected, rtol=1.2e-7 if dtype == torch.float32 else 2.3e-16, atol=0
+    )
 
 
 def test_the_searched_identity_does_not_enter_m():

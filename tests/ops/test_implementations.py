@@ -32,11 +32,26 @@ sys.exit(pytest.main(["--collect-only", "-p", "no:cacheprovider", sys.argv[1]], 
 def test_what_needs_a_gpu_is_marked_so():
     """Every test that is skipped where there is none; `-m gpu` must find it whatever its name."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", COLLECT, str(TESTS)], cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECT, str(TESTS)],
+        cwd=TESTS.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {state: [line.split(" ", 1)[1] for line in done.stdout.splitlines() if line.startswith(f"{state} ")] for state in ("marked", "unmarked")}
+    found = {
+        state: [line.split(" ", 1)[1] for line in done.stdout.splitlines() if line.startswith(f"{state} ")]
+        for state in ("marked", "unmarked")
+    }
     assert not found["unmarked"]
-    for name in ("test_one_kernel_for_all_parameters_and_groups", "test_models_on_two_kinds_of_device", "test_many_pixels", "test_layouts"):
+    for name in (
+        "test_one_kernel_for_all_parameters_and_groups",
+        "test_models_on_two_kinds_of_device",
+        "test_many_pixels",
+        "test_layouts",
+    ):
         assert any(f"::{name}" in test for test in found["marked"]), name
 
 

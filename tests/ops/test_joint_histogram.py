@@ -64,7 +64,10 @@ def test_against_graycomatrix():
     ranges = torch.tensor([0.0, levels]).expand(2, 4, 2, 2)  # bin = level
     counts = gr.joint_histogram(x, list(by_angle.values()), levels, ranges=ranges)
     for c in range(2):
-        matrices = sum(feature.graycomatrix(one.astype(np.uint8), [1], list(by_angle), levels=levels).astype(int) for one in image[:, c])
+        matrices = sum(
+            feature.graycomatrix(one.astype(np.uint8), [1], list(by_angle), levels=levels).astype(int)
+            for one in image[:, c]
+        )
         for d in range(4):
             assert (counts[c, d].numpy() == matrices[:, :, 0, d]).all()
 
@@ -72,7 +75,12 @@ def test_against_graycomatrix():
 HAND_MAP = [[0.0, 1.0, 2.0, 3.0], [1.0, 1.0, 0.0, 2.0], [3.0, 0.0, 0.0, 1.0]]
 HAND_COUNTED = {
     # displacement, padding, remove_near: {(bin of p, bin of q): how often}
-    "right": ((0, 1), 0, False, {(0, 1): 2, (1, 2): 1, (2, 3): 1, (1, 1): 1, (1, 0): 1, (0, 2): 1, (3, 0): 1, (0, 0): 1}),
+    "right": (
+        (0, 1),
+        0,
+        False,
+        {(0, 1): 2, (1, 2): 1, (2, 3): 1, (1, 1): 1, (1, 0): 1, (0, 2): 1, (3, 0): 1, (0, 0): 1},
+    ),
     "down and left": ((1, -1), 0, False, {(1, 1): 1, (2, 1): 1, (3, 0): 1, (1, 3): 1, (0, 0): 1, (2, 0): 1}),
     "right, zeros above and below": (
         *((0, 1), (1, 0), False),
@@ -90,7 +98,9 @@ def test_counted_by_hand(case):
     for cell, times in cells.items():
         expected[cell] = times
     x = torch.tensor(HAND_MAP).view(1, 1, 3, 4)
-    assert torch.equal(gr.joint_histogram(x, [displacement], 4, padding=padding, remove_near=remove_near)[0, 0], expected)
+    assert torch.equal(
+        gr.joint_histogram(x, [displacement], 4, padding=padding, remove_near=remove_near)[0, 0], expected
+    )
 
 
 @pytest.mark.parametrize("remove_near", [False, True])
@@ -100,9 +110,14 @@ def test_counts_do_not_depend_on_order_or_split_of_the_images(remove_near):
     ranges, n = gr.pair_ranges(x, displacements, padding=1, remove_near=remove_near)
     arguments = (displacements, sturges(n))
     options = dict(padding=1, remove_near=remove_near, ranges=ranges)
-    whole, added = gr.joint_histogram(x, *arguments, **options), torch.zeros(3, 3, *[int(sturges(n).max())] * 2, dtype=torch.int64)
+    whole, added = (
+        gr.joint_histogram(x, *arguments, **options),
+        torch.zeros(3, 3, *[int(sturges(n).max())] * 2, dtype=torch.int64),
+    )
     for part in x.split([1, 5, 3]):
-        implementation("joint_histogram_", "cpu")(added, part, [v for d in displacements for v in d], ranges, sturges(n), [1, 1], remove_near)
+        implementation("joint_histogram_", "cpu")(
+            added, part, [v for d in displacements for v in d], ranges, sturges(n), [1, 1], remove_near
+        )
     assert whole.sum() > 0
     assert torch.equal(whole, added)
     assert torch.equal(whole, gr.joint_histogram(x.flip(0), *arguments, **options))
@@ -133,7 +148,9 @@ def test_forms_of_bins():
     counts = gr.joint_histogram(x, displacements, both)
     assert counts.shape == (2, 3, 9, 9)
     assert torch.equal(counts[1, 2], gr.joint_histogram(x, displacements, 9)[1, 2])
-    assert gr.joint_histogram(x, displacements, 1).flatten().tolist() == [3 * 30] * 2 + [3 * 25] + [3 * 30] * 2 + [3 * 25]
+    assert gr.joint_histogram(x, displacements, 1).flatten().tolist() == [3 * 30] * 2 + [3 * 25] + [3 * 30] * 2 + [
+        3 * 25
+    ]
 
 
 def test_sturges_bins_follow_the_pairs_that_are_left():
@@ -164,12 +181,18 @@ def test_values_outside_given_ranges_go_to_the_end_bins():
 def test_ranges_that_differ_in_one_thing(ranges, bins):
     x = torch.rand(2, 1, 9, 9, generator=torch.Generator().manual_seed(0)) * 5 - 0.5
     p, q = oracle_pairs(x.double().numpy(), (1, 0), (0, 0), False)[0]
-    numbers = [np.clip(((v - lo) * (b / (hi - lo))).astype(int), 0, b - 1) for v, b in ((p, bins[1]), (q, bins[1])) for lo, hi in ranges[1:]]
+    numbers = [
+        np.clip(((v - lo) * (b / (hi - lo))).astype(int), 0, b - 1)
+        for v, b in ((p, bins[1]), (q, bins[1]))
+        for lo, hi in ranges[1:]
+    ]
     expected = torch.zeros(max(bins), max(bins), dtype=torch.int64)
     for cell in zip(*numbers):
         expected[cell] += 1
     by_displacement = torch.tensor(ranges).view(1, 2, 1, 2).expand(1, 2, 2, 2)
-    assert torch.equal(gr.joint_histogram(x, [(0, 1), (1, 0)], torch.tensor(bins), ranges=by_displacement)[0, 1], expected)
+    assert torch.equal(
+        gr.joint_histogram(x, [(0, 1), (1, 0)], torch.tensor(bins), ranges=by_displacement)[0, 1], expected
+    )
     by_side = torch.tensor(ranges).view(1, 1, 2, 2)
     lo, hi = ranges[0]
     if bins[0] == bins[1]:
@@ -194,7 +217,10 @@ def test_values_that_are_not_finite():
 def test_low_precision_is_widened_exactly(dtype, remove_near):
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     options = dict(padding=(1, 0), remove_near=remove_near)
-    assert torch.equal(gr.joint_histogram(x, [(0, 1), (1, 1)], "sturges", **options), gr.joint_histogram(x.float(), [(0, 1), (1, 1)], "sturges", **options))
+    assert torch.equal(
+        gr.joint_histogram(x, [(0, 1), (1, 1)], "sturges", **options),
+        gr.joint_histogram(x.float(), [(0, 1), (1, 1)], "sturges", **options),
+    )
 
 
 def test_float64_is_not_narrowed():
@@ -209,7 +235,11 @@ def test_strides_do_not_matter(remove_near):
     options = dict(padding=(0, 1), remove_near=remove_near)
     expected = gr.joint_histogram(x, [(0, 1), (1, -1)], "sturges", **options)
     every_other = torch.zeros(3, 10, 7, 12)[:, ::2, :, ::2].copy_(x)
-    for view in (x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3), every_other):
+    for view in (
+        x.contiguous(memory_format=torch.channels_last),
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        every_other,
+    ):
         assert torch.equal(gr.joint_histogram(view, [(0, 1), (1, -1)], "sturges", **options), expected)
 
 
@@ -228,10 +258,22 @@ WRONG = {
     "half a bin": (TypeError, "bins must be an int", lambda x: dict(bins=4.5)),
     "floating bins": (TypeError, "bins must be integers", lambda x: dict(bins=torch.ones(2))),
     "another rule": (ValueError, "bins must be an int, 'sturges'", lambda x: dict(bins="scott")),
-    "bins of another shape": (ValueError, r"bins must have shape \[2\] or \[3, 2\], got \[3\]", lambda x: dict(bins=torch.ones(3, dtype=torch.int64))),
+    "bins of another shape": (
+        ValueError,
+        r"bins must have shape \[2\] or \[3, 2\], got \[3\]",
+        lambda x: dict(bins=torch.ones(3, dtype=torch.int64)),
+    ),
     "one bin count is 0": (ValueError, "got 0 to 3", lambda x: dict(bins=torch.tensor([3, 0]))),
-    "ranges of another shape": (ValueError, r"ranges must be floating \[3, 2, 2, 2\]", lambda x: dict(ranges=torch.ones(3, 2, 2))),
-    "integer ranges": (ValueError, "ranges must be floating", lambda x: dict(ranges=torch.ones(3, 2, 2, 2, dtype=torch.int64))),
+    "ranges of another shape": (
+        ValueError,
+        r"ranges must be floating \[3, 2, 2, 2\]",
+        lambda x: dict(ranges=torch.ones(3, 2, 2)),
+    ),
+    "integer ranges": (
+        ValueError,
+        "ranges must be floating",
+        lambda x: dict(ranges=torch.ones(3, 2, 2, 2, dtype=torch.int64)),
+    ),
     "ranges in a list": (TypeError, "ranges must be a Tensor", lambda x: dict(ranges=[0, 1])),
 }
 
@@ -252,10 +294,14 @@ def test_the_registered_op(remove_near):
     bins = sturges(n)
     arguments = (x, [0, 1, 1, -1], ranges, bins, int(bins.max()), [1, 0], remove_near)
     assert torch.equal(torch.ops.gradrep_kernels.joint_histogram(*arguments), reference.joint_histogram(*arguments))
-    torch.library.opcheck(torch.ops.gradrep_kernels.joint_histogram.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.gradrep_kernels.joint_histogram.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
     sevens = torch.full((3, 2, *[int(bins.max())] * 2), 7)
     added_to = (sevens, *arguments[:4], *arguments[5:])
-    torch.library.opcheck(torch.ops.gradrep_kernels.joint_histogram_.default, added_to, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.gradrep_kernels.joint_histogram_.default, added_to, test_utils=("test_schema", "test_faketensor")
+    )
     sevens.fill_(7)
     torch.ops.gradrep_kernels.joint_histogram_(*added_to)
     assert torch.equal(sevens, reference.joint_histogram(*arguments) + 7)
@@ -284,5 +330,7 @@ def test_counts_that_cannot_be_added_to(case):
 
 def test_an_empty_batch_counts_nothing():
     ranges = torch.tensor([math.inf, -math.inf]).expand(3, 1, 2, 2)
-    counts = reference.joint_histogram(torch.zeros(0, 3, 4, 4), [0, 1], ranges, torch.ones(3, 1, dtype=torch.int32), 1, [1, 1], False)
+    counts = reference.joint_histogram(
+        torch.zeros(0, 3, 4, 4), [0, 1], ranges, torch.ones(3, 1, dtype=torch.int32), 1, [1, 1], False
+    )
     assert counts.flatten().tolist() == [0, 0, 0]

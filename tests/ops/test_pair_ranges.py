@@ -113,7 +113,11 @@ def test_strides_do_not_matter(remove_near):
     x = torch.relu(torch.randn(3, 5, 7, 6, generator=torch.Generator().manual_seed(1)))
     expected = gr.pair_ranges(x, [(0, 1), (1, -1)], padding=(0, 1), remove_near=remove_near)
     every_other = torch.zeros(3, 10, 7, 12)[:, ::2, :, ::2].copy_(x)
-    for view in (x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3), every_other):
+    for view in (
+        x.contiguous(memory_format=torch.channels_last),
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        every_other,
+    ):
         found = gr.pair_ranges(view, [(0, 1), (1, -1)], padding=(0, 1), remove_near=remove_near)
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
@@ -158,4 +162,6 @@ def test_the_registered_op(dtype):
     arguments = (x, [0, 1, 1, -1], [1, 0], True)
     found = torch.ops.gradrep_kernels.pair_ranges(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(found, reference.pair_ranges(*arguments)))
-    torch.library.opcheck(torch.ops.gradrep_kernels.pair_ranges.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.gradrep_kernels.pair_ranges.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )

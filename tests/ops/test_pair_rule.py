@@ -11,7 +11,9 @@ from gradrep_kernels.ops.reference import pair_rule
 INF, NAN = math.inf, math.nan
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 7, 8, 9, 1023, 1024, 1025, 2**24 + 1, 2**31, 2**31 + 1, 2**40, 2**40 + 1, 2**52])
+@pytest.mark.parametrize(
+    "n", [0, 1, 2, 3, 4, 5, 7, 8, 9, 1023, 1024, 1025, 2**24 + 1, 2**31, 2**31 + 1, 2**40, 2**40 + 1, 2**52]
+)
 def test_sturges_counts_bits_exactly(n):
     expected = 1 + (n - 1).bit_length() if n > 1 else 1
     found = pair_rule.sturges(torch.tensor([[n]]))
@@ -63,7 +65,9 @@ def test_every_operation_is_rounded_on_its_own(dtype):
     ranges = torch.from_numpy(np.stack([lo, hi], -1)).view(6, 1, 1, 2).repeat(1, 1, 2, 1)
     found_inv = pair_rule.inverse_width(ranges, torch.from_numpy(count).view(6, 1))[:, 0, 0]
     assert found_inv.numpy().tobytes() == inv.tobytes()
-    found = pair_rule.bin_numbers(torch.from_numpy(values).view(1, 6, 1, -1), ranges[:, 0, 0, 0], found_inv, torch.from_numpy(count))
+    found = pair_rule.bin_numbers(
+        torch.from_numpy(values).view(1, 6, 1, -1), ranges[:, 0, 0, 0], found_inv, torch.from_numpy(count)
+    )
     assert (found[0, :, 0].numpy() == expected).all()
     assert len(np.unique(expected)) > 20
 
@@ -80,13 +84,18 @@ def test_maps_are_widened_before_anything_else(dtype):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 2), (4, 5)])
-@pytest.mark.parametrize("d", [(0, 0), (0, 1), (1, 0), (1, -1), (-1, 1), (-2, -2), (2, 3), (3, 0), (0, -5), (100, -100)])
+@pytest.mark.parametrize(
+    "d", [(0, 0), (0, 1), (1, 0), (1, -1), (-1, 1), (-2, -2), (2, 3), (3, 0), (0, -5), (100, -100)]
+)
 def test_pairs_of_a_displacement(size, d):
     rows, columns = size
     maps = torch.arange(rows * columns).view(1, 1, rows, columns)
     p, q = pair_rule.pair_views(maps, *d)
     expected = [
-        (i * columns + j, (i + d[0]) * columns + j + d[1]) for i in range(rows) for j in range(columns) if 0 <= i + d[0] < rows and 0 <= j + d[1] < columns
+        (i * columns + j, (i + d[0]) * columns + j + d[1])
+        for i in range(rows)
+        for j in range(columns)
+        if 0 <= i + d[0] < rows and 0 <= j + d[1] < columns
     ]
     assert p.shape == q.shape == (1, 1, max(0, rows - abs(d[0])), max(0, columns - abs(d[1])))
     assert list(zip(p.flatten().tolist(), q.flatten().tolist())) == expected

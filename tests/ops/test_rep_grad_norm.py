@@ -33,7 +33,9 @@ def test_reference_is_the_norm_of_the_branches():
     """A branch with scale α has the gradient α ⊙ g: the norm over all branches' gradients, by autograd."""
     torch.manual_seed(0)
     s, t = torch.randn(6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
-    conv, point, ident = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in ((6, 6, 3, 3), (6, 6, 1, 1), (6,)))
+    conv, point, ident = (
+        torch.randn(n, dtype=torch.float64, requires_grad=True) for n in ((6, 6, 3, 3), (6, 6, 1, 1), (6,))
+    )
     x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
 
     def kernel():
@@ -45,13 +47,18 @@ def test_reference_is_the_norm_of_the_branches():
     torch.nn.functional.conv2d(x, kernel(), padding=1).square().sum().backward()
     expected = torch.cat([p.grad.flatten() for p in (conv, point, ident)]).norm()
     mult = BranchScales(s, t, identity=True).grad_mult(3)
-    assert float(reference.rep_grad_norm([merged.grad], [mult.scale], [mult.identity])) == pytest.approx(float(expected), rel=1e-14)
+    assert float(reference.rep_grad_norm([merged.grad], [mult.scale], [mult.identity])) == pytest.approx(
+        float(expected), rel=1e-14
+    )
 
 
 @pytest.mark.parametrize("form", ["none", "repopt", "dense"])
 def test_reference_is_numpys(form):
     grads, scales, identities = problem(form, False, torch.float32)
-    total = sum(float((np.broadcast_to(1.0 if s is None else s.double().numpy(), g.shape) * g.double().numpy() ** 2).sum()) for g, s in zip(grads, scales))
+    total = sum(
+        float((np.broadcast_to(1.0 if s is None else s.double().numpy(), g.shape) * g.double().numpy() ** 2).sum())
+        for g, s in zip(grads, scales)
+    )
     assert float(reference.rep_grad_norm(grads, scales, identities)) == pytest.approx(total**0.5, rel=1e-7)
 
 
@@ -64,7 +71,9 @@ def test_kernel_agrees_with_the_reference(backend, device, form, dtype, channels
     for identity in (False, True):
         grads, scales, identities = problem(form, identity, dtype, channels_last)
         expected = reference.rep_grad_norm(grads, scales, identities)
-        actual = norm(*([None if t is None else t.to(device) for t in column] for column in (grads, scales, identities)))
+        actual = norm(
+            *([None if t is None else t.to(device) for t in column] for column in (grads, scales, identities))
+        )
         assert actual.dtype == expected.dtype
         assert actual.shape == ()
         tolerance = 1e-14 if dtype == torch.float64 else TOLERANCE[device]
@@ -83,7 +92,9 @@ def test_unaligned_gradients_of_a_chunk_and_more(backend, device, dtype):
     expected = reference.rep_grad_norm(grads, scales, identities)
     there = [[None if t is None else t.to(device) for t in column] for column in (grads, scales, identities)]
     there[0] = [cases.unaligned(g, 1 + n % 3) for n, g in enumerate(there[0])]
-    assert float(norm(*there)) == pytest.approx(float(expected), rel=1e-14 if dtype == torch.float64 else TOLERANCE[device])
+    assert float(norm(*there)) == pytest.approx(
+        float(expected), rel=1e-14 if dtype == torch.float64 else TOLERANCE[device]
+    )
 
 
 @pytest.mark.parametrize(("backend", "device"), NORM)

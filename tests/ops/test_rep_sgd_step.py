@@ -15,7 +15,17 @@ HYPER_IDS = [h.name for h in cases.HYPERS]
 class Problem:
     """Parameters, gradients and buffers of a set of shapes, as the op takes them."""
 
-    def __init__(self, shapes, form="repopt", identity=True, dtype=torch.float32, hypers=(cases.HYPERS[3],), channels_last=False, first=False, device="cpu"):
+    def __init__(
+        self,
+        shapes,
+        form="repopt",
+        identity=True,
+        dtype=torch.float32,
+        hypers=(cases.HYPERS[3],),
+        channels_last=False,
+        first=False,
+        device="cpu",
+    ):
         def make(seed):
             tensors = [cases.tensor(shape, 100 * seed + n, dtype) for n, shape in enumerate(shapes)]
             if channels_last:
@@ -33,7 +43,13 @@ class Problem:
         self.groups = [n % len(hypers) for n in range(len(shapes))]
         self.first = [first] * len(shapes)
         self.hyper = torch.tensor(
-            [[float(h.options.get(key, 0)) for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")] for h in hypers],
+            [
+                [
+                    float(h.options.get(key, 0))
+                    for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+                ]
+                for h in hypers
+            ],
             dtype=torch.float64,
         )
 
@@ -44,7 +60,11 @@ class Problem:
         twin = object.__new__(Problem)
         twin.__dict__.update(self.__dict__)
         for name in ("params", "grads", "buffers"):
-            setattr(twin, name, [t.clone(memory_format=torch.preserve_format).to(device or t.device) for t in getattr(self, name)])
+            setattr(
+                twin,
+                name,
+                [t.clone(memory_format=torch.preserve_format).to(device or t.device) for t in getattr(self, name)],
+            )
         for name in ("scales", "identities"):
             setattr(twin, name, [None if t is None else t.to(device or t.device) for t in getattr(self, name)])
         return twin
@@ -60,7 +80,9 @@ def assert_same_bits(actual: Problem, expected: Problem):
             a = a.cpu()
             assert a.stride() == b.stride()
             # NaN payloads are the processor's own affair
-            assert torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)), f"{name}[{n}] of shape {tuple(b.shape)}: {(a != b).sum()} elements differ"
+            assert torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)), (
+                f"{name}[{n}] of shape {tuple(b.shape)}: {(a != b).sum()} elements differ"
+            )
 
 
 # ---- the reference against a stranger
@@ -82,7 +104,10 @@ def torch_step(params, grads, buffers, options, steps_before):
 @pytest.mark.parametrize("form", ["none", "repopt", "spatial", "dense", "number"])
 @pytest.mark.parametrize("hyper", cases.HYPERS, ids=HYPER_IDS)
 def test_reference_is_torch_sgd_on_multiplied_gradients(hyper, form, first):
-    shapes = [cases.SHAPES[name] for name in ("empty", "scalar", "prime", "linear", "conv_3x3_square", "conv_3x5", "grouped", "depthwise")]
+    shapes = [
+        cases.SHAPES[name]
+        for name in ("empty", "scalar", "prime", "linear", "conv_3x3_square", "conv_3x5", "grouped", "depthwise")
+    ]
     problem = Problem(shapes, form, dtype=torch.float64, hypers=(hyper,), first=first)
     before = problem.clone()
     multiplied = []
@@ -120,7 +145,9 @@ def test_float32_is_within_4_ulp_of_float64(hyper):
     problem.run(reference.rep_sgd_step)
     exact.run(reference.rep_sgd_step)
     for p, wanted, before, buffer in zip(problem.params, exact.params, old, exact.buffers):
-        largest = torch.stack([wanted.abs(), before.abs(), (wanted - before).abs(), buffer.abs() * hyper.options["lr"]]).amax(0)
+        largest = torch.stack(
+            [wanted.abs(), before.abs(), (wanted - before).abs(), buffer.abs() * hyper.options["lr"]]
+        ).amax(0)
         assert bool(((p.double() - wanted).abs() <= cases.FLOAT32_TOLERANCE * largest).all())
 
 
@@ -129,7 +156,13 @@ def test_float32_is_within_4_ulp_of_float64(hyper):
 def test_low_precision_is_no_worse_than_twice_eager_torch(hyper, dtype):
     problem = Problem([(257,), (16, 8, 3, 3)], "none", dtype=dtype, hypers=(hyper,))
     before = problem.clone()
-    exact, _ = torch_step([p.double() for p in before.params], [g.double() for g in before.grads], [b.double() for b in before.buffers], hyper.options, True)
+    exact, _ = torch_step(
+        [p.double() for p in before.params],
+        [g.double() for g in before.grads],
+        [b.double() for b in before.buffers],
+        hyper.options,
+        True,
+    )
     eager, _ = torch_step(before.params, before.grads, before.buffers, hyper.options, True)
     problem.run(reference.rep_sgd_step)
     ours = max(float((p.double() - e).abs().max()) for p, e in zip(problem.params, exact))
@@ -151,7 +184,15 @@ def test_kernel_has_the_references_bits(backend, device, form, dtype, channels_l
     step = implementations.get("rep_sgd_step", backend, device)
     for identity in (False, True):
         for first in (False, True):
-            problem = Problem(cases.SHAPES.values(), form, identity, dtype, [cases.HYPERS[n] for n in (0, 3, 4, 8)], channels_last, first)
+            problem = Problem(
+                cases.SHAPES.values(),
+                form,
+                identity,
+                dtype,
+                [cases.HYPERS[n] for n in (0, 3, 4, 8)],
+                channels_last,
+                first,
+            )
             assert_same_bits(problem.clone(device).run(step), problem.clone().run(reference.rep_sgd_step))
 
 
@@ -160,7 +201,9 @@ def test_kernel_has_the_references_bits(backend, device, form, dtype, channels_l
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_kernel_follows_every_hyper_parameter(backend, device, hyper, dtype):
     step = implementations.get("rep_sgd_step", backend, device)
-    shapes = [cases.SHAPES[name] for name in ("prime", "conv_3x3_square", "conv_5x5", "conv_7x7", "conv_1x1", "conv_3x5")]
+    shapes = [
+        cases.SHAPES[name] for name in ("prime", "conv_3x3_square", "conv_5x5", "conv_7x7", "conv_1x1", "conv_3x5")
+    ]
     for form in ("none", "repopt", "dense"):
         problem = Problem(shapes, form, dtype=dtype, hypers=(hyper,))
         assert_same_bits(problem.clone(device).run(step), problem.clone().run(reference.rep_sgd_step))
@@ -172,7 +215,10 @@ def test_kernel_follows_every_hyper_parameter(backend, device, hyper, dtype):
 def test_unaligned_tensors_of_a_block_and_more(backend, device, dtype, what):
     """Gradients in the buckets of DistributedDataParallel and shards of FSDP start anywhere; a wide access there is an error that stays."""
     step = implementations.get("rep_sgd_step", backend, device)
-    problem = Problem([cases.SHAPES[name] for name in ("prime", "chunk", "chunk_minus_1", "chunk_plus_1", "conv_3x3_many_chunks")], dtype=dtype)
+    problem = Problem(
+        [cases.SHAPES[name] for name in ("prime", "chunk", "chunk_minus_1", "chunk_plus_1", "conv_3x3_many_chunks")],
+        dtype=dtype,
+    )
     there = problem.clone(device)
     for name in what:
         setattr(there, name, [cases.unaligned(t, 1 + n % 3) for n, t in enumerate(getattr(there, name))])
@@ -188,7 +234,9 @@ def test_unscaling_and_overflow(backend, device, dtype):
     there = {name: value.to(device) for name, value in amp.items()}
     assert_same_bits(problem.clone(device).run(step, **there), problem.clone().run(reference.rep_sgd_step, **amp))
     for overflow in (1.0, 2.0, -1.0, float("nan")):
-        after = problem.clone(device).run(step, grad_scale=there["grad_scale"], found_inf=torch.tensor(overflow, device=device))
+        after = problem.clone(device).run(
+            step, grad_scale=there["grad_scale"], found_inf=torch.tensor(overflow, device=device)
+        )
         assert_same_bits(after, problem)
 
 
@@ -213,10 +261,21 @@ def test_what_the_kernel_does_not_take_goes_to_the_reference(backend, device):
     step = implementations.get("rep_sgd_step", backend, device)
 
     def make():
-        p = [cases.tensor((8, 6, 3, 3), 1, torch.float32), cases.tensor((30, 20), 2, torch.float32), cases.tensor((40,), 3, torch.float32)]
-        g = [cases.tensor((8, 6, 3, 3), 4, torch.float32).to(memory_format=torch.channels_last), cases.tensor((20, 30), 5, torch.float32).t()]
+        p = [
+            cases.tensor((8, 6, 3, 3), 1, torch.float32),
+            cases.tensor((30, 20), 2, torch.float32),
+            cases.tensor((40,), 3, torch.float32),
+        ]
+        g = [
+            cases.tensor((8, 6, 3, 3), 4, torch.float32).to(memory_format=torch.channels_last),
+            cases.tensor((20, 30), 5, torch.float32).t(),
+        ]
         g.append(torch.tensor([0.5]).expand(40))
-        p += [cases.tensor((33, 2), 6, torch.float32), cases.tensor((11, 2), 7, torch.float32), torch.view_as_complex(cases.tensor((9, 2), 8, torch.float32))]
+        p += [
+            cases.tensor((33, 2), 6, torch.float32),
+            cases.tensor((11, 2), 7, torch.float32),
+            torch.view_as_complex(cases.tensor((9, 2), 8, torch.float32)),
+        ]
         g += [
             cases.tensor((33, 2), 9, torch.bfloat16),
             cases.tensor((11, 4), 10, torch.float32)[:, ::2],
@@ -234,7 +293,12 @@ def test_what_the_kernel_does_not_take_goes_to_the_reference(backend, device):
     other = one.clone()
     other.grads = one.grads
     moved = one.clone(device)
-    moved.grads = [torch.empty_strided(g.shape, g.stride(), dtype=g.dtype, device=device).copy_(g) if 0 not in g.stride() else g.to(device) for g in one.grads]
+    moved.grads = [
+        torch.empty_strided(g.shape, g.stride(), dtype=g.dtype, device=device).copy_(g)
+        if 0 not in g.stride()
+        else g.to(device)
+        for g in one.grads
+    ]
     moved.run(step)
     other.run(reference.rep_sgd_step)
     for name in ("params", "buffers"):
@@ -244,7 +308,11 @@ def test_what_the_kernel_does_not_take_goes_to_the_reference(backend, device):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_do_not_change_the_result(threads):
-    step = implementations.get("rep_sgd_step", *STEP[0].values) if not STEP[0].marks else pytest.skip(STEP[0].marks[0].kwargs["reason"])
+    step = (
+        implementations.get("rep_sgd_step", *STEP[0].values)
+        if not STEP[0].marks
+        else pytest.skip(STEP[0].marks[0].kwargs["reason"])
+    )
     problem = Problem(list(cases.SHAPES.values()) * 2)
     expected = problem.clone().run(reference.rep_sgd_step)
     before = torch.get_num_threads()
@@ -257,10 +325,14 @@ def test_threads_do_not_change_the_result(threads):
 
 @pytest.mark.parametrize(("backend", "device"), STEP)
 def test_nothing_to_do(backend, device):
-    implementations.get("rep_sgd_step", backend, device)([], [], [], [], [], [], [], torch.zeros(0, 6, dtype=torch.float64))
+    implementations.get("rep_sgd_step", backend, device)(
+        [], [], [], [], [], [], [], torch.zeros(0, 6, dtype=torch.float64)
+    )
     reference.rep_sgd_step([], [], [], [], [], [], [], torch.zeros(0, 6, dtype=torch.float64))
 
 
 def test_the_registered_default_is_there():
     problem = Problem([(5,), (4, 4, 3, 3)])
-    assert_same_bits(problem.clone().run(torch.ops.gradrep_kernels.rep_sgd_step), problem.clone().run(reference.rep_sgd_step))
+    assert_same_bits(
+        problem.clone().run(torch.ops.gradrep_kernels.rep_sgd_step), problem.clone().run(reference.rep_sgd_step)
+    )

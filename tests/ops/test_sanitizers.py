@@ -35,11 +35,17 @@ def runtime(name: str) -> str | None:
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory) -> Path:
     copy = tmp_path_factory.mktemp("sanitized") / "gradrep_kernels"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__", ".git", ".venv", "build", "*.egg-info", "runs", "bench"))
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns("*.so", "__pycache__", ".git", ".venv", "build", "*.egg-info", "runs", "bench"),
+    )
     # Scratch arrays are vectors, and a task may find one larger than it needs: libstdc++ then marks the rest as out of bounds.
     flags = f"{FLAGS} {NO_CLONES} -D_GLIBCXX_SANITIZE_VECTOR -g1 -O1"
     env = {**os.environ, "GRADREP_BUILD": "require", "GRADREP_CUDA": "0", "CFLAGS": flags, "LDFLAGS": FLAGS}
-    built = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], env=env, cwd=copy, capture_output=True, text=True)
+    built = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], env=env, cwd=copy, capture_output=True, text=True
+    )
     assert built.returncode == 0, built.stdout + built.stderr
     return copy
 
@@ -55,7 +61,17 @@ def test_kernels_under_sanitizers(sanitized, file):
         "GRADREP_BACKEND": "",
         "OMP_NUM_THREADS": "2",
     }
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/{file}", "-k", f"({SELECTED[file]}) and not cuda", "-x"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        f"tests/{file}",
+        "-k",
+        f"({SELECTED[file]}) and not cuda",
+        "-x",
+    ]
     done = subprocess.run(command, env=env, cwd=sanitized, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert " passed" in done.stdout
@@ -66,7 +82,9 @@ def test_kernels_under_sanitizers(sanitized, file):
 def test_loops_over_pairs_under_thread_sanitizer(tmp_path):
     driver = tmp_path / "race_driver"
     flags = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-pthread", NO_CLONES, f"-I{ROOT / 'csrc'}"]
-    built = subprocess.run(["g++", *flags, ROOT / "tests" / "support" / "race_driver.cpp", "-o", driver], capture_output=True, text=True)
+    built = subprocess.run(
+        ["g++", *flags, ROOT / "tests" / "support" / "race_driver.cpp", "-o", driver], capture_output=True, text=True
+    )
     assert built.returncode == 0, built.stderr
     done = subprocess.run([driver], capture_output=True, text=True, timeout=300)
     if "unexpected memory mapping" in done.stderr:

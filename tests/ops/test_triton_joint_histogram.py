@@ -44,7 +44,9 @@ def next_to_edges(bins: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x.view(1, 1, 3, -1), torch.stack((lo, hi)).expand(1, 1, 2, 2)
 
 
-def assert_counts(x: torch.Tensor, case: Pairs, *, ranges=None, bins=None, modes=(False, True), op: Callable = joint_histogram) -> None:
+def assert_counts(
+    x: torch.Tensor, case: Pairs, *, ranges=None, bins=None, modes=(False, True), op: Callable = joint_histogram
+) -> None:
     """Against the reference on the CPU, in the ranges of `x` and Sturges' bins unless others are given; the map stays as it is."""
     for remove_near in modes:
         displacements, padding = case.flat_displacements(), list(case.padding)
@@ -106,7 +108,12 @@ def test_numbers_of_bins(bins, dtype):
 def test_ranges_of_other_data(name):
     for dtype in (torch.float32, torch.float64):
         for kind in ("noise", "infinities", "NaN"):
-            assert_counts(make(kind, SMALL.shape, dtype).cuda(), SMALL, ranges=torch.tensor(RANGES[name], dtype=dtype).expand(2, 4, 2, 2), bins=9)
+            assert_counts(
+                make(kind, SMALL.shape, dtype).cuda(),
+                SMALL,
+                ranges=torch.tensor(RANGES[name], dtype=dtype).expand(2, 4, 2, 2),
+                bins=9,
+            )
 
 
 @on_gpu

@@ -90,7 +90,9 @@ def test_every_place_belongs_to_one_program(name):
             image = quotient(place, took["plane_magic"], took["plane_shift"])
             i = quotient(place - image * plane, took["row_magic"], took["row_shift"])
             j = place - image * plane - i * columns
-            assert (int(first_image[chunk]) + image, i, j) == np.unravel_index(int(begins[chunk]) + n, (images, rows, columns))
+            assert (int(first_image[chunk]) + image, i, j) == np.unravel_index(
+                int(begins[chunk]) + n, (images, rows, columns)
+            )
 
 
 def test_what_goes_to_the_reference():
@@ -100,7 +102,11 @@ def test_what_goes_to_the_reference():
 
 # ---- on a GPU
 
-MANY = (Pairs("many images", (1000, 3, 9, 9)), Pairs("large maps", (2, 2, 300, 301)), Pairs("many of both", (200, 65, 16, 16), kind="noise"))
+MANY = (
+    Pairs("many images", (1000, 3, 9, 9)),
+    Pairs("large maps", (2, 2, 300, 301)),
+    Pairs("many of both", (200, 65, 16, 16), kind="noise"),
+)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -44,7 +44,12 @@ def quotient(n: int, magic: int, shift: int) -> int:
 
 def test_magic_division():
     chance = random.Random(0)
-    divisors = [*range(1, 300), *(2**k + d for k in range(9, 31) for d in (-1, 0, 1)), *(chance.randrange(1, 2**31) for _ in range(300)), 2**31 - 1]
+    divisors = [
+        *range(1, 300),
+        *(2**k + d for k in range(9, 31) for d in (-1, 0, 1)),
+        *(chance.randrange(1, 2**31) for _ in range(300)),
+        2**31 - 1,
+    ]
     for divisor in divisors:
         magic, shift = tables.magic_division(divisor)
         multiples = [chance.randrange(2**31 // divisor + 1) * divisor for _ in range(20)]
@@ -64,7 +69,9 @@ def multiplier_index(geometry: np.ndarray, place: int) -> tuple[int, int, bool]:
     o = quotient(place, *divide["ROW"])
     rest = place - o * row["ROW"]
     middle = quotient(rest, *divide["INNER"])
-    index = o * row["OUTER_STRIDE"] + middle * row["MIDDLE_STRIDE"] + (rest - middle * row["INNER"]) * row["INNER_STRIDE"]
+    index = (
+        o * row["OUTER_STRIDE"] + middle * row["MIDDLE_STRIDE"] + (rest - middle * row["INNER"]) * row["INNER_STRIDE"]
+    )
     channel = o + row["PHASE"] - quotient(o + row["PHASE"], *divide["CHANNELS"]) * row["CHANNELS"]
     assert index < 2**31
     return index, o, rest == channel * row["TAP_STEP"] + row["TAP_FIRST"]
@@ -104,7 +111,9 @@ def test_tensors_beyond_32_bits(name):
     assert route.scale_copy is None
     assert route.identity_copy is None
     chunks, geometry = tables.chunk_tables([(piece, 0) for piece in route.pieces], 1024)
-    assert [piece.start for piece in route.pieces] == list(np.cumsum([0] + [piece.numel for piece in route.pieces[:-1]]))
+    assert [piece.start for piece in route.pieces] == list(
+        np.cumsum([0] + [piece.numel for piece in route.pieces[:-1]])
+    )
     assert sum(piece.numel for piece in route.pieces) == weight.numel()
     assert np.array_equal(np.bincount(chunks), [-(-piece.numel // 1024) for piece in route.pieces])
     padded = (1,) * (len(shape) - len(scale_shape)) + tuple(scale_shape)
@@ -117,13 +126,17 @@ def test_tensors_beyond_32_bits(name):
         assert chunks[row[COLUMN["FIRST_CHUNK"]]] == chunks[row[COLUMN["FIRST_CHUNK"]] + (piece.numel - 1) // 1024]
         places = [0, piece.numel - 1, *(chance.randrange(piece.numel) for _ in range(50))]
         if identity:  # and places of the diagonal
-            for o in (chance.randrange(piece.identity, piece.identity + piece.numel // piece.address.row) for _ in range(20)):
+            for o in (
+                chance.randrange(piece.identity, piece.identity + piece.numel // piece.address.row) for _ in range(20)
+            ):
                 at = (o, o % shape[1], shape[2] // 2, shape[3] // 2)
                 places.append(sum(n * stride for n, stride in zip(at, weight.stride())) - piece.start)
         for place in places:
             at = [(piece.start + place) // stride % size for size, stride in zip(shape, weight.stride())]
             index, o, tap = multiplier_index(row, place)
-            assert piece.scale + index == sum(n * stride for n, size, stride in zip(at, padded, scale_strides) if size > 1)
+            assert piece.scale + index == sum(
+                n * stride for n, size, stride in zip(at, padded, scale_strides) if size > 1
+            )
             if identity:
                 assert piece.identity + o == at[0]
                 assert tap == (at[1] == at[0] % shape[1] and at[2] == shape[2] // 2 and at[3] == shape[3] // 2)
@@ -185,7 +198,11 @@ def test_one_kernel_for_all_parameters_and_groups(dtype):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         problem.run(rep_sgd_step)
         torch.cuda.synchronize()
-    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith("Mem")]
+    kernels = [
+        e.name
+        for e in profile.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith("Mem")
+    ]
     assert kernels == ["rep_sgd_step_kernel"]
 
 
@@ -250,7 +267,9 @@ def test_a_cuda_graph_keeps_the_tables_of_the_host():
     with torch.cuda.graph(graph):
         problem.run(rep_sgd_step)
     for n in range(3):
-        on_device(form=list(cases.scale_shapes((2, 2, 3, 3)))[n]).run(rep_sgd_step)  # would take over memory that was let go
+        on_device(form=list(cases.scale_shapes((2, 2, 3, 3)))[n]).run(
+            rep_sgd_step
+        )  # would take over memory that was let go
         expected = reference_of(problem)
         graph.replay()
         torch.cuda.synchronize()
@@ -277,7 +296,10 @@ def test_more_than_2_31_elements():
     shape, end = (2**15 + 3, 2**13, 3, 3), slice(-20, None)
     if torch.cuda.mem_get_info()[0] < 3.5 * 2 * 2**15 * 2**13 * 9:
         pytest.skip("needs 17 GB of GPU memory")
-    tensors = [torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last).normal_() for _ in range(3)]
+    tensors = [
+        torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last).normal_()
+        for _ in range(3)
+    ]
     scale, identity = torch.rand(shape[0], 1, 3, 3, device="cuda"), torch.rand(shape[0], device="cuda")
     dense = scale[end].expand(20, *shape[1:]).clone()
     o = torch.arange(shape[0], device="cuda")[end]

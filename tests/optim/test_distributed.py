@@ -20,7 +20,9 @@ from torch import nn
 from gradrep_kernels import FusedRepSGD, GradMult
 
 dist = pytest.importorskip("torch.distributed")
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo")
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
+)
 
 OPTIONS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 STEPS, MORE = 3, 3  # before and after a checkpoint
@@ -102,7 +104,9 @@ def zero_redundancy(bucket_view: bool):
 
     def make():
         model = net(torch.float64)
-        zero = ZeroRedundancyOptimizer(model.parameters(), FusedRepSGD, parameters_as_bucket_view=bucket_view, **OPTIONS)
+        zero = ZeroRedundancyOptimizer(
+            model.parameters(), FusedRepSGD, parameters_as_bucket_view=bucket_view, **OPTIONS
+        )
         set_mults_under_zero(zero, mults(model))
         return model, nn.parallel.DistributedDataParallel(model), zero
 
@@ -194,7 +198,9 @@ def fsdp(dim: int) -> None:
         ours, theirs = optimizer.grad_mult(p), plain.grad_mult(q)
         assert (ours is None) == (theirs is None)
         assert ours is None or ours.same(theirs, p.shape)  # what the caller gave, whole
-    assert [g["grad_mults_fingerprint"] for g in optimizer.param_groups] == [g["grad_mults_fingerprint"] for g in plain.param_groups]
+    assert [g["grad_mults_fingerprint"] for g in optimizer.param_groups] == [
+        g["grad_mults_fingerprint"] for g in plain.param_groups
+    ]
 
 
 def check_fsdp2_uneven_shards():
@@ -215,7 +221,9 @@ def check_fsdp2_grad_scaler():
             optimizer.zero_grad()
             scaler.scale(model(mine(step)).square().mean()).backward()
             if step < 0 and dist.get_rank() == 1:
-                next(p for p in model.parameters() if p.grad.to_local().numel()).grad.to_local().view(-1)[0] = float("inf")
+                next(p for p in model.parameters() if p.grad.to_local().numel()).grad.to_local().view(-1)[0] = float(
+                    "inf"
+                )
             scaler.step(optimizer)
             scaler.update()
             if step < 0:
@@ -234,7 +242,9 @@ def check_fsdp2_compiled_step():
 
 def check_a_dtensor_is_no_multiplier():
     model, optimizer = sharded(multiplied=False)
-    with pytest.raises(TypeError, match=r"must be given for the whole weight, as a plain tensor \(full_tensor\(\)\); got a DTensor"):
+    with pytest.raises(
+        TypeError, match=r"must be given for the whole weight, as a plain tensor \(full_tensor\(\)\); got a DTensor"
+    ):
         optimizer.set_grad_mult(model[0].weight, model[0].weight.detach().abs())
 
 
@@ -278,13 +288,19 @@ def placed(shape, mesh, placements):
 
     g = torch.Generator().manual_seed(sum(shape))
     weight, grad = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(2))
-    scales = [torch.rand(size, generator=g) + 0.5 for size in ((shape[0], 1, *shape[2:]), shape[2:], shape, (shape[1], 1, 1), ())]
+    scales = [
+        torch.rand(size, generator=g) + 0.5
+        for size in ((shape[0], 1, *shape[2:]), shape[2:], shape, (shape[1], 1, 1), ())
+    ]
     identity = torch.rand(shape[0], generator=g)
     for scale in scales:
         for mult in (GradMult(scale), GradMult(scale, identity)):
             p, q = nn.Parameter(distribute_tensor(weight, mesh, placements)), nn.Parameter(weight.clone())
             p.grad, q.grad = distribute_tensor(grad, mesh, placements), grad.clone()
-            opt, plain = FusedRepSGD([p], **OPTIONS, grad_mults={p: mult}), torch.optim.SGD([q], **OPTIONS, foreach=False)
+            opt, plain = (
+                FusedRepSGD([p], **OPTIONS, grad_mults={p: mult}),
+                torch.optim.SGD([q], **OPTIONS, foreach=False),
+            )
             norm = opt.clip_grad_norm_(1e9)
             assert_close(norm, (grad.square() * dense(mult, shape)).sum().sqrt())
             q.grad *= dense(mult, shape)
@@ -311,7 +327,13 @@ def check_every_placement_on_two_dimensions_of_ranks():
 
     mesh = init_device_mesh("cpu", (2, 2))
     for shape in SHAPES:
-        for placements in ([Shard(0), Shard(1)], [Shard(0), Shard(0)], [Replicate(), Shard(1)], [Shard(1), Shard(1)], [Shard(1), Replicate()]):
+        for placements in (
+            [Shard(0), Shard(1)],
+            [Shard(0), Shard(0)],
+            [Replicate(), Shard(1)],
+            [Shard(1), Shard(1)],
+            [Shard(1), Replicate()],
+        ):
             placed(shape, mesh, placements)
 
 
@@ -335,7 +357,9 @@ def check_fsdp2_over_tensor_parallelism():
 
     expected, model = make(), make()
     plain = FusedRepSGD(expected.parameters(), **OPTIONS, grad_mults=masks(expected))
-    expected_norms = train(expected, plain, range(STEPS), lambda step: data(step).flatten(1)[:, :7], plain.clip_grad_norm_)
+    expected_norms = train(
+        expected, plain, range(STEPS), lambda step: data(step).flatten(1)[:, :7], plain.clip_grad_norm_
+    )
     parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     fully_shard(model, mesh=mesh["dp"])
     optimizer = FusedRepSGD(model.parameters(), **OPTIONS, grad_mults=masks(model))
@@ -465,7 +489,13 @@ LOADS = [
     check_checkpoint_of_torch_sgd,
 ]
 WORLDS = {
-    2: [check_checkpoint_saved, *EVERYWHERE, check_fsdp2_grad_scaler, check_fsdp2_compiled_step, check_a_dtensor_is_no_multiplier],
+    2: [
+        check_checkpoint_saved,
+        *EVERYWHERE,
+        check_fsdp2_grad_scaler,
+        check_fsdp2_compiled_step,
+        check_a_dtensor_is_no_multiplier,
+    ],
     3: [*EVERYWHERE, *LOADS],
     4: [check_every_placement_on_two_dimensions_of_ranks, check_fsdp2_over_tensor_parallelism],
 }
@@ -474,7 +504,13 @@ FOLDER = {check_checkpoint_saved, *LOADS}
 
 def work(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet{world}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=30),
+    )
     failures = {}
     for check in WORLDS[world]:
         try:
@@ -484,7 +520,9 @@ def work(rank: int, world: int, folder: str) -> None:
     torch.save(failures, f"{folder}/failures{world}_{rank}")
     with contextlib.suppress(Exception):  # after a failure the ranks may be out of step
         dist.barrier()
-    os._exit(0)  # gloo's threads, when torn down at exit, end one process in ten with "terminate called without an active exception"
+    os._exit(
+        0
+    )  # gloo's threads, when torn down at exit, end one process in ten with "terminate called without an active exception"
 
 
 @pytest.fixture(scope="module")
@@ -506,9 +544,17 @@ def failures(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(("world", "check"), [(world, check) for world, checks in WORLDS.items() for check in checks], ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(
+    ("world", "check"),
+    [(world, check) for world, checks in WORLDS.items() for check in checks],
+    ids=lambda x: getattr(x, "__name__", x),
+)
 def test_ranks(failures, world, check):
-    found = [f"rank {rank}:\n{failed[check.__name__]}" for rank, failed in enumerate(failures(world)) if check.__name__ in failed]
+    found = [
+        f"rank {rank}:\n{failed[check.__name__]}"
+        for rank, failed in enumerate(failures(world))
+        if check.__name__ in failed
+    ]
     assert not found, "\n".join(found)
 
 

@@ -46,7 +46,10 @@ def twin_run(epochs: int = 1, gamma: float = 1.0, clip: float | None = None) -> 
             sgd.zero_grad()
             model(x).square().mean().backward()
             if clip is not None:
-                norm = sum(float((p.grad.square() * masks.get(p, torch.ones(()))).sum()) for p in model.parameters()) ** 0.5
+                norm = (
+                    sum(float((p.grad.square() * masks.get(p, torch.ones(()))).sum()) for p in model.parameters())
+                    ** 0.5
+                )
                 for p in model.parameters():
                     p.grad.mul_(min(1.0, clip / (norm + 1e-6)))
             oracle_step(sgd, masks)
@@ -128,7 +131,9 @@ def lightning_module(lightning, clip: float | None = None, fused: bool | None = 
 
         def configure_optimizers(self):
             optimizer = FusedRepSGD(self.net.parameters(), **OPTIONS, fused=fused, grad_mults=mults(self.net))
-            return [optimizer], [{"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), "interval": "step"}]
+            return [optimizer], [
+                {"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), "interval": "step"}
+            ]
 
         def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
             if clip is not None:
@@ -138,8 +143,15 @@ def lightning_module(lightning, clip: float | None = None, fused: bool | None = 
 
 
 def trainer(lightning, tmp_path, epochs: int):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return lightning.Trainer(accelerator="cpu", devices=1, precision="64-true", max_epochs=epochs, default_root_dir=tmp_path, **quiet)
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    return lightning.Trainer(
+        accelerator="cpu", devices=1, precision="64-true", max_epochs=epochs, default_root_dir=tmp_path, **quiet
+    )
 
 
 def test_lightning_trains_clips_and_resumes(lightning, tmp_path):
@@ -186,7 +198,10 @@ def test_lightning_clips_under_mixed_precision_unless_fused_was_asked_for(lightn
 
 # ---- timm
 
-VISION = ["torchvision", *(f"torchvision.{name}" for name in ("ops", "ops.misc", "datasets", "transforms", "transforms.functional"))]
+VISION = [
+    "torchvision",
+    *(f"torchvision.{name}" for name in ("ops", "ops.misc", "datasets", "transforms", "transforms.functional")),
+]
 
 
 @pytest.fixture
@@ -194,7 +209,11 @@ def timm_optim():
     """timm.optim; importing it imports timm's models and those torchvision, which stands in as a mock where it is not installed."""
     if importlib.util.find_spec("timm") is None:
         pytest.skip("needs timm: pip install --no-deps timm (and the extra interop)")
-    stubs = {} if importlib.util.find_spec("torchvision") else {name: mock.MagicMock(name=name, __path__=[], __spec__=None) for name in VISION}
+    stubs = (
+        {}
+        if importlib.util.find_spec("torchvision")
+        else {name: mock.MagicMock(name=name, __path__=[], __spec__=None) for name in VISION}
+    )
     with mock.patch.dict(sys.modules, stubs):
         yield importlib.import_module("timm.optim")
     if stubs:
@@ -206,7 +225,11 @@ def test_timms_registry_makes_it(timm_optim):
     """By name, with timm's groups: biases without weight decay, learning rates that fall from layer to layer."""
     from timm.optim._optim_factory import default_registry
 
-    default_registry.register(timm_optim.OptimInfo(name="fusedrepsgd", opt_class=FusedRepSGD, has_momentum=True, has_eps=False, defaults={"nesterov": True}))
+    default_registry.register(
+        timm_optim.OptimInfo(
+            name="fusedrepsgd", opt_class=FusedRepSGD, has_momentum=True, has_eps=False, defaults={"nesterov": True}
+        )
+    )
     model, twin = net(torch.float64), net(torch.float64)
     optimizer = timm_optim.create_optimizer_v2(model, "fusedrepsgd", lr=0.05, weight_decay=0.01, momentum=0.9)
     sgd = timm_optim.create_optimizer_v2(twin, "sgd", lr=0.05, weight_decay=0.01, momentum=0.9, foreach=False)

@@ -63,7 +63,9 @@ def test_low_precision_is_no_worse_than_twice_eager_torch(options, dtype):
         oracle_step(low.sgd, low.masks)
         oracle_step(exact.sgd, exact.masks)
     rows = zip(low.ours.parameters(), low.twin.parameters(), exact.twin.parameters())
-    ours, theirs = zip(*((float((p - e).detach().abs().max()), float((q - e).detach().abs().max())) for p, q, e in rows))
+    ours, theirs = zip(
+        *((float((p - e).detach().abs().max()), float((q - e).detach().abs().max())) for p, q, e in rows)
+    )
     assert max(ours) <= 2 * max(theirs)
 
 
@@ -101,7 +103,12 @@ def test_multipliers_of_every_kind_of_argument():
     """A GradMult, a tensor of full size and one that broadcasts."""
     pair = Pair(multiplied=False, momentum=0.9)
     full = torch.rand(6, 3, 3, 3)
-    given = dict(zip(pair.ours.parameters(), [full, torch.tensor([0.5, 1, 2, 1, 0.5, 0]), GradMult(torch.rand(3, 3), torch.ones(6))]))
+    given = dict(
+        zip(
+            pair.ours.parameters(),
+            [full, torch.tensor([0.5, 1, 2, 1, 0.5, 0]), GradMult(torch.rand(3, 3), torch.ones(6))],
+        )
+    )
     for p, q in zip(pair.ours.parameters(), pair.twin.parameters()):
         if p in given:
             pair.opt.set_grad_mult(p, given[p])
@@ -145,7 +152,10 @@ def test_spatial_scaling_is_a_second_factor():
     caller = pair.masks[twin]
     pair.masks[twin] = caller * g.double()
     pair.train(3, seed=20).assert_equal(1e-6)  # the product is formed in float32, the dtype of its factors
-    assert torch.equal(pair.opt.grad_mult(weight).dense(weight.shape).double(), dense(pair.mults[weight], weight.shape, torch.float32).double())
+    assert torch.equal(
+        pair.opt.grad_mult(weight).dense(weight.shape).double(),
+        dense(pair.mults[weight], weight.shape, torch.float32).double(),
+    )
     assert_close(pair.opt.grad_mult(weight, total=True).dense(weight.shape).double(), pair.masks[twin], 1e-6)
     assert "spatial" not in str(pair.opt.state_dict())
     pair.opt.set_spatial_scaling(weight, None)
@@ -208,7 +218,9 @@ def test_without_multipliers_clipping_is_torchs(dtype):
     pair.set_grads(0)
     ours = pair.opt.clip_grad_norm_(2.0)
     theirs = nn.utils.clip_grad_norm_(pair.twin.parameters(), 2.0)
-    tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]  # torch sums bf16 norms in bf16
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[
+        dtype
+    ]  # torch sums bf16 norms in bf16
     assert float(ours) == pytest.approx(float(theirs), rel=tolerance)
     for p, q in zip(pair.ours.parameters(), pair.twin.parameters()):
         assert_close(p.grad, q.grad, tolerance)
@@ -222,7 +234,9 @@ def test_clipping_counts_the_spatial_factor_and_skips_what_has_no_gradient():
     pair.opt.set_spatial_scaling(params[2], g)
     pair.masks[twins[2]] = pair.masks[twins[2]] * g
     params[4].grad = None
-    assert float(pair.opt.clip_grad_norm_(1e9)) == pytest.approx(csla_norm(twins[:4] + twins[5:], pair.masks), rel=1e-14)
+    assert float(pair.opt.clip_grad_norm_(1e9)) == pytest.approx(
+        csla_norm(twins[:4] + twins[5:], pair.masks), rel=1e-14
+    )
 
 
 def test_clipping_without_any_gradient():
@@ -295,7 +309,9 @@ def test_grad_mults_are_restored_where_none_are_live():
         a, b = saved.opt.grad_mult(p), fresh.opt.grad_mult(q)
         assert (a is None) == (b is None)
         assert a is None or a.same(b, p.shape)
-    assert fresh.opt.param_groups[0]["grad_mults_fingerprint"] == saved.opt.param_groups[0]["grad_mults_fingerprint"] != 0
+    assert (
+        fresh.opt.param_groups[0]["grad_mults_fingerprint"] == saved.opt.param_groups[0]["grad_mults_fingerprint"] != 0
+    )
 
 
 def test_fp32_multipliers_survive_a_bf16_model():
@@ -303,7 +319,10 @@ def test_fp32_multipliers_survive_a_bf16_model():
     model = net(torch.float16)
     weight = next(model.parameters())
     mult = GradMult(torch.full((6, 1, 3, 3), 9.123456e-12))
-    opt, fresh = FusedRepSGD(model.parameters(), grad_mults={weight: mult}), FusedRepSGD(net(torch.float16).parameters())
+    opt, fresh = (
+        FusedRepSGD(model.parameters(), grad_mults={weight: mult}),
+        FusedRepSGD(net(torch.float16).parameters()),
+    )
     fresh.load_state_dict(through_a_file(opt.state_dict()))
     restored = fresh.grad_mult(fresh.param_groups[0]["params"][0])
     assert restored.dtype == torch.float32
@@ -339,7 +358,9 @@ def test_different_grad_mults_on_resume_are_refused_and_nothing_changed():
 def test_a_checkpoint_without_multipliers_is_refused_where_some_are_live():
     saved, live = Pair(multiplied=False, momentum=0.9), Pair(momentum=0.9)
     saved.train(1)
-    with pytest.raises(ValueError, match=r"parameter 0 of shape \[6, 3, 3, 3\] has none in the checkpoint;.*; and 1 more\. Set"):
+    with pytest.raises(
+        ValueError, match=r"parameter 0 of shape \[6, 3, 3, 3\] has none in the checkpoint;.*; and 1 more\. Set"
+    ):
         live.opt.load_state_dict(saved.opt.state_dict())
 
 
@@ -382,7 +403,10 @@ def test_the_fingerprint_tells_other_multipliers_apart():
 
 def test_a_checkpoint_whose_grad_mults_are_no_grad_mults():
     opt = Pair(multiplied=False).opt
-    for broken, message in (([], "must be a dict, got list"), ({0: {"scale": torch.ones(1)}}, "must hold a 'scale' and an 'identity' per parameter: KeyError")):
+    for broken, message in (
+        ([], "must be a dict, got list"),
+        ({0: {"scale": torch.ones(1)}}, "must hold a 'scale' and an 'identity' per parameter: KeyError"),
+    ):
         with pytest.raises(ValueError, match=message):
             opt.load_state_dict({**opt.state_dict(), "grad_mults": broken})
     with pytest.raises(ValueError, match=r"parameter 0 of shape \[6, 3, 3, 3\]: scale \[7\] does not broadcast"):
@@ -439,7 +463,11 @@ def named(model):
         (-torch.ones(3, 3), ValueError, r"a Grad Mult must not be negative, scale has -1"),
         (torch.tensor(float("nan")), ValueError, r"scale must be finite, got NaN or inf"),
         (torch.full((6, 3, 3, 3), float("inf")), ValueError, r"M must be finite, got NaN or inf"),
-        (GradMult(torch.ones(1), torch.ones(5)), ValueError, r"identity has 5 elements, the weight has 6 output channels"),
+        (
+            GradMult(torch.ones(1), torch.ones(5)),
+            ValueError,
+            r"identity has 5 elements, the weight has 6 output channels",
+        ),
         (GradMult(torch.ones(1), torch.full((6,), -2.0)), ValueError, r"a Grad Mult must not be negative, got -1"),
         (2.0, TypeError, r"a Grad Mult must be a GradMult or a Tensor, got float"),
         (torch.ones(1, dtype=torch.complex64), TypeError, r"scale must be real, got torch.complex64"),
@@ -458,7 +486,9 @@ def test_a_wrong_multiplier_names_its_parameter(mult, error, message):
 
 def test_an_identity_on_an_even_kernel():
     p = nn.Parameter(torch.ones(2, 2, 4, 3))
-    with pytest.raises(ValueError, match=r"parameter 0 of shape \[2, 2, 4, 3\]: identity needs an odd kernel, got 4 x 3"):
+    with pytest.raises(
+        ValueError, match=r"parameter 0 of shape \[2, 2, 4, 3\]: identity needs an odd kernel, got 4 x 3"
+    ):
         FusedRepSGD([p], grad_mults={p: GradMult(torch.ones(1), torch.ones(2))})
 
 
@@ -469,7 +499,11 @@ def test_an_unknown_parameter():
     with pytest.raises(ValueError, match=message):
         FusedRepSGD(model.parameters(), grad_mults={weight: torch.ones(1)})
     opt = FusedRepSGD(model.parameters())
-    for call in (lambda: opt.set_grad_mult(weight, None), lambda: opt.grad_mult(weight), lambda: opt.set_spatial_scaling(weight, torch.ones(3, 3))):
+    for call in (
+        lambda: opt.set_grad_mult(weight, None),
+        lambda: opt.grad_mult(weight),
+        lambda: opt.set_spatial_scaling(weight, torch.ones(3, 3)),
+    ):
         with pytest.raises(ValueError, match=message):
             call()
     with pytest.raises(ValueError, match=r"unknown parameter \(str\)"):

@@ -194,7 +194,10 @@ def scaled_step(scaler, opt) -> None:
 
 
 def clip_twin(pair: Pair, max_norm: float) -> None:
-    norm = sum(float((q.grad.double().square() * pair.masks.get(q, torch.ones(()))).sum()) for q in pair.twin.parameters()) ** 0.5
+    norm = (
+        sum(float((q.grad.double().square() * pair.masks.get(q, torch.ones(()))).sum()) for q in pair.twin.parameters())
+        ** 0.5
+    )
     for q in pair.twin.parameters():
         q.grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
 
@@ -268,10 +271,14 @@ def test_in_kernel_unscaling_is_only_there_when_asked_for():
 
 
 SCHEDULERS = {
-    "one_cycle": lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=12, base_momentum=0.0, max_momentum=0.9),
+    "one_cycle": lambda opt: lr_scheduler.OneCycleLR(
+        opt, max_lr=0.1, total_steps=12, base_momentum=0.0, max_momentum=0.9
+    ),
     "cyclic": lambda opt: lr_scheduler.CyclicLR(opt, 0.01, 0.1, step_size_up=3, base_momentum=0.0, max_momentum=0.9),
     "cosine": lambda opt: lr_scheduler.CosineAnnealingLR(opt, T_max=12),
-    "warm_up": lambda opt: lr_scheduler.SequentialLR(opt, [lr_scheduler.LinearLR(opt, 0.1, total_iters=3), lr_scheduler.StepLR(opt, 2)], milestones=[3]),
+    "warm_up": lambda opt: lr_scheduler.SequentialLR(
+        opt, [lr_scheduler.LinearLR(opt, 0.1, total_iters=3), lr_scheduler.StepLR(opt, 2)], milestones=[3]
+    ),
     "plateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, patience=1),
 }
 
@@ -300,7 +307,10 @@ def test_momentum_from_0_to_09():
     pair.assert_equal()
 
 
-@pytest.mark.parametrize(("key", "values"), {"weight_decay": (0.0, 0.1), "dampening": (0.5, 0.0), "nesterov": (True, False), "maximize": (True, False)}.items())
+@pytest.mark.parametrize(
+    ("key", "values"),
+    {"weight_decay": (0.0, 0.1), "dampening": (0.5, 0.0), "nesterov": (True, False), "maximize": (True, False)}.items(),
+)
 def test_every_hyper_parameter_is_read_at_every_step(key, values):
     pair = Pair(momentum=0.9)
     for value in values:
@@ -364,14 +374,22 @@ def test_tied_frozen_absent_empty_and_0_dim_parameters():
 
     ours, twin = make(), make()
     masks = {twin[1]: torch.tensor(2.0, dtype=torch.float64), twin[4]: torch.rand(7, dtype=torch.float64)}
-    opt = FusedRepSGD(ours, lr=0.1, **MOMENTUM, grad_mults={ours[n]: masks[twin[n]] for n in (1, 4)} | {ours[2]: torch.rand(3)})
+    opt = FusedRepSGD(
+        ours, lr=0.1, **MOMENTUM, grad_mults={ours[n]: masks[twin[n]] for n in (1, 4)} | {ours[2]: torch.rand(3)}
+    )
     sgd = torch.optim.SGD(twin, lr=0.1, **MOMENTUM, foreach=False)
     for step in range(STEADY + 2):
         for params in (ours, twin):
             shared, scalar, empty, frozen, sometimes, _ = params  # the last never has a gradient
             for p in params:
                 p.grad = None
-            loss = (shared @ shared).square().mean() + scalar * 3 + empty.sum() + frozen.sum() + (sometimes.square().sum() if step % 2 else 0)
+            loss = (
+                (shared @ shared).square().mean()
+                + scalar * 3
+                + empty.sum()
+                + frozen.sum()
+                + (sometimes.square().sum() if step % 2 else 0)
+            )
             loss.backward()
         opt.step()
         oracle_step(sgd, masks)
@@ -420,7 +438,10 @@ def test_a_parameter_listed_twice_is_stepped_twice():
 
     p, q = make(), make()
     with pytest.warns(UserWarning, match="duplicate parameters"):
-        opt, sgd = FusedRepSGD([p, p], lr=0.1, momentum=0.9), torch.optim.SGD([q, q], lr=0.1, momentum=0.9, foreach=False)
+        opt, sgd = (
+            FusedRepSGD([p, p], lr=0.1, momentum=0.9),
+            torch.optim.SGD([q, q], lr=0.1, momentum=0.9, foreach=False),
+        )
     for step in range(STEADY):
         set_grads([p], step)
         set_grads([q], step)
@@ -439,9 +460,18 @@ def test_several_dtypes_in_one_group(momentum):
         return [nn.Parameter(torch.randn(33, dtype=dtype)) for dtype in dtypes]
 
     ours, twin = make(), make()
-    opt = FusedRepSGD(ours, lr=0.1, momentum=momentum, weight_decay=0.1, grad_mults={p: torch.tensor(0.5) for p in ours[::2]})
+    opt = FusedRepSGD(
+        ours, lr=0.1, momentum=momentum, weight_decay=0.1, grad_mults={p: torch.tensor(0.5) for p in ours[::2]}
+    )
     sgd = torch.optim.SGD(twin, lr=0.1, momentum=momentum, weight_decay=0.1, foreach=False)
-    tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.complex64: 1e-6, torch.complex128: 1e-14}
+    tolerance = {
+        torch.float32: 1e-6,
+        torch.float64: 1e-14,
+        torch.bfloat16: 2e-2,
+        torch.float16: 2e-3,
+        torch.complex64: 1e-6,
+        torch.complex128: 1e-14,
+    }
     for step in range(STEADY):
         for n, (p, q) in enumerate(zip(ours, twin)):
             p.grad = torch.randn(33, dtype=dtypes[n], generator=torch.Generator().manual_seed(step))
@@ -460,7 +490,9 @@ def test_parameters_that_left_their_group_are_not_forgotten_silently():
     new = [nn.Parameter(p.detach().clone()) for p in old]
     pair.opt.param_groups[0]["params"] = new
     set_grads(new, 0)
-    with pytest.raises(RuntimeError, match=r"parameters with Grad Mults are no longer in param_groups: 5, one of shape"):
+    with pytest.raises(
+        RuntimeError, match=r"parameters with Grad Mults are no longer in param_groups: 5, one of shape"
+    ):
         pair.opt.step()
     for p, q in zip(old, new):
         if p in pair.mults:
@@ -500,7 +532,12 @@ def test_gradients_that_are_expanded_sliced_or_overlapping():
 
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="needs Tensor.grad_dtype")
 @pytest.mark.parametrize(
-    ("dtype", "grad_dtype", "tolerance"), [(torch.float64, torch.float32, 1e-6), (torch.float32, torch.bfloat16, 1e-1), (torch.bfloat16, torch.float32, 1e-2)]
+    ("dtype", "grad_dtype", "tolerance"),
+    [
+        (torch.float64, torch.float32, 1e-6),
+        (torch.float32, torch.bfloat16, 1e-1),
+        (torch.bfloat16, torch.float32, 1e-2),
+    ],
 )
 def test_gradients_of_another_dtype(dtype, grad_dtype, tolerance):
     """torch keeps the momentum in the gradient's dtype, we in the wider one: float32 momentum for bf16 weights with float32 gradients."""
@@ -542,7 +579,10 @@ def test_sparse_gradients():
     for momentum in (0.0, 0.9):
         models = make(), make()
         params = [[p for module in model for p in module.parameters()] for model in models]
-        opt, sgd = FusedRepSGD(params[0], lr=0.1, momentum=momentum), torch.optim.SGD(params[1], lr=0.1, momentum=momentum, foreach=False)
+        opt, sgd = (
+            FusedRepSGD(params[0], lr=0.1, momentum=momentum),
+            torch.optim.SGD(params[1], lr=0.1, momentum=momentum, foreach=False),
+        )
         for step in range(STEADY):
             for (embedding, linear), optimizer in zip(models, (opt, sgd)):
                 optimizer.zero_grad()
@@ -562,9 +602,15 @@ def test_sparse_gradients_with_a_multiplier_or_weight_decay_are_refused_before_a
     params = [linear.weight, linear.bias, embedding.weight]
     linear(embedding(torch.tensor([1, 2]))).sum().backward()
     before = [p.detach().clone() for p in params]
-    for options, what in (({"grad_mults": {embedding.weight: torch.ones(3)}}, "a Grad Mult"), ({"weight_decay": 0.1}, "weight decay")):
+    for options, what in (
+        ({"grad_mults": {embedding.weight: torch.ones(3)}}, "a Grad Mult"),
+        ({"weight_decay": 0.1}, "weight decay"),
+    ):
         opt = FusedRepSGD(params, lr=0.1, momentum=0.9, **options)
-        with pytest.raises(ValueError, match=rf"parameter 2 of shape \[10, 3\]: {what} cannot be applied to a gradient of layout torch.sparse_coo"):
+        with pytest.raises(
+            ValueError,
+            match=rf"parameter 2 of shape \[10, 3\]: {what} cannot be applied to a gradient of layout torch.sparse_coo",
+        ):
             opt.step()
         assert all_equal(before, [p.detach() for p in params])
         assert not opt.state
@@ -590,19 +636,29 @@ def test_sparse_gradients_under_a_fused_grad_scaler():
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}])
 def test_complex_parameters(options):
-    p, q = (nn.Parameter(torch.complex(torch.linspace(0, 1, 9).double(), torch.linspace(2, 1, 9).double())) for _ in range(2))
+    p, q = (
+        nn.Parameter(torch.complex(torch.linspace(0, 1, 9).double(), torch.linspace(2, 1, 9).double()))
+        for _ in range(2)
+    )
     mask = torch.rand(9, dtype=torch.float64)
-    opt, sgd = FusedRepSGD([p], lr=0.1, **options, grad_mults={p: mask}), torch.optim.SGD([q], lr=0.1, **options, foreach=False)
+    opt, sgd = (
+        FusedRepSGD([p], lr=0.1, **options, grad_mults={p: mask}),
+        torch.optim.SGD([q], lr=0.1, **options, foreach=False),
+    )
     for step in range(STEADY):
         p.grad = torch.randn(9, dtype=torch.complex128, generator=torch.Generator().manual_seed(step))
         q.grad = p.grad * mask
         opt.step()
         sgd.step()
     assert torch.allclose(p, q, rtol=1e-14, atol=1e-14)
-    assert float(opt.clip_grad_norm_(1e9)) == pytest.approx(float((mask * p.grad.abs().square()).sum().sqrt()), rel=1e-14)
+    assert float(opt.clip_grad_norm_(1e9)) == pytest.approx(
+        float((mask * p.grad.abs().square()).sum().sqrt()), rel=1e-14
+    )
 
 
-@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1, dtype=torch.float64, requires_grad=True)], ids=["lr", "tensor_lr"])
+@pytest.mark.parametrize(
+    "lr", [0.1, torch.tensor(0.1, dtype=torch.float64, requires_grad=True)], ids=["lr", "tensor_lr"]
+)
 def test_differentiable(lr):
     """d(loss after two steps) / d(gradients, initial weight, lr), through the multiplier."""
     torch.manual_seed(0)
@@ -617,7 +673,9 @@ def test_differentiable(lr):
         for grad in grads:
             w.grad = grad if multiplied else grad * mult.dense(w.shape)
             opt.step()
-        unknowns = [start, grads[1], lr] if isinstance(lr, torch.Tensor) else [start, grads[1]]  # the first gradient enters v detached, in torch too
+        unknowns = (
+            [start, grads[1], lr] if isinstance(lr, torch.Tensor) else [start, grads[1]]
+        )  # the first gradient enters v detached, in torch too
         return torch.autograd.grad(w.pow(3).sum(), unknowns)
 
     for ours, theirs in zip(run(True), run(False)):
@@ -654,7 +712,9 @@ def replace_buffers(pair):
     for opt in (pair.opt, pair.sgd):
         for n, state in enumerate(opt.state.values()):
             buffer = state["momentum_buffer"].clone() * 0.5
-            state["momentum_buffer"] = buffer.to(memory_format=torch.channels_last) if buffer.dim() == 4 and n % 2 else buffer
+            state["momentum_buffer"] = (
+                buffer.to(memory_format=torch.channels_last) if buffer.dim() == 4 and n % 2 else buffer
+            )
 
 
 def swap_buffer_data(pair):
@@ -727,7 +787,17 @@ def empty_entries(pair):
         opt.state["note"] = 5
 
 
-MOVES = [swap_data, swap_storage, to_channels_last, to_and_fro, replace_buffers, swap_buffer_data, drop_one_buffer, clear_state, new_state]
+MOVES = [
+    swap_data,
+    swap_storage,
+    to_channels_last,
+    to_and_fro,
+    replace_buffers,
+    swap_buffer_data,
+    drop_one_buffer,
+    clear_state,
+    new_state,
+]
 MOVES += [load_older_state, load_weights, flatten_into_one_buffer, delete_one_buffer, exchange_states, empty_entries]
 
 
@@ -752,7 +822,10 @@ def an_empty_group_in_front(opt):
 def test_after_a_parameter_has_changed_its_group(regroup):
     """The same parameters in the same order, with the hyper-parameters of another group."""
     models = net(torch.float64), net(torch.float64)
-    groups = [[{"params": params[:3], "lr": 0.05}, {"params": params[3:], "lr": 0.2}] for params in (list(model.parameters()) for model in models)]
+    groups = [
+        [{"params": params[:3], "lr": 0.05}, {"params": params[3:], "lr": 0.2}]
+        for params in (list(model.parameters()) for model in models)
+    ]
     opt, sgd = FusedRepSGD(groups[0], **MOMENTUM), torch.optim.SGD(groups[1], **MOMENTUM, foreach=False)
     for step in range(2 * STEADY):
         if step == STEADY:
@@ -795,7 +868,11 @@ def test_strides_of_sizes_of_one_say_nothing(backend):
     assert (opt._plan is not None) == (backend == "auto")
 
 
-@pytest.mark.parametrize("look", [lambda opt: opt.state[nn.Parameter(torch.zeros(1))], lambda opt: opt.state.update(note=5)], ids=["entry", "note"])
+@pytest.mark.parametrize(
+    "look",
+    [lambda opt: opt.state[nn.Parameter(torch.zeros(1))], lambda opt: opt.state.update(note=5)],
+    ids=["entry", "note"],
+)
 @needs_plan
 def test_the_plan_outlives_what_is_no_parameters_state(look, backend):
     pair = Pair(momentum=0.9)
@@ -809,8 +886,14 @@ def test_the_plan_outlives_what_is_no_parameters_state(look, backend):
 
 def test_a_gradient_becomes_sparse():
     """nn.Embedding(sparse=True), switched on after some steps."""
-    ours, twin = (nn.Embedding(6, 3, dtype=torch.float64, _weight=torch.linspace(0, 1, 18, dtype=torch.float64).view(6, 3)) for _ in range(2))
-    opt, sgd = FusedRepSGD(ours.parameters(), lr=0.1, momentum=0.9), torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    ours, twin = (
+        nn.Embedding(6, 3, dtype=torch.float64, _weight=torch.linspace(0, 1, 18, dtype=torch.float64).view(6, 3))
+        for _ in range(2)
+    )
+    opt, sgd = (
+        FusedRepSGD(ours.parameters(), lr=0.1, momentum=0.9),
+        torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9),
+    )
     for step in range(2 * STEADY):
         for model, optimizer in ((ours, opt), (twin, sgd)):
             model.sparse = step >= STEADY
@@ -894,7 +977,10 @@ def test_hooks_before_and_after_the_step():
         for p in pair.ours.parameters():
             p.grad.mul_(0.5)
 
-    handles = [pair.opt.register_step_pre_hook(before), pair.opt.register_step_post_hook(lambda opt, args, kwargs: calls.append("after"))]
+    handles = [
+        pair.opt.register_step_pre_hook(before),
+        pair.opt.register_step_post_hook(lambda opt, args, kwargs: calls.append("after")),
+    ]
     for step in range(STEADY):
         pair.set_grads(step)
         pair.opt.step()
@@ -912,7 +998,10 @@ def test_hooks_before_and_after_the_step():
 def test_hooks_of_all_optimizers_and_the_profiler_hear_of_a_step():
     pair = Pair(momentum=0.9).train(STEADY)
     calls = []
-    handles = [register_optimizer_step_pre_hook(lambda *_: calls.append("before")), register_optimizer_step_post_hook(lambda *_: calls.append("after"))]
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: calls.append("before")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("after")),
+    ]
     try:
         pair.opt.step()
     finally:
@@ -978,7 +1067,10 @@ def test_one_optimizer_per_parameter_stepped_in_the_backward_pass():
     ours, twin = net(torch.float64), net(torch.float64)
     found = mults(ours)
     masks = {q: dense(found[p], p.shape) for p, q in zip(ours.parameters(), twin.parameters()) if p in found}
-    opts = {p: FusedRepSGD([p], lr=0.05, **MOMENTUM, grad_mults={p: found[p]} if p in found else None) for p in ours.parameters()}
+    opts = {
+        p: FusedRepSGD([p], lr=0.05, **MOMENTUM, grad_mults={p: found[p]} if p in found else None)
+        for p in ours.parameters()
+    }
     sgd = torch.optim.SGD(twin.parameters(), lr=0.05, **MOMENTUM, foreach=False)
 
     def step(p):
@@ -1001,7 +1093,10 @@ def test_two_optimizers_on_two_halves_of_a_model():
     """Interleaved, so that nothing cached by one may serve the other."""
     pair = Pair()
     params = list(pair.ours.parameters())
-    halves = [FusedRepSGD(half, lr=0.05, grad_mults={p: pair.mults[p] for p in half if p in pair.mults}) for half in (params[:4], params[4:])]
+    halves = [
+        FusedRepSGD(half, lr=0.05, grad_mults={p: pair.mults[p] for p in half if p in pair.mults})
+        for half in (params[:4], params[4:])
+    ]
     for step in range(STEADY):
         pair.set_grads(step)
         for half in halves:
@@ -1023,7 +1118,9 @@ class TestCompile:
         torch._dynamo.reset()
 
     @pytest.mark.parametrize("multiplied", [False, True])
-    @pytest.mark.parametrize(("groups", "lr"), [(2, 0.05), (1, torch.tensor(0.05, dtype=torch.float64))], ids=["groups", "tensor_lr"])
+    @pytest.mark.parametrize(
+        ("groups", "lr"), [(2, 0.05), (1, torch.tensor(0.05, dtype=torch.float64))], ids=["groups", "tensor_lr"]
+    )
     def test_the_step_is_one_graph(self, multiplied, groups, lr):
         """Both at once is too much for dynamo: torch 2.13 raises SpeculationLogDivergence for its own SGD too."""
         pair = Pair(multiplied=multiplied, groups=groups, lr=lr, **MOMENTUM)

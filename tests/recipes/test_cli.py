@@ -47,7 +47,10 @@ def assert_same_tensors(a, b):
 
 def bit_repeatable(metrics_file):
     """The lines of metrics.jsonl without what is timed."""
-    return [{key: value for key, value in json.loads(line).items() if "seconds" not in key} for line in metrics_file.read_text().splitlines()]
+    return [
+        {key: value for key, value in json.loads(line).items() if "seconds" not in key}
+        for line in metrics_file.read_text().splitlines()
+    ]
 
 
 def assert_same_results(folder, other):
@@ -106,15 +109,29 @@ def test_the_same_seed_gives_the_same_bits_under_a_name_of_its_own(source, finis
 
 
 def test_another_seed_gives_other_weights(source, finished, tmp_path):
-    assert main(train_arguments(source, tmp_path, "--name", "x", "--recipe", "csla", "--epochs", "3", "--seed", "1")) == 0
+    assert (
+        main(train_arguments(source, tmp_path, "--name", "x", "--recipe", "csla", "--epochs", "3", "--seed", "1")) == 0
+    )
     a, b = tensors(finished / "weights" / "csla-seed0.pt"), tensors(tmp_path / "x" / "weights" / "csla-seed1.pt")
     assert not torch.equal(a["linear.weight"], b["linear.weight"])
 
 
 @pytest.mark.parametrize(("recipe", "warmup", "told"), [("sgs", 2, True), ("sgs", 1, False), ("sgd", 2, False)])
 def test_a_spatial_scaling_that_never_falls_due_is_told_once(source, tmp_path, capsys, recipe, warmup, told):
-    assert main(train_arguments(source, tmp_path, "--recipe", recipe, "--epochs", "2", "--seeds", "2", "--sgs-warmup", str(warmup))) == 0
-    assert capsys.readouterr().err.count("no update of the spatial gradient scaling falls due (--sgs-warmup 2, of 2 epochs") == told
+    assert (
+        main(
+            train_arguments(
+                source, tmp_path, "--recipe", recipe, "--epochs", "2", "--seeds", "2", "--sgs-warmup", str(warmup)
+            )
+        )
+        == 0
+    )
+    assert (
+        capsys.readouterr().err.count(
+            "no update of the spatial gradient scaling falls due (--sgs-warmup 2, of 2 epochs"
+        )
+        == told
+    )
     if recipe == "sgs":
         (folder,) = tmp_path.iterdir()
         assert json.loads((folder / "summary.json").read_text())["recipes"]["sgs"]["sgs_updates"] == (not told)
@@ -123,7 +140,14 @@ def test_a_spatial_scaling_that_never_falls_due_is_told_once(source, tmp_path, c
 def test_spatial_scaling_every_epoch_and_rarely(source, tmp_path):
     for every, updates in ((1, 3), (2, 2), (9, 1)):
         name = f"every{every}"
-        assert main(train_arguments(source, tmp_path, "--name", name, "--recipe", "sgs", "--epochs", "4", "--sgs-every", str(every))) == 0
+        assert (
+            main(
+                train_arguments(
+                    source, tmp_path, "--name", name, "--recipe", "sgs", "--epochs", "4", "--sgs-every", str(every)
+                )
+            )
+            == 0
+        )
         assert json.loads((tmp_path / name / "summary.json").read_text())["recipes"]["sgs"]["sgs_updates"] == updates
 
 
@@ -166,7 +190,10 @@ sys.exit(main(sys.argv[3:]))
 # In this order, each a fresh process with --resume: 3 steps to an epoch; 2 epochs of search, 3 of repopt+sgs, 3 of csla.
 KILLS = {
     "search, second epoch, in its second step": ("step", 5),
-    "between the temporary file and its rename": ("rename", 2),  # metrics.jsonl, then the checkpoint of the search's second epoch
+    "between the temporary file and its rename": (
+        "rename",
+        2,
+    ),  # metrics.jsonl, then the checkpoint of the search's second epoch
     "in an update of the spatial scaling, in its second pass": ("sgs", 2),
     "after the checkpoint, before the metrics": ("metrics", 1),
     "csla, third epoch, in its last step": ("step", 12),
@@ -182,9 +209,16 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(source, finishe
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == -signal.SIGKILL, f"{what}: {done.stderr}"
         state = tensors(tmp_path / "killed" / "checkpoint.pt")
-        reached.append((len(state["finished"]), None if state["current"] is None else (state["current"]["run"], len(state["current"]["epochs"]))))
+        reached.append(
+            (
+                len(state["finished"]),
+                None if state["current"] is None else (state["current"]["run"], len(state["current"]["epochs"])),
+            )
+        )
         assert not (tmp_path / "killed" / "summary.json").exists()
-        assert bool(list((tmp_path / "killed").rglob(f"*{files.TEMPORARY}"))) == (where == "rename")  # until the next start
+        assert bool(list((tmp_path / "killed").rglob(f"*{files.TEMPORARY}"))) == (
+            where == "rename"
+        )  # until the next start
     assert reached == [
         (0, ("search", 1)), (0, ("search", 1)), (1, ("repopt+sgs-seed0", 1)), (1, ("repopt+sgs-seed0", 2)), (2, ("csla-seed0", 2)),
     ]  # fmt: skip
@@ -216,14 +250,21 @@ def test_resume_without_a_name_takes_the_last_default_one(source, tmp_path, monk
     assert not (tmp_path / "cifar10-small-2" / "summary.json").exists()
     assert main(["train", "--data", source, "--out", str(tmp_path), "--resume"]) == 0
     assert (tmp_path / "cifar10-small-2" / "summary.json").exists()
-    assert_same_tensors(*(tensors(tmp_path / name / "weights" / "sgd-seed0.pt") for name in ("cifar10-small", "cifar10-small-2")))
+    assert_same_tensors(
+        *(tensors(tmp_path / name / "weights" / "sgd-seed0.pt") for name in ("cifar10-small", "cifar10-small-2"))
+    )
 
 
 # ---- search, then train with its scales
 
 
 def test_search_writes_scales_that_train_takes(source, finished, tmp_path, capsys):
-    wanted = [text for name, value in TINY.items() if name in ("batch_size", "search_epochs", "warmup", "threads") for text in as_arguments({name: value})]
+    wanted = [
+        text
+        for name, value in TINY.items()
+        if name in ("batch_size", "search_epochs", "warmup", "threads")
+        for text in as_arguments({name: value})
+    ]
     output = tmp_path / "mine.pt"
     search = ["search", "--data", source, "--out", str(tmp_path), *wanted, "--output", str(output)]
     assert main(search) == 0
@@ -231,7 +272,14 @@ def test_search_writes_scales_that_train_takes(source, finished, tmp_path, capsy
     assert_same_tensors(tensors(output), tensors(finished / "scales.pt"))  # the search of `train`, alone
     assert main(search) == 2
     assert f"--output {output} is there already" in capsys.readouterr().err
-    assert main(train_arguments(source, tmp_path, "--name", "y", "--recipe", "repopt+sgs,csla", "--epochs", "3", "--scales", str(output))) == 0
+    assert (
+        main(
+            train_arguments(
+                source, tmp_path, "--name", "y", "--recipe", "repopt+sgs,csla", "--epochs", "3", "--scales", str(output)
+            )
+        )
+        == 0
+    )
     assert_same_tensors(*(tensors(folder / "weights" / "repopt+sgs-seed0.pt") for folder in (finished, tmp_path / "y")))
     summary = json.loads((tmp_path / "y" / "summary.json").read_text())
     assert summary["search"] is None
@@ -243,7 +291,23 @@ def test_search_writes_scales_that_train_takes(source, finished, tmp_path, capsy
 def test_scales_named_by_block_are_taken_and_kept_by_conv(source, finished, tmp_path):
     blocks = {name.replace(".conv.", "."): tensor for name, tensor in tensors(finished / "scales.pt").items()}
     torch.save(blocks, tmp_path / "blocks.pth")
-    assert main(train_arguments(source, tmp_path, "--name", "z", "--recipe", "csla", "--epochs", "3", "--scales", str(tmp_path / "blocks.pth"))) == 0
+    assert (
+        main(
+            train_arguments(
+                source,
+                tmp_path,
+                "--name",
+                "z",
+                "--recipe",
+                "csla",
+                "--epochs",
+                "3",
+                "--scales",
+                str(tmp_path / "blocks.pth"),
+            )
+        )
+        == 0
+    )
     assert_same_results_of("csla-seed0.pt", finished, tmp_path / "z")
 
 
@@ -292,7 +356,10 @@ def test_wrong_input_is_one_line_and_status_2_and_leaves_nothing(source, finishe
         assert err.startswith("error: "), name
         assert err.count("\n") == 1, name
         assert out == "", name
-    assert before == (sorted(tmp_path.rglob("*")), {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()})
+    assert before == (
+        sorted(tmp_path.rglob("*")),
+        {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()},
+    )
 
 
 def test_a_damaged_checkpoint_is_told(finished, tmp_path, capsys):
@@ -327,7 +394,9 @@ def test_other_data_than_at_the_start_is_refused(source, tmp_path, capsys):
 
 
 def test_a_check_that_fails_is_status_1(source, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(job, "csla_equals_gr", lambda *_: {"steps": 3, "outputs": 0.5, "weights": 0.25, "agrees": False})
+    monkeypatch.setattr(
+        job, "csla_equals_gr", lambda *_: {"steps": 3, "outputs": 0.5, "weights": 0.25, "agrees": False}
+    )
     assert main(train_arguments(source, tmp_path, "--recipe", "repopt", "--epochs", "1")) == 1
     assert "NOT within 1e-10" in capsys.readouterr().out
 
@@ -354,7 +423,9 @@ def test_every_option_has_help_with_its_default(command, capsys):
 
 
 def test_env_as_text_and_as_json():
-    done = subprocess.run([sys.executable, "-m", "gradrep_kernels", "env", "--json"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "gradrep_kernels", "env", "--json"], capture_output=True, text=True, check=True
+    )
     found = json.loads(done.stdout)
     assert {"versions", "platform", "cpu", "cuda", "backend", "ops"} <= found.keys()
     assert {row["op"] for row in found["ops"]} >= {"rep_sgd_step", "joint_histogram"}

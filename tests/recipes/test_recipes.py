@@ -46,7 +46,9 @@ def scales(options, data):
     """Unlike in every channel, some negative."""
     generator = torch.Generator().manual_seed(0)
     return {
-        name: gr.BranchScales(*(torch.randn(value.channels, generator=generator) for _ in range(2)), identity=value.identity)
+        name: gr.BranchScales(
+            *(torch.randn(value.channels, generator=generator) for _ in range(2)), identity=value.identity
+        )
         for name, value in initial_scales(plain_model(options, data, 0)).items()
     }
 
@@ -65,7 +67,13 @@ def test_defaults_are_those_of_the_data_set(tmp_path):
         options = resolve({"data": source})
         for name in ("epochs", "batch_size", "weight_decay", "label_smoothing", "augment", "remove_near"):
             assert getattr(options, name) == DEFAULTS[kind][name]
-    assert (options.lr, options.momentum, options.weight_decay, options.warmup, options.image_size) == (0.1, 0.9, 4e-5, 5, 224)
+    assert (options.lr, options.momentum, options.weight_decay, options.warmup, options.image_size) == (
+        0.1,
+        0.9,
+        4e-5,
+        5,
+        224,
+    )
     assert resolve({}).epochs <= 15
 
 
@@ -74,9 +82,21 @@ def test_options_survive_json(options):
 
 
 def test_all_recipes_come_with_the_initial_scales_as_their_ablation():
-    assert [row.label for row in rows(resolve({}))] == ["sgd", "sgs", "repopt", "repopt-hs-init", "repopt+sgs", "csla", "repvgg"]
+    assert [row.label for row in rows(resolve({}))] == [
+        "sgd",
+        "sgs",
+        "repopt",
+        "repopt-hs-init",
+        "repopt+sgs",
+        "csla",
+        "repvgg",
+    ]
     assert [row.label for row in rows(resolve({"recipe": ("csla", "sgd")}))] == ["sgd", "csla"]
-    assert [row.label for row in rows(resolve({"recipe": ("sgd",), "ablate": ("grad", "init")}))] == ["sgd", "repopt-init", "repopt-grad"]
+    assert [row.label for row in rows(resolve({"recipe": ("sgd",), "ablate": ("grad", "init")}))] == [
+        "sgd",
+        "repopt-init",
+        "repopt-grad",
+    ]
     assert [row.label for row in rows(resolve({"ablate": ()}))] == list(RECIPES)
 
 
@@ -91,7 +111,10 @@ WRONG_OPTIONS = {
     "every": ({"sgs_every": 0}, "--sgs-every must be at least 1"),
     "k": ({"sgs_k": 0.0}, "--sgs-k must be a number above 0"),
     "clip": ({"clip_norm": 0.0}, "--clip-norm must be a number above 0"),
-    "recipe": ({"recipe": ("sgd", "adam")}, "--recipe must be one of sgd, sgs, repopt, repopt+sgs, csla, repvgg, all, got 'adam'"),
+    "recipe": (
+        {"recipe": ("sgd", "adam")},
+        "--recipe must be one of sgd, sgs, repopt, repopt+sgs, csla, repvgg, all, got 'adam'",
+    ),
     "ablate": ({"ablate": ("hs",)}, "--ablate must be one of init, grad, ones, hs-init, channel-mean, got 'hs'"),
     "augment": ({"augment": ("blur",)}, "--augment must be one of flip, crop, cutout, got 'blur'"),
     "model": ({"model": "b3"}, "--model must be one of small, .*, got 'b3'"),
@@ -169,7 +192,10 @@ def test_repopt_breaks_the_rules_that_an_ablation_names(options, data, scales):
 
 
 def test_ablated_scales_are_ones_means_or_where_the_search_starts(options, data, scales):
-    ones, initial, mean = (mults(build(Row("repopt", ablation), options, data, scales, 0)) for ablation in ("ones", "hs-init", "channel-mean"))
+    ones, initial, mean = (
+        mults(build(Row("repopt", ablation), options, data, scales, 0))
+        for ablation in ("ones", "hs-init", "channel-mean")
+    )
     for m in ones:
         assert m.scale[0, 0].tolist() == [[1, 1, 1], [1, 2, 1], [1, 1, 1]]
         assert len(torch.unique(m.scale[:, 0, 0, 0])) == 1
@@ -265,12 +291,24 @@ def test_the_loss_is_smoothed_cross_entropy(source, data):
 
 def test_clipping_uses_the_norm_of_the_branches(options, data, scales, monkeypatch):
     """Clipped CSLA and clipped RepOpt stay the same network; RepOpt clipped by its plain gradient norm would not."""
-    clipped = resolve({**options.to_json(), "recipe": options.recipe, "ablate": options.ablate, "augment": (), "clip_norm": 0.05, "image_size": None})
+    clipped = resolve(
+        {
+            **options.to_json(),
+            "recipe": options.recipe,
+            "ablate": options.ablate,
+            "augment": (),
+            "clip_norm": 0.05,
+            "image_size": None,
+        }
+    )
     exact = {name: gr.BranchScales(value.kxk.double(), value.one_by_one.double(), value.identity.double() if value.has_identity else False)
              for name, value in scales.items()}  # fmt: skip
     doubled = type(data.train)(data.train.labels, lambda indices: data.train.read(indices).double())
     double = type(data)(data.name, doubled, data.test, data.classes, data.side, data.mean.double(), data.std.double())
-    monkeypatch.setattr("gradrep_kernels.recipes.build.MODELS", {"repopt_vgg_small": lambda **shape: gr.models.repopt_vgg_small(**shape).double()})
+    monkeypatch.setattr(
+        "gradrep_kernels.recipes.build.MODELS",
+        {"repopt_vgg_small": lambda **shape: gr.models.repopt_vgg_small(**shape).double()},
+    )
     explicit, target = (build(Row(recipe), clipped, double, exact, 0) for recipe in ("csla", "repopt"))
     for trainee in (explicit, target):
         train_epoch(trainee, double, clipped, 0, 0, 1, lambda: None)
@@ -331,15 +369,28 @@ def test_the_check_sees_a_broken_rule(options, data, scales, monkeypatch, broken
 
 def a_state(rows_, seeds, sgs_first=None):
     def training(accuracy_, row):
-        timing = [{"seconds": 0.5, "sgs_updated": False, "sgs_seconds": 0.0}, {"seconds": 1.5, "sgs_updated": row.uses_sgs, "sgs_seconds": 0.25}]
-        epochs = [{"train_loss": 1.0 / (n + 1), "lr": 0.1, "test_accuracy": accuracy_ - 0.1 + 0.1 * n, **timing[n]} for n in range(2)]
+        timing = [
+            {"seconds": 0.5, "sgs_updated": False, "sgs_seconds": 0.0},
+            {"seconds": 1.5, "sgs_updated": row.uses_sgs, "sgs_seconds": 0.25},
+        ]
+        epochs = [
+            {"train_loss": 1.0 / (n + 1), "lr": 0.1, "test_accuracy": accuracy_ - 0.1 + 0.1 * n, **timing[n]}
+            for n in range(2)
+        ]
         kept = {"epochs": epochs, "parameters": 1234, "multiplier_bytes": 56}
         if row.uses_sgs:
             kept["scalings"] = {"start": sgs_first or {"a": [[1.0, 2.0, 1.0]] * 3}, "end": {"a": [[0.5, 2.5, 1.0]] * 3}}
         return kept
 
-    finished = {f"{row.label}-seed{seed}": training(0.8 + 0.1 * n, row) for row in rows_ for n, seed in enumerate(seeds)}
-    return {"finished": finished, "current": None, "check": {"steps": 3, "outputs": 1e-15, "weights": 2e-15, "agrees": True}, "seconds": 12.5}
+    finished = {
+        f"{row.label}-seed{seed}": training(0.8 + 0.1 * n, row) for row in rows_ for n, seed in enumerate(seeds)
+    }
+    return {
+        "finished": finished,
+        "current": None,
+        "check": {"steps": 3, "outputs": 1e-15, "weights": 2e-15, "agrees": True},
+        "seconds": 12.5,
+    }
 
 
 def test_the_report_says_what_the_state_holds(tmp_path, options, data, scales):
@@ -368,7 +419,9 @@ def test_the_report_says_what_the_state_holds(tmp_path, options, data, scales):
 
 
 def test_one_seed_has_no_standard_deviation(tmp_path, options, data):
-    summary = write_report(tmp_path, options, data, [Row("sgd")], [0], {**a_state([Row("sgd")], [0]), "check": None}, None, None)
+    summary = write_report(
+        tmp_path, options, data, [Row("sgd")], [0], {**a_state([Row("sgd")], [0]), "check": None}, None, None
+    )
     assert summary["recipes"]["sgd"]["test_accuracy_std"] is None
     assert "±" not in table(summary)
     assert "With one seed no difference between rows is evidence" in (tmp_path / "summary.md").read_text()
@@ -454,8 +507,14 @@ def test_the_environment_names_every_op_on_every_device():
     found = environment()
     assert json.loads(json.dumps(found)) == found
     assert found["versions"]["torch"] == torch.__version__ or torch.__version__.startswith(found["versions"]["torch"])
-    assert {(row["op"], row["device"]) for row in found["ops"]} == {(op, device) for op in gr.ops.OPS for device in ("cpu", "cuda")}
+    assert {(row["op"], row["device"]) for row in found["ops"]} == {
+        (op, device) for op in gr.ops.OPS for device in ("cpu", "cuda")
+    }
     text = environment_text(found)
     for row in found["ops"]:
         assert row["op"] in text
-        assert all(reason in text for name, reason in row.items() if name in ("cpp", "triton", "cuda") and reason != "available")
+        assert all(
+            reason in text
+            for name, reason in row.items()
+            if name in ("cpp", "triton", "cuda") and reason != "available"
+        )

@@ -10,7 +10,10 @@ from gradrep_kernels.recipes.data import Loader, cutout, derived_seed, flip, loa
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.schedules import learning_rate
 
-CIFAR = {"cifar10": [f"data_batch_{n}.bin" for n in range(1, 6)] + ["test_batch.bin"], "cifar100": ["train.bin", "test.bin"]}
+CIFAR = {
+    "cifar10": [f"data_batch_{n}.bin" for n in range(1, 6)] + ["test_batch.bin"],
+    "cifar100": ["train.bin", "test.bin"],
+}
 
 
 def record(kind: str, label: int, seed: int) -> bytes:
@@ -23,7 +26,12 @@ def record(kind: str, label: int, seed: int) -> bytes:
 def write_cifar(folder, kind: str, per_file: int = 4):
     folder.mkdir(parents=True, exist_ok=True)
     for n, name in enumerate(CIFAR[kind]):
-        (folder / name).write_bytes(b"".join(record(kind, (37 * n + 23 * i) % (10 if kind == "cifar10" else 100), 100 * n + i) for i in range(per_file)))
+        (folder / name).write_bytes(
+            b"".join(
+                record(kind, (37 * n + 23 * i) % (10 if kind == "cifar10" else 100), 100 * n + i)
+                for i in range(per_file)
+            )
+        )
     return folder
 
 
@@ -69,15 +77,23 @@ def test_digits_are_standardised_by_the_training_set_alone():
 def test_cifar_reads_every_pixel_where_it_belongs(tmp_path, kind):
     data = load_data(f"{kind}:{write_cifar(tmp_path, kind)}")
     training_files = len(CIFAR[kind]) - 1
-    assert (len(data.train), len(data.test), len(data.classes)) == (4 * training_files, 4, 10 if kind == "cifar10" else 100)
+    assert (len(data.train), len(data.test), len(data.classes)) == (
+        4 * training_files,
+        4,
+        10 if kind == "cifar10" else 100,
+    )
     raw = (tmp_path / CIFAR[kind][0]).read_bytes()
     labels = 1 if kind == "cifar10" else 2
     start = 2 * (labels + 3072)  # of the third record
     image = data.train.read(torch.tensor([2]))[0]
     assert int(data.train.labels[2]) == raw[start + labels - 1] == (6 if kind == "cifar10" else 46)
     for channel, row, column in ((0, 0, 0), (0, 0, 31), (0, 31, 0), (1, 5, 7), (2, 31, 31)):
-        assert float(image[channel, row, column]) == pytest.approx(raw[start + labels + 1024 * channel + 32 * row + column] / 255, abs=1e-7)
-    pixels = np.stack([data.train.read(torch.tensor([n]))[0].numpy() for n in range(len(data.train))]).astype(np.float64)
+        assert float(image[channel, row, column]) == pytest.approx(
+            raw[start + labels + 1024 * channel + 32 * row + column] / 255, abs=1e-7
+        )
+    pixels = np.stack([data.train.read(torch.tensor([n]))[0].numpy() for n in range(len(data.train))]).astype(
+        np.float64
+    )
     np.testing.assert_allclose(data.mean, pixels.mean((0, 2, 3)), atol=1e-6)
     np.testing.assert_allclose(data.std, pixels.std((0, 2, 3)), atol=1e-6)
 
@@ -105,11 +121,36 @@ def relabel(path, at: int, label: int):
 CIFAR_FAULTS = {
     "missing file": ("cifar10", "data_batch_3.bin", lambda p: p.unlink(), "No such file"),
     "empty": ("cifar10", "data_batch_1.bin", lambda p: p.write_bytes(b""), "0 bytes are not a whole number"),
-    "truncated": ("cifar10", "test_batch.bin", truncate, "12287 bytes are not a whole number of cifar10 records of 3073 bytes (truncated"),
-    "other format": ("cifar10", "data_batch_2.bin", lambda p: p.write_bytes(record("cifar100", 1, 1)), "looks like cifar100"),
-    "label 10": ("cifar10", "data_batch_5.bin", lambda p: relabel(p, 3073, 10), "record 1 has label 10, cifar10 has 0 to 9"),
-    "coarse label": ("cifar100", "train.bin", lambda p: relabel(p, 0, 20), "record 0 has label 20, cifar100 has 0 to 19"),
-    "fine label": ("cifar100", "test.bin", lambda p: relabel(p, 3 * 3074 + 1, 100), "record 3 has label 100, cifar100 has 0 to 99"),
+    "truncated": (
+        "cifar10",
+        "test_batch.bin",
+        truncate,
+        "12287 bytes are not a whole number of cifar10 records of 3073 bytes (truncated",
+    ),
+    "other format": (
+        "cifar10",
+        "data_batch_2.bin",
+        lambda p: p.write_bytes(record("cifar100", 1, 1)),
+        "looks like cifar100",
+    ),
+    "label 10": (
+        "cifar10",
+        "data_batch_5.bin",
+        lambda p: relabel(p, 3073, 10),
+        "record 1 has label 10, cifar10 has 0 to 9",
+    ),
+    "coarse label": (
+        "cifar100",
+        "train.bin",
+        lambda p: relabel(p, 0, 20),
+        "record 0 has label 20, cifar100 has 0 to 19",
+    ),
+    "fine label": (
+        "cifar100",
+        "test.bin",
+        lambda p: relabel(p, 3 * 3074 + 1, 100),
+        "record 3 has label 100, cifar100 has 0 to 99",
+    ),
 }
 
 
@@ -173,7 +214,11 @@ def test_folder_images_are_read_when_a_batch_needs_them(tmp_path):
 def test_batches_that_are_read_ahead_are_the_same(tmp_path):
     data = load_data(f"folder:{write_folder(tmp_path, per_class=5)}", 8)
     ahead = list(Loader(data, data.train, 3, seed=4, augment=("crop", "flip", "cutout")))
-    at_once = list(Loader(data, type(data.train)(data.train.labels, data.train.read), 3, seed=4, augment=("crop", "flip", "cutout")))
+    at_once = list(
+        Loader(
+            data, type(data.train)(data.train.labels, data.train.read), 3, seed=4, augment=("crop", "flip", "cutout")
+        )
+    )
     assert len(ahead) == 3
     for (x, labels), (y, others) in zip(ahead, at_once):
         assert torch.equal(x, y)
@@ -186,9 +231,21 @@ def garbage(path):
 
 FOLDER_FAULTS = {
     "no val": (lambda root: (root / "val").rename(root / "test"), "val", "no such folder"),
-    "no classes": (lambda root: [(root / "train" / name).rename(root / name) for name in ("ant", "bee")], "train", "no class folders"),
-    "class only in val": (lambda root: write_image(root / "val" / "cow" / "0.png", (9, 9), 0), "val/cow", "not in train"),
-    "class only in train": (lambda root: write_image(root / "train" / "cow" / "0.png", (9, 9), 0), "train/cow", "not in val"),
+    "no classes": (
+        lambda root: [(root / "train" / name).rename(root / name) for name in ("ant", "bee")],
+        "train",
+        "no class folders",
+    ),
+    "class only in val": (
+        lambda root: write_image(root / "val" / "cow" / "0.png", (9, 9), 0),
+        "val/cow",
+        "not in train",
+    ),
+    "class only in train": (
+        lambda root: write_image(root / "train" / "cow" / "0.png", (9, 9), 0),
+        "train/cow",
+        "not in val",
+    ),
     "empty class": (lambda root: [p.unlink() for p in (root / "val" / "ant").iterdir()], "val/ant", "no images"),
     "not an image": (lambda root: garbage(root / "train" / "bee" / "1.png"), "train/bee/1.png", "not a readable image"),
 }
@@ -281,7 +338,10 @@ def test_shuffled_batches_hold_each_image_once_and_leave_the_rest_out():
     assert all(len(x) == len(labels) == 100 for x, labels in batches)
     images = torch.cat([x for x, _ in batches]).flatten(1)
     assert len(torch.unique(images, dim=0)) == 1400
-    of_image = {x.numpy().tobytes(): int(label) for x, label in zip(data.standardise(data.train.read(torch.arange(1437))), data.train.labels)}
+    of_image = {
+        x.numpy().tobytes(): int(label)
+        for x, label in zip(data.standardise(data.train.read(torch.arange(1437))), data.train.labels)
+    }
     assert all(of_image[x.numpy().tobytes()] == int(label) for batch in batches for x, label in zip(*batch))
 
 
@@ -333,7 +393,11 @@ def test_the_learning_rate_is_that_of_torchs_schedulers(warmup):
         milestones.append(warmup)
     if warmup < steps:
         schedulers.append(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warmup))
-    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, milestones) if len(schedulers) > 1 else schedulers[0]
+    scheduler = (
+        torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, milestones)
+        if len(schedulers) > 1
+        else schedulers[0]
+    )
     for step in range(steps):
         assert learning_rate(step, steps, warmup, base) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()

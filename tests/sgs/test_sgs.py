@@ -12,18 +12,31 @@ from cases_sgs import MAPS, Map, oracle_scaling
 from implementations import DEVICES
 
 import gradrep_kernels as gr
-from gradrep_kernels.sgs.dependence import absolute_correlation, half_displacements, k_transform, pair_moments, resolve_padding, spatial_dependence
+from gradrep_kernels.sgs.dependence import (
+    absolute_correlation,
+    half_displacements,
+    k_transform,
+    pair_moments,
+    resolve_padding,
+    spatial_dependence,
+)
 
 TOLERANCE = 1e-5  # G has float32 digits; the rest is rounding in Eq. 7
-PUBLISHED = Path(os.environ.get("GRADREP_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data")) / "sgs_published.npz"
+PUBLISHED = (
+    Path(os.environ.get("GRADREP_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data")) / "sgs_published.npz"
+)
 
 
 def scaling(x: torch.Tensor, case: Map, remove_near: bool = False) -> torch.Tensor:
-    return gr.spatial_gradient_scaling(x, case.kernel_size, padding=case.padding, dilation=case.dilation, k=case.k, remove_near=remove_near)
+    return gr.spatial_gradient_scaling(
+        x, case.kernel_size, padding=case.padding, dilation=case.dilation, k=case.k, remove_near=remove_near
+    )
 
 
 BACKENDS = [("auto", "cpu"), ("reference", "cpu")]  # interpreted Triton: interpreted_joint_histogram.py
-BACKENDS += [pytest.param(backend, "cuda", marks=pytest.mark.gpu) for backend in ("cuda", "triton") if "cuda" in DEVICES]
+BACKENDS += [
+    pytest.param(backend, "cuda", marks=pytest.mark.gpu) for backend in ("cuda", "triton") if "cuda" in DEVICES
+]
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
@@ -51,7 +64,9 @@ def test_against_the_published_code(backend, device):
         kh, kw, padding, k, remove_near = data[f"{name}/args"].tolist()
         x = torch.from_numpy(data[f"{name}/x"]).to(device)
         with gr.use_backend(backend):
-            g = gr.spatial_gradient_scaling(x, (int(kh), int(kw)), padding=int(padding), k=k, remove_near=bool(remove_near))
+            g = gr.spatial_gradient_scaling(
+                x, (int(kh), int(kw)), padding=int(padding), k=k, remove_near=bool(remove_near)
+            )
         assert np.abs(g.cpu().numpy() - data[f"{name}/G"]).max() < TOLERANCE, name
 
 
@@ -121,7 +136,9 @@ def test_mutual_information_knows_no_order_of_bins():
     assert 0 < found < 1
     assert gr.normalized_mutual_information(counts.T).item() == pytest.approx(found.item(), abs=1e-14)
     assert gr.normalized_mutual_information(counts[torch.randperm(9)]).item() == pytest.approx(found.item(), abs=1e-14)
-    assert gr.normalized_mutual_information(torch.nn.functional.pad(counts, (0, 3, 0, 3))).item() == pytest.approx(found.item(), abs=1e-14)
+    assert gr.normalized_mutual_information(torch.nn.functional.pad(counts, (0, 3, 0, 3))).item() == pytest.approx(
+        found.item(), abs=1e-14
+    )
 
 
 @pytest.mark.parametrize("k", [0.5, 1.0, 2.0, 5.0])
@@ -181,13 +198,21 @@ def test_padding_as_a_convolution_takes_it():
     for kernel_size, dilation in (((3, 3), (1, 1)), ((3, 5), (2, 1))):
         options = dict(kernel_size=kernel_size, dilation=dilation)
         same = tuple(d * (k // 2) for d, k in zip(dilation, kernel_size))
-        assert torch.equal(gr.spatial_gradient_scaling(x, padding="same", **options), gr.spatial_gradient_scaling(x, padding=same, **options))
-        assert torch.equal(gr.spatial_gradient_scaling(x, padding="valid", **options), gr.spatial_gradient_scaling(x, **options))
+        assert torch.equal(
+            gr.spatial_gradient_scaling(x, padding="same", **options),
+            gr.spatial_gradient_scaling(x, padding=same, **options),
+        )
+        assert torch.equal(
+            gr.spatial_gradient_scaling(x, padding="valid", **options), gr.spatial_gradient_scaling(x, **options)
+        )
         conv = torch.nn.Conv2d(2, 1, kernel_size, padding="same", dilation=dilation)
         left, right, top, bottom = conv._reversed_padding_repeated_twice
         assert (left, right, top, bottom) == (same[1], same[1], same[0], same[0])
         assert resolve_padding(conv.padding, conv.kernel_size, conv.dilation) == same
-    assert torch.equal(gr.spatial_gradient_scaling(x, 3, padding=1), gr.spatial_gradient_scaling(x, (3, 3), padding=(1, 1), dilation=(1, 1)))
+    assert torch.equal(
+        gr.spatial_gradient_scaling(x, 3, padding=1),
+        gr.spatial_gradient_scaling(x, (3, 3), padding=(1, 1), dilation=(1, 1)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,7 +223,11 @@ def test_padding_as_a_convolution_takes_it():
         (dict(kernel_size=1), ValueError, "larger than 1"),
         (dict(kernel_size=0), ValueError, "kernel_size must be .*none below 1"),
         (dict(kernel_size=3, dilation=0), ValueError, "dilation must be .*none below 1"),
-        (dict(kernel_size=3, padding="full"), ValueError, "padding must be a number, a pair, 'same' or 'valid', got 'full'"),
+        (
+            dict(kernel_size=3, padding="full"),
+            ValueError,
+            "padding must be a number, a pair, 'same' or 'valid', got 'full'",
+        ),
         (dict(kernel_size=3, padding=-1), ValueError, "padding must be"),
         (dict(kernel_size=3, k=0.0), ValueError, "k must be positive and finite"),
         (dict(kernel_size=3, k=math.nan), ValueError, "k must be positive and finite"),
@@ -249,7 +278,10 @@ def test_autocorrelation_against_numpy(case, remove_near):
     ranges, _ = gr.pair_ranges(x, displacements, padding=case.padding, remove_near=remove_near)
     correlation = absolute_correlation(pair_moments(x, flat, ranges, list(case.padding), remove_near))
     s = spatial_dependence(correlation, case.kernel_size, case.k, remove_near)
-    assert np.abs((s / s.mean()).numpy() - oracle_scaling(x.double().numpy(), case, remove_near, correlation=True)).max() < 1e-9
+    assert (
+        np.abs((s / s.mean()).numpy() - oracle_scaling(x.double().numpy(), case, remove_near, correlation=True)).max()
+        < 1e-9
+    )
 
 
 def test_correlation_is_undefined_where_a_side_is_constant():

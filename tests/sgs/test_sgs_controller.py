@@ -69,7 +69,9 @@ def maps_of(model, batches):
     maps, handles = {}, []
     for name, conv in model.named_modules():
         if isinstance(conv, nn.Conv2d):
-            handles.append(conv.register_forward_pre_hook(lambda _, args, name=name: maps.setdefault(name, []).append(args[0])))
+            handles.append(
+                conv.register_forward_pre_hook(lambda _, args, name=name: maps.setdefault(name, []).append(args[0]))
+            )
     model.eval()
     with torch.no_grad():
         for batch in batches:
@@ -178,7 +180,9 @@ def test_tied_weights_pool_their_convolutions():
         n.append(pairs)
     pooled = torch.stack((torch.minimum(*(r[..., 0] for r in ranges)), torch.maximum(*(r[..., 1] for r in ranges))), -1)
     bins = torch.tensor([[1 + (int(v) - 1).bit_length() for v in row] for row in sum(n)])
-    counts = sum(gr.joint_histogram(x, displacements, bins, padding=padding, ranges=pooled) for x, displacements, padding in maps)
+    counts = sum(
+        gr.joint_histogram(x, displacements, bins, padding=padding, ranges=pooled) for x, displacements, padding in maps
+    )
     nmi = gr.normalized_mutual_information(counts)
     s = torch.ones(9, dtype=torch.float64)
     s[5:] = (5 * nmi / (4 * nmi + 1)).mean(0)
@@ -304,7 +308,14 @@ def test_warnings_point_to_the_callers_line():
         sgs.update(batches)
         sgs.update_if_due(1, batches)
         train(model, stepping.optimizer, batches[1:])
-    assert [str(w.message).split()[0] for w in caught] == ["SpatialGradientScaling", "asked", "the", "asked", "the", "the"]
+    assert [str(w.message).split()[0] for w in caught] == [
+        "SpatialGradientScaling",
+        "asked",
+        "the",
+        "asked",
+        "the",
+        "the",
+    ]
     assert {w.filename for w in caught} == {__file__}
 
 
@@ -381,7 +392,14 @@ def test_a_single_image_without_batch_dimension():
 
 @pytest.mark.parametrize(
     ("every", "warmup", "due"),
-    [(5, 1, [1, 5, 10, 15]), (1, 0, list(range(17))), (30, 1, [1]), (4, 6, [6, 8, 12, 16]), (3, 3, [3, 6, 9, 12, 15]), (5, 0, [0, 5, 10, 15])],
+    [
+        (5, 1, [1, 5, 10, 15]),
+        (1, 0, list(range(17))),
+        (30, 1, [1]),
+        (4, 6, [6, 8, 12, 16]),
+        (3, 3, [3, 6, 9, 12, 15]),
+        (5, 0, [0, 5, 10, 15]),
+    ],
 )
 def test_cadence(every, warmup, due):
     sgs = controller(Named(), every=every, warmup=warmup, batches=1)
@@ -485,7 +503,9 @@ def test_the_generators_of_a_loader_are_as_before(where):
         "loader": lambda: data.DataLoader(images, 5, shuffle=True, generator=generator),
         "sampler": lambda: data.DataLoader(images, 5, sampler=data.RandomSampler(images, generator=generator)),
         "batch_sampler": lambda: data.DataLoader(images, batch_sampler=Buckets(generator)),
-        "batch_sampler.sampler": lambda: data.DataLoader(images, batch_sampler=data.BatchSampler(data.RandomSampler(images, generator=generator), 5, False)),
+        "batch_sampler.sampler": lambda: data.DataLoader(
+            images, batch_sampler=data.BatchSampler(data.RandomSampler(images, generator=generator), 5, False)
+        ),
     }[where]()
     before = generator.get_state()
     controller(small_model()).update(loader)
@@ -556,7 +576,9 @@ def measure_memory(_, path):
 
     def update(images, dtype, memory_format, kernel, remove_near):
         gc.collect()  # the controller before, and its map
-        x = torch.empty(images, 4, 256, 256, dtype=dtype, memory_format=memory_format).copy_(torch.randn(1, 4, 256, 256).relu_())
+        x = torch.empty(images, 4, 256, 256, dtype=dtype, memory_format=memory_format).copy_(
+            torch.randn(1, 4, 256, 256).relu_()
+        )
         sgs = controller(Played(x, kernel), remove_near=remove_near)
         before = status_bytes("VmRSS")
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -1023,7 +1045,9 @@ def test_every_n_steps_counts_within_the_ranges_of_the_update_before(closure):
         train(model, optimizer, batches[now - 1 : now + 1], closure)
         ranges, n = gr.pair_ranges(batches[last], displacements, padding=1)
         bins = torch.tensor([[1 + (int(v) - 1).bit_length() for v in row] for row in n])
-        nmi = gr.normalized_mutual_information(gr.joint_histogram(batches[now], displacements, bins, padding=1, ranges=ranges))
+        nmi = gr.normalized_mutual_information(
+            gr.joint_histogram(batches[now], displacements, bins, padding=1, ranges=ranges)
+        )
         s = torch.ones(9, dtype=torch.float64)
         s[5:] = (5 * nmi / (4 * nmi + 1)).mean(0)
         s[:4] = s[5:].flip(0)
@@ -1199,7 +1223,9 @@ def test_state_dict_restores_the_scalings_and_tells_the_optimizer():
     assert_same(restored.scalings, sgs.scalings)
     assert_same({n: g for n, (_, g) in zip(("0", "3", "6"), optimizer.told)}, sgs.scalings)
     optimizer.told.clear()
-    restored.load_state_dict(controller(small_model()).state_dict())  # before any update: ones, which need no multiplication
+    restored.load_state_dict(
+        controller(small_model()).state_dict()
+    )  # before any update: ones, which need no multiplication
     assert [g for _, g in optimizer.told] == [None] * 3
 
 
@@ -1262,16 +1288,37 @@ def test_a_run_that_updates_every_n_steps_resumes_exactly(stop, kind):
         (lambda s: s["scalings"].update({"0": -torch.ones(3, 3)}), r"0 must be finite and not negative, got \[\[-1"),
         (lambda s: s["scalings"].update({"0": torch.full((3, 3), math.nan)}), "0 must be finite"),
         (lambda s: s["scalings"].update({"0": [[1.0] * 3] * 3}), "scalings: 0 must be a Tensor, got list"),
-        (lambda s: s["scalings"].update({"0": torch.ones(3, 3, dtype=torch.int64)}), "scalings: 0 must be floating point, got torch.int64"),
+        (
+            lambda s: s["scalings"].update({"0": torch.ones(3, 3, dtype=torch.int64)}),
+            "scalings: 0 must be floating point, got torch.int64",
+        ),
         (lambda s: s["scalings"].update({7: torch.ones(3, 3), "stem": torch.ones(3, 3)}), "unexpected 7, stem"),
         (lambda s: s.update(ranges=3), "ranges must be a dict by layer, got int"),
         (lambda s: s["ranges"].update(stem=s["ranges"]["0"]), "ranges do not fit the model: unexpected stem"),
-        (lambda s: s["ranges"].update({"0": torch.zeros(2, 4, 2, 2)}), r"ranges: 0 must be a pair \(ranges, n\), got Tensor"),
-        (lambda s: s["ranges"].update({"0": (torch.zeros(2, 4, 2), s["ranges"]["0"][1])}), r"ranges: 0 must be \[2, 4, 2, 2\], got \[2, 4, 2\]"),
-        (lambda s: s["ranges"].update({"0": (s["ranges"]["0"][0].long(), s["ranges"]["0"][1])}), "ranges: 0 must be floating point, got torch.int64"),
-        (lambda s: s["ranges"].update({"0": (s["ranges"]["0"][0], torch.ones(5, 4))}), r"ranges: n of 0 must be \[2, 4\], got \[5, 4\]"),
-        (lambda s: s["ranges"].update({"0": (s["ranges"]["0"][0], torch.ones(2, 4))}), "ranges: n of 0 must be int64, got torch.float32"),
-        (lambda s: s["ranges"].update({"6": (s["ranges"]["6"][0], -s["ranges"]["6"][1])}), "ranges: n of 6 must not be negative"),
+        (
+            lambda s: s["ranges"].update({"0": torch.zeros(2, 4, 2, 2)}),
+            r"ranges: 0 must be a pair \(ranges, n\), got Tensor",
+        ),
+        (
+            lambda s: s["ranges"].update({"0": (torch.zeros(2, 4, 2), s["ranges"]["0"][1])}),
+            r"ranges: 0 must be \[2, 4, 2, 2\], got \[2, 4, 2\]",
+        ),
+        (
+            lambda s: s["ranges"].update({"0": (s["ranges"]["0"][0].long(), s["ranges"]["0"][1])}),
+            "ranges: 0 must be floating point, got torch.int64",
+        ),
+        (
+            lambda s: s["ranges"].update({"0": (s["ranges"]["0"][0], torch.ones(5, 4))}),
+            r"ranges: n of 0 must be \[2, 4\], got \[5, 4\]",
+        ),
+        (
+            lambda s: s["ranges"].update({"0": (s["ranges"]["0"][0], torch.ones(2, 4))}),
+            "ranges: n of 0 must be int64, got torch.float32",
+        ),
+        (
+            lambda s: s["ranges"].update({"6": (s["ranges"]["6"][0], -s["ranges"]["6"][1])}),
+            "ranges: n of 6 must not be negative",
+        ),
         (lambda s: s.update(steps=None), "steps must be an int, 0 or more, and paused a bool, got None and False"),
     ],
 )
@@ -1312,7 +1359,11 @@ def test_a_state_that_is_no_dict(state):
         (dict(dependence="entropy"), ValueError, "dependence must be one of nmi, autocorrelation, got 'entropy'"),
         (dict(apply_to="weights"), ValueError, "apply_to must be one of gradient, update"),
         (dict(model="vgg"), TypeError, "model must be a torch.nn.Module, got str"),
-        (dict(process_group="gloo"), TypeError, "process_group must be a torch.distributed.ProcessGroup or None, got str"),
+        (
+            dict(process_group="gloo"),
+            TypeError,
+            "process_group must be a torch.distributed.ProcessGroup or None, got str",
+        ),
         (dict(optimizer=None), TypeError, "optimizer must be a torch.optim.Optimizer, got NoneType"),
     ],
 )
@@ -1351,7 +1402,9 @@ def rank_batches():
 
 def on_rank(rank, address, results):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{address}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     warnings.simplefilter("ignore")
     found = {}
     batches = [rank_batches()[i] for i in DEALT[rank]]
@@ -1390,7 +1443,10 @@ def on_rank(rank, address, results):
     ranks = Ranks(None)
     big = torch.tensor([2**31 - 1, 5])
     found["sums"] = [ranks.reduce([big, big[:1]], "sum", torch.device("cpu"), 2**32)[0].tolist(), ranks.bytes]
-    found["sums"] += [ranks.reduce([big // 2, big[:1] // 2], "sum", torch.device("cpu"), 2**31 - 1)[0].tolist(), ranks.bytes]
+    found["sums"] += [
+        ranks.reduce([big // 2, big[:1] // 2], "sum", torch.device("cpu"), 2**31 - 1)[0].tolist(),
+        ranks.bytes,
+    ]
     results[rank] = found
     dist.destroy_process_group()
 
@@ -1432,7 +1488,11 @@ def test_two_ranks(tmp_path):
     assert first["steps"]["always"] != np.ones((3, 3)).tolist()
 
 
-MANY_DEALT = {1: [[0, 1, 2, 3, 4]], 2: [[4], [0, 1, 2, 3]], 4: [[0, 3], [1], [], [2, 4]]}  # ranks: which batches each gets
+MANY_DEALT = {
+    1: [[0, 1, 2, 3, 4]],
+    2: [[4], [0, 1, 2, 3]],
+    4: [[0, 3], [1], [], [2, 4]],
+}  # ranks: which batches each gets
 
 
 def unlike_batches():
@@ -1466,7 +1526,9 @@ def scalings_and_bytes(batches, **options):
 
 def on_one_of_four(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4, timeout=timedelta(seconds=60)
+    )
     groups = {4: None, 2: dist.new_group([0, 1])}
     batches, found = unlike_batches(), {}
     for ranks, group in groups.items():
@@ -1503,7 +1565,10 @@ def bytes_of_an_update(maps):
     for calls in maps.values():
         channels, radius = calls[0][0].shape[1], calls[0][1] // 2
         displacements = [(i, j) for i in range(radius + 1) for j in range(-radius, radius + 1) if (i, j) > (0, 0)]
-        n = [sum(len(x) * (x.shape[2] + 2 * pad - abs(i)) * (x.shape[3] + 2 * pad - abs(j)) for x, _, pad in calls) for i, j in displacements]
+        n = [
+            sum(len(x) * (x.shape[2] + 2 * pad - abs(i)) * (x.shape[3] + 2 * pad - abs(j)) for x, _, pad in calls)
+            for i, j in displacements
+        ]
         pairs += channels * len(displacements)
         cells += channels * len(displacements) * (1 + (max(n) - 1).bit_length()) ** 2
     return 8 * (pairs + len(maps) + 2) + 8 * 4 * pairs + 4 * (cells + 1)

@@ -38,7 +38,13 @@ SHAPES = {
 def scale_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Every way in which the papers' multipliers, and a user's, broadcast to a weight of `shape`."""
     if len(shape) != 4:
-        return {"none": None, "number": (), "dense": shape, "last": shape[-1:], **({"rows": (shape[0], 1)} if len(shape) == 2 else {})}
+        return {
+            "none": None,
+            "number": (),
+            "dense": shape,
+            "last": shape[-1:],
+            **({"rows": (shape[0], 1)} if len(shape) == 2 else {}),
+        }
     o, i, kh, kw = shape
     return {
         "none": None,

@@ -90,11 +90,17 @@ EQUIVALENCES = [
     Equivalence("everything", {**_MOMENTUM, "nesterov": True, "weight_decay": 0.02}, "groups2", max_norm=1.0),
     Equivalence("identity_not_searched", _MOMENTUM, searched_identity=False),
     Equivalence("no_1x1", _MOMENTUM, "depthwise", one_by_one=False),
-    *(Equivalence(f"geometry_{g.name}", {**_MOMENTUM, "weight_decay": 0.01}, g.name) for g in GEOMETRIES if g.name != "3x3"),
+    *(
+        Equivalence(f"geometry_{g.name}", {**_MOMENTUM, "weight_decay": 0.01}, g.name)
+        for g in GEOMETRIES
+        if g.name != "3x3"
+    ),
 ]
 
 
-def random_scales(model: nn.Module, *, negative: float = 0.4, one_by_one: bool = True, searched: bool = True, dtype=torch.float64) -> dict[str, BranchScales]:
+def random_scales(
+    model: nn.Module, *, negative: float = 0.4, one_by_one: bool = True, searched: bool = True, dtype=torch.float64
+) -> dict[str, BranchScales]:
     """Scales for every site of `model`, between 0.3 and 1.3 in size, the given share of them (rounded up) below 0."""
 
     def vector(channels: int) -> torch.Tensor:

@@ -34,7 +34,10 @@ def mults(model: nn.Module, seed: int = 1) -> dict[nn.Parameter, gr.GradMult]:
     found = {}
     for p in model.parameters():
         if p.dim() == 4:
-            scale, identity = 0.3 + torch.rand(p.shape[0], 1, *p.shape[2:], generator=g), torch.rand(p.shape[0], generator=g)
+            scale, identity = (
+                0.3 + torch.rand(p.shape[0], 1, *p.shape[2:], generator=g),
+                torch.rand(p.shape[0], generator=g),
+            )
             found[p] = gr.GradMult(scale, identity if len(found) % 2 == 0 else None)
         elif p.dim() == 2:
             found[p] = gr.GradMult(torch.rand(p.shape, generator=g) * 2)
@@ -70,11 +73,19 @@ class Pair:
     The parameters are dealt to `groups` groups with learning rates lr, 2 lr, ... float64 unless another dtype is asked for.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float64, multiplied: bool = True, groups: int = 1, lr=0.05, fused=None, **hyper):
+    def __init__(
+        self, dtype: torch.dtype = torch.float64, multiplied: bool = True, groups: int = 1, lr=0.05, fused=None, **hyper
+    ):
         self.ours, self.twin = net(dtype), net(dtype)
         self.mults = mults(self.ours) if multiplied else {}
-        self.masks = {q: dense(self.mults[p], p.shape) for p, q in zip(self.ours.parameters(), self.twin.parameters()) if p in self.mults}
-        self.opt = gr.FusedRepSGD(self._split(self.ours, groups, lr), **hyper, fused=fused, grad_mults=self.mults or None)
+        self.masks = {
+            q: dense(self.mults[p], p.shape)
+            for p, q in zip(self.ours.parameters(), self.twin.parameters())
+            if p in self.mults
+        }
+        self.opt = gr.FusedRepSGD(
+            self._split(self.ours, groups, lr), **hyper, fused=fused, grad_mults=self.mults or None
+        )
         self.sgd = torch.optim.SGD(self._split(self.twin, groups, lr), **hyper, foreach=False)
 
     @staticmethod
@@ -106,4 +117,9 @@ class Pair:
 
 def assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-13) -> None:
     assert a.dtype == b.dtype
-    torch.testing.assert_close(a.detach().double(), b.detach().double(), rtol=0, atol=tolerance * (1.0 + (float(b.detach().abs().max()) if b.numel() else 0.0)))
+    torch.testing.assert_close(
+        a.detach().double(),
+        b.detach().double(),
+        rtol=0,
+        atol=tolerance * (1.0 + (float(b.detach().abs().max()) if b.numel() else 0.0)),
+    )

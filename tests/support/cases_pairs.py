@@ -168,4 +168,8 @@ PAIRS = (
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal to the last bit, zeros with their sign; one NaN is as good as another."""
     bits = torch.int64 if a.dtype == torch.float64 else torch.int32
-    return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(nan=0.0).view(bits), b.nan_to_num(nan=0.0).view(bits))
+    return (
+        a.dtype == b.dtype
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(nan=0.0).view(bits), b.nan_to_num(nan=0.0).view(bits))
+    )

@@ -17,11 +17,23 @@ def write_tiny_cifar10(folder: Path) -> Path:
         pixels = rng.integers(0, 80, (count, 3, 32, 32), dtype=np.uint8)
         for image, label in zip(pixels, labels):
             image[:, 3 * label : 3 * label + 4, 3 * label : 3 * label + 4] += 150
-        (folder / name).write_bytes(np.concatenate([labels[:, None].astype(np.uint8), pixels.reshape(count, -1)], axis=1).tobytes())
+        (folder / name).write_bytes(
+            np.concatenate([labels[:, None].astype(np.uint8), pixels.reshape(count, -1)], axis=1).tobytes()
+        )
     return folder
 
 
-TINY = {"batch_size": 10, "epochs": 2, "search_epochs": 2, "seeds": 1, "warmup": 1, "threads": 1, "sgs_every": 9, "sgs_batches": 1, "check_steps": 3}
+TINY = {
+    "batch_size": 10,
+    "epochs": 2,
+    "search_epochs": 2,
+    "seeds": 1,
+    "warmup": 1,
+    "threads": 1,
+    "sgs_every": 9,
+    "sgs_batches": 1,
+    "check_steps": 3,
+}
 """Options by attribute name."""
 
 

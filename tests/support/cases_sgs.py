@@ -66,7 +66,9 @@ MAPS = (
 )
 
 
-def oracle_pairs(x: np.ndarray, displacement: tuple[int, int], padding: tuple[int, int], remove_near: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+def oracle_pairs(
+    x: np.ndarray, displacement: tuple[int, int], padding: tuple[int, int], remove_near: bool
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """(p, q) of each channel, pooled over the images."""
     x = np.pad(x, ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2))
     rows, columns = x.shape[2:]
@@ -84,7 +86,11 @@ def oracle_pairs(x: np.ndarray, displacement: tuple[int, int], padding: tuple[in
 
 def oracle_bins(values: np.ndarray, bins: int) -> np.ndarray:
     lo, hi = values.min(), values.max()
-    return np.zeros(len(values), int) if lo == hi else np.minimum(((values - lo) * (bins / (hi - lo))).astype(int), bins - 1)
+    return (
+        np.zeros(len(values), int)
+        if lo == hi
+        else np.minimum(((values - lo) * (bins / (hi - lo))).astype(int), bins - 1)
+    )
 
 
 def oracle_counts(p: np.ndarray, q: np.ndarray, bins: int, remove_near: bool) -> np.ndarray:

@@ -78,7 +78,9 @@ class Compiled:
     @property
     def double_precision(self) -> int:
         """Instructions that compute in fp64, or convert from or to it."""
-        return self.count(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)|(F2F|I2F|F2I|FRND)\S*F64|MUFU\S*64|v_\w*f64")  # I2F.U64 is of an integer
+        return self.count(
+            r"D(ADD|MUL|FMA|SETP|MNMX|MMA)|(F2F|I2F|F2I|FRND)\S*F64|MUFU\S*64|v_\w*f64"
+        )  # I2F.U64 is of an integer
 
     @property
     def contracted(self) -> int:
@@ -89,7 +91,9 @@ class Compiled:
         return sum("neg(0)" not in line for line in lines)
 
 
-def compile_variant(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], target: str, **options: Any) -> Compiled:
+def compile_variant(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], target: str, **options: Any
+) -> Compiled:
     """Compile `kernel` as a launch does that specializes nothing.
 
     Args:
@@ -103,14 +107,28 @@ def compile_variant(kernel: Any, types: Mapping[str, str], constants: Mapping[st
         text = built.asm["amdgcn"]
         facts = {name: int(n) for name, n in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
         spills = facts["vgpr_spill_count"] + facts["sgpr_spill_count"] + facts["private_segment_fixed_size"]
-        return Compiled(target, facts["vgpr_count"], spills, built.metadata.shared, Counter(_AMDGCN.findall(text)), text, built.asm["ttir"])
+        return Compiled(
+            target,
+            facts["vgpr_count"],
+            spills,
+            built.metadata.shared,
+            Counter(_AMDGCN.findall(text)),
+            text,
+            built.asm["ttir"],
+        )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
         usage, sass = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
     facts = {name: int(n) for name, n in _USAGE.findall(usage)}
     return Compiled(
-        target, facts["REG"], facts["STACK"] + facts["LOCAL"], built.metadata.shared, Counter(_SASS.findall(sass)), built.asm["ptx"], built.asm["ttir"]
+        target,
+        facts["REG"],
+        facts["STACK"] + facts["LOCAL"],
+        built.metadata.shared,
+        Counter(_SASS.findall(sass)),
+        built.asm["ptx"],
+        built.asm["ttir"],
     )
 
 
@@ -152,5 +170,7 @@ def compile_cuda(folder: Path, targets: tuple[str, ...]) -> tuple[list[str], dic
             for name, usage in _by_kernel(_cuobjdump("-res-usage", "-arch", target, made), r"Function (\w+):").items():
                 facts = {fact: int(n) for fact, n in _USAGE.findall(usage)}
                 instructions = Counter(_SASS.findall(sass[name]))
-                found[name, target] = Compiled(target, facts["REG"], facts["STACK"] + facts["LOCAL"], facts["SHARED"], instructions, ptx[name])
+                found[name, target] = Compiled(
+                    target, facts["REG"], facts["STACK"] + facts["LOCAL"], facts["SHARED"], instructions, ptx[name]
+                )
     return objects, found

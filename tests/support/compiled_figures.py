@@ -62,14 +62,22 @@ def table() -> str:
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for kernel, by_target in figures().items():
         assert not any(made.spills for made in by_target.values())
-        cells = [f"{made.registers}, {made.shared}" if made else "" for made in map(by_target.get, compile_gate.TARGETS)]
-        lines.append(f"| {kernel} | {' | '.join(cells)} | {by_target['sm_90'].wide_loads}, {by_target['sm_90'].wide_stores} |")
+        cells = [
+            f"{made.registers}, {made.shared}" if made else "" for made in map(by_target.get, compile_gate.TARGETS)
+        ]
+        lines.append(
+            f"| {kernel} | {' | '.join(cells)} | {by_target['sm_90'].wide_loads}, {by_target['sm_90'].wide_stores} |"
+        )
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     nvcc = re.search(r"release ([\d.]+)", compile_gate.setup_py().ask_nvcc("--version"))[1]
     print("# What compilers make of the GPU kernels\n")
-    print(f"No GPU is needed for this, and none ran. Triton {triton.__version__}, nvcc {nvcc}. `python tests/support/compiled_figures.py`\n")
-    print("Registers of a thread, static bytes of shared memory of a block; nothing spills. CUDA C++ is not compiled for AMD.\n")
+    print(
+        f"No GPU is needed for this, and none ran. Triton {triton.__version__}, nvcc {nvcc}. `python tests/support/compiled_figures.py`\n"
+    )
+    print(
+        "Registers of a thread, static bytes of shared memory of a block; nothing spills. CUDA C++ is not compiled for AMD.\n"
+    )
     print(table())

@@ -15,7 +15,16 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(file: str) -> None:
     """Fail with the output of `pytest tests/ops/<file>` where that fails, or where it ran nothing."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "GRADREP_BACKEND": "auto"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore:invalid value:RuntimeWarning", str(ROOT / "tests" / "ops" / file)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore:invalid value:RuntimeWarning",
+        str(ROOT / "tests" / "ops" / file),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     if done.returncode != 0:
         pytest.fail(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}", pytrace=False)

@@ -8,7 +8,15 @@ from torch import Tensor
 from gradrep_kernels.ops.reference.pair_rule import bin_numbers, image_groups, inverse_width, padded, pair_views
 
 
-def joint_histogram(x: Tensor, displacements: list[int], ranges: Tensor, bins: Tensor, max_bins: int, padding: list[int], remove_near: bool) -> Tensor:
+def joint_histogram(
+    x: Tensor,
+    displacements: list[int],
+    ranges: Tensor,
+    bins: Tensor,
+    max_bins: int,
+    padding: list[int],
+    remove_near: bool,
+) -> Tensor:
     """Per channel and displacement: how often a pixel in bin p has its displaced neighbour in bin q.
 
     Args:
@@ -31,7 +39,12 @@ def joint_histogram(x: Tensor, displacements: list[int], ranges: Tensor, bins: T
 def check_counts(counts: Tensor, x: Tensor, displacements: list[int]) -> None:
     """Kernels write into them through a pointer."""
     sizes = (x.shape[1], len(displacements) // 2, *counts.shape[-1:] * 2)
-    if tuple(counts.shape) != sizes or counts.dtype != torch.int64 or counts.device != x.device or not counts.is_contiguous():
+    if (
+        tuple(counts.shape) != sizes
+        or counts.dtype != torch.int64
+        or counts.device != x.device
+        or not counts.is_contiguous()
+    ):
         raise ValueError(
             f"joint_histogram_: counts must be contiguous int64 [C, D, B, B] = {list(sizes)} on {x.device}, "
             f"got {counts.dtype} {list(counts.shape)}, strides {counts.stride()}, on {counts.device}"
@@ -39,7 +52,15 @@ def check_counts(counts: Tensor, x: Tensor, displacements: list[int]) -> None:
 
 
 @torch.no_grad()
-def joint_histogram_(counts: Tensor, x: Tensor, displacements: list[int], ranges: Tensor, bins: Tensor, padding: list[int], remove_near: bool) -> None:
+def joint_histogram_(
+    counts: Tensor,
+    x: Tensor,
+    displacements: list[int],
+    ranges: Tensor,
+    bins: Tensor,
+    padding: list[int],
+    remove_near: bool,
+) -> None:
     """Adds what `joint_histogram` of max_bins = B finds to counts [C, D, B, B] int64, contiguous: a pass over many batches has one table."""
     check_counts(counts, x, displacements)
     channels, max_bins, pairs = x.shape[1], counts.shape[-1], list(zip(displacements[::2], displacements[1::2]))
@@ -48,7 +69,9 @@ def joint_histogram_(counts: Tensor, x: Tensor, displacements: list[int], ranges
     table = channels * max_bins * max_bins
     inv = inverse_width(ranges, bins)
     lo = ranges[..., 0]
-    first_cell = torch.arange(channels, device=x.device, dtype=torch.int32 if table < 2**31 - 1 else torch.int64).mul_(max_bins**2)
+    first_cell = torch.arange(channels, device=x.device, dtype=torch.int32 if table < 2**31 - 1 else torch.int64).mul_(
+        max_bins**2
+    )
     # Padding no smaller than the radius and nothing dropped: one range per channel, so each pixel has one bin number.
     one_number = bool((lo == lo[:, :1, :1]).all() & (inv == inv[:, :1, :1]).all() & (bins == bins[:, :1]).all())
     for part in image_groups(x):
@@ -67,4 +90,6 @@ def joint_histogram_(counts: Tensor, x: Tensor, displacements: list[int], ranges
             cells = p * max_bins + q + first_cell.view(-1, 1, 1)
             if dropped is not None:
                 cells = cells.masked_fill_(dropped | (p == q), table)
-            counts[:, d] += torch.bincount(cells.flatten(), minlength=table + 1)[:table].view(channels, max_bins, max_bins)
+            counts[:, d] += torch.bincount(cells.flatten(), minlength=table + 1)[:table].view(
+                channels, max_bins, max_bins
+            )

@@ -26,7 +26,9 @@ def pair_ranges(x: Tensor, displacements: list[int], padding: list[int], remove_
     lo = x.new_full((2, len(pairs), channels), torch.inf, dtype=compute_dtype(x.dtype))
     hi = -lo
     n = x.new_zeros((len(pairs), channels), dtype=torch.int64)
-    if not remove_near and x.numel() > 0:  # which pixels take part depends on their place alone: over the images once and for all
+    if (
+        not remove_near and x.numel() > 0
+    ):  # which pixels take part depends on their place alone: over the images once and for all
         least, greatest = (padded(extreme, padding) for extreme in (x.amin(0), x.amax(0)))
         for d, (di, dj) in enumerate(pairs):
             for s, (low, high) in enumerate(zip(pair_views(least, di, dj), pair_views(greatest, di, dj))):
@@ -41,7 +43,9 @@ def pair_ranges(x: Tensor, displacements: list[int], padding: list[int], remove_
                 continue
             keep = (p != 0) & (q != 0)
             n[d] += keep.sum((0, 2, 3))
-            for s, values in enumerate((p, q)):  # over the images first: 3x faster than over all three dimensions at once
+            for s, values in enumerate(
+                (p, q)
+            ):  # over the images first: 3x faster than over all three dimensions at once
                 lo[s, d] = torch.minimum(lo[s, d], torch.where(keep, values, torch.inf).amin(0).amin((1, 2)))
                 hi[s, d] = torch.maximum(hi[s, d], torch.where(keep, values, -torch.inf).amax(0).amax((1, 2)))
     ranges = torch.stack((lo, hi)).permute(3, 2, 1, 0) + 0.0  # -0.0 + 0.0 is +0.0

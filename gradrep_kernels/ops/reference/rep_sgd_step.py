@@ -51,7 +51,9 @@ def rep_sgd_step(
     if found_inf is not None and found_inf.item() != 0:
         return
     rows = hyper.tolist()
-    for p, grad, buffer, scale, identity, first, group in zip(params, grads, momentum_buffers, scales, identities, first_steps, groups):
+    for p, grad, buffer, scale, identity, first, group in zip(
+        params, grads, momentum_buffers, scales, identities, first_steps, groups
+    ):
         lr, momentum, dampening, weight_decay, nesterov, maximize = rows[group]
         dtype = compute_dtype(p.dtype)
         w, g = p.to(dtype), grad.to(dtype)

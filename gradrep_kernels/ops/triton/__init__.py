@@ -5,7 +5,9 @@ from __future__ import annotations
 try:
     import triton  # noqa: F401
 except ImportError as error:
-    raise ImportError("Triton is not installed (a CUDA build of torch brings it; else pip install 'gradrep_kernels[triton]')") from error
+    raise ImportError(
+        "Triton is not installed (a CUDA build of torch brings it; else pip install 'gradrep_kernels[triton]')"
+    ) from error
 
 from gradrep_kernels.ops.triton.joint_histogram import joint_histogram, joint_histogram_
 from gradrep_kernels.ops.triton.pair_ranges import pair_ranges
@@ -13,7 +15,15 @@ from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm
 from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step
 from gradrep_kernels.ops.triton.tables import INTERPRETED
 
-__all__ = ["INTERPRETED", "joint_histogram", "joint_histogram_", "pair_ranges", "rep_grad_norm", "rep_sgd_step", "supports"]
+__all__ = [
+    "INTERPRETED",
+    "joint_histogram",
+    "joint_histogram_",
+    "pair_ranges",
+    "rep_grad_norm",
+    "rep_sgd_step",
+    "supports",
+]
 
 _OPS = {op.__name__ for op in (joint_histogram, joint_histogram_, pair_ranges, rep_grad_norm, rep_sgd_step)}
 

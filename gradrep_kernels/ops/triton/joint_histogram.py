@@ -78,7 +78,11 @@ def joint_histogram_kernel(
     REST: tl.constexpr = CELLS - FIRST
     rows, columns = height + 2 * pad_rows, width + 2 * pad_columns
     c, first, _, image, start, places = rule.share(images, channels, pairs, rows * columns, images_each, parts, span)
-    x += image.to(tl.int64) * stride_n + c.to(tl.int64) * stride_c - (pad_rows.to(tl.int64) * stride_h + pad_columns.to(tl.int64) * stride_w)
+    x += (
+        image.to(tl.int64) * stride_n
+        + c.to(tl.int64) * stride_c
+        - (pad_rows.to(tl.int64) * stride_h + pad_columns.to(tl.int64) * stride_w)
+    )
     cells = max_bins * max_bins
     bins += c.to(tl.int64) * pairs
     ranges += c.to(tl.int64) * pairs * 4
@@ -90,15 +94,31 @@ def joint_histogram_kernel(
     done = 0
     while done < places:
         i, j, offset = rule.pixels(
-            done, places, start, rows * columns, columns, plane_magic, plane_shift, row_magic, row_shift, stride_n, stride_h, stride_w, BLOCK
+            done,
+            places,
+            start,
+            rows * columns,
+            columns,
+            plane_magic,
+            plane_shift,
+            row_magic,
+            row_shift,
+            stride_n,
+            stride_h,
+            stride_w,
+            BLOCK,
         )
-        p = tl.load(x + offset, mask=rule.inside(i - pad_rows, height) & rule.inside(j - pad_columns, width), other=0.0).to(COMPUTE)
+        p = tl.load(
+            x + offset, mask=rule.inside(i - pad_rows, height) & rule.inside(j - pad_columns, width), other=0.0
+        ).to(COMPUTE)
         g = 0
         while g < tl.minimum(pairs - first, GROUP):
             d = first + g
             di, dj = tl.load(displacements + 2 * d), tl.load(displacements + 2 * d + 1)
             in_map = rule.inside(i + di - pad_rows, height) & rule.inside(j + dj - pad_columns, width)
-            q = tl.load(x + (di.to(tl.int64) * stride_h + dj.to(tl.int64) * stride_w) + offset, mask=in_map, other=0.0).to(COMPUTE)
+            q = tl.load(
+                x + (di.to(tl.int64) * stride_h + dj.to(tl.int64) * stride_w) + offset, mask=in_map, other=0.0
+            ).to(COMPUTE)
             own_bins, ends = tl.load(bins + d), ranges + 4 * d
             lo_p, lo_q = tl.load(ends), tl.load(ends + 2)
             bin_p = rule.bin_number(p, lo_p, rule.inverse_width(lo_p, tl.load(ends + 1), own_bins), own_bins)
@@ -107,7 +127,9 @@ def joint_histogram_kernel(
             keep = rule.inside(i + di, rows) & rule.inside(j + dj, columns) & ((near.to(tl.int32) & remove_near) == 0)
             cell = bin_p * max_bins + bin_q
             if CELLS == 0:
-                tl.atomic_add(counts + d.to(tl.int64) * cells + cell, 1, mask=keep & rule.inside(cell, cells), sem="relaxed")
+                tl.atomic_add(
+                    counts + d.to(tl.int64) * cells + cell, 1, mask=keep & rule.inside(cell, cells), sem="relaxed"
+                )
             if REST > 0:  # before the larger part: in the other order sm_80 spills registers with Triton 3.7
                 high = _counted(high, g, cell & (REST - 1), keep & (cell >= FIRST), REST)
             if CELLS > 0:
@@ -131,7 +153,15 @@ def private_cells(max_bins: int) -> int:
     return next((cells for most, cells in CELLS.items() if max_bins <= most), 0)
 
 
-def joint_histogram(x: Tensor, displacements: list[int], ranges: Tensor, bins: Tensor, max_bins: int, padding: list[int], remove_near: bool) -> Tensor:
+def joint_histogram(
+    x: Tensor,
+    displacements: list[int],
+    ranges: Tensor,
+    bins: Tensor,
+    max_bins: int,
+    padding: list[int],
+    remove_near: bool,
+) -> Tensor:
     """As `reference.joint_histogram`, to the last count. The host waits for nothing, and a CUDA graph can record it.
 
     With more than 32 bins every pair is an atomic addition to the result itself: the time is that of its most frequent cell.
@@ -143,7 +173,15 @@ def joint_histogram(x: Tensor, displacements: list[int], ranges: Tensor, bins: T
 
 
 @torch.no_grad()
-def joint_histogram_(counts: Tensor, x: Tensor, displacements: list[int], ranges: Tensor, bins: Tensor, padding: list[int], remove_near: bool) -> None:
+def joint_histogram_(
+    counts: Tensor,
+    x: Tensor,
+    displacements: list[int],
+    ranges: Tensor,
+    bins: Tensor,
+    padding: list[int],
+    remove_near: bool,
+) -> None:
     """As `reference.joint_histogram_`."""
     check_counts(counts, x, displacements)
     work = rule.work(x, displacements, padding, block())

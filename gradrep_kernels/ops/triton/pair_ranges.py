@@ -64,8 +64,14 @@ def pair_ranges_kernel(
 ):
     COMPUTE: tl.constexpr = ends.dtype.element_ty
     rows, columns = height + 2 * pad_rows, width + 2 * pad_columns
-    c, first, chunk, image, start, places = rule.share(images, channels, pairs, rows * columns, images_each, parts, span)
-    x += image.to(tl.int64) * stride_n + c.to(tl.int64) * stride_c - (pad_rows.to(tl.int64) * stride_h + pad_columns.to(tl.int64) * stride_w)
+    c, first, chunk, image, start, places = rule.share(
+        images, channels, pairs, rows * columns, images_each, parts, span
+    )
+    x += (
+        image.to(tl.int64) * stride_n
+        + c.to(tl.int64) * stride_c
+        - (pad_rows.to(tl.int64) * stride_h + pad_columns.to(tl.int64) * stride_w)
+    )
     d = first + tl.arange(0, GROUP)
     di = tl.load(displacements + 2 * d, mask=d < pairs, other=rule.NOWHERE)[:, None]
     dj = tl.load(displacements + 2 * d + 1, mask=d < pairs, other=0)[:, None]
@@ -76,9 +82,23 @@ def pair_ranges_kernel(
     done = 0
     while done < places:
         i, j, offset = rule.pixels(
-            done, places, start, rows * columns, columns, plane_magic, plane_shift, row_magic, row_shift, stride_n, stride_h, stride_w, BLOCK
+            done,
+            places,
+            start,
+            rows * columns,
+            columns,
+            plane_magic,
+            plane_shift,
+            row_magic,
+            row_shift,
+            stride_n,
+            stride_h,
+            stride_w,
+            BLOCK,
         )
-        p = tl.load(x + offset, mask=rule.inside(i - pad_rows, height) & rule.inside(j - pad_columns, width), other=0.0).to(COMPUTE)[None, :]
+        p = tl.load(
+            x + offset, mask=rule.inside(i - pad_rows, height) & rule.inside(j - pad_columns, width), other=0.0
+        ).to(COMPUTE)[None, :]
         q_i, q_j = i[None, :] + di, j[None, :] + dj
         in_map = rule.inside(q_i - pad_rows, height) & rule.inside(q_j - pad_columns, width)
         q = tl.load(x + offset[None, :] + to_q, mask=in_map, other=0.0).to(COMPUTE)
@@ -106,7 +126,9 @@ def pair_ranges(x: Tensor, displacements: list[int], padding: list[int], remove_
     A padded image of more than 2^29 pixels goes to the reference.
     """
     maps = x
-    if not remove_near and x.shape[0] > 2:  # which pixels take part depends on their place alone: over the images once and for all
+    if (
+        not remove_near and x.shape[0] > 2
+    ):  # which pixels take part depends on their place alone: over the images once and for all
         maps = torch.stack(torch.aminmax(x, dim=0))
     work = rule.work(maps, displacements, padding, BLOCK)
     if work is None:

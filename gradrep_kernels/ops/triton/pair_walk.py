@@ -62,7 +62,21 @@ def inside(n, size):
 
 
 @triton.jit
-def pixels(done, places, start, plane, columns, plane_magic, plane_shift, row_magic, row_shift, stride_n, stride_h, stride_w, BLOCK: tl.constexpr):
+def pixels(
+    done,
+    places,
+    start,
+    plane,
+    columns,
+    plane_magic,
+    plane_shift,
+    row_magic,
+    row_shift,
+    stride_n,
+    stride_h,
+    stride_w,
+    BLOCK: tl.constexpr,
+):
     """Row, column and offset in memory of the next BLOCK places."""
     n = done + tl.arange(0, BLOCK)
     image = tables.quotient(start + n, plane_magic.to(tl.uint32, bitcast=True), plane_shift)
@@ -96,7 +110,10 @@ _displacement_tables: dict[tuple, Tensor] = {}
 
 def options(lanes: int = LANES) -> dict[str, Any]:
     """Compile options of every kernel here; `lanes` is the size of a warp."""
-    return {"num_warps": 256 // lanes, "enable_fp_fusion": False}  # a contracted (v - lo) * inv would fall into other bins
+    return {
+        "num_warps": 256 // lanes,
+        "enable_fp_fusion": False,
+    }  # a contracted (v - lo) * inv would fall into other bins
 
 
 def displacement_table(displacements: tuple[int, ...], device: torch.device) -> Tensor:
@@ -106,7 +123,9 @@ def displacement_table(displacements: tuple[int, ...], device: torch.device) -> 
     if key in _displacement_tables and not in_capture:
         tables.staging.reserve()
         return _displacement_tables[key]
-    table = tables.upload(torch.tensor(displacements, device="cpu").clamp(-PLACES, PLACES).to(torch.int32).view(-1, 2), device)
+    table = tables.upload(
+        torch.tensor(displacements, device="cpu").clamp(-PLACES, PLACES).to(torch.int32).view(-1, 2), device
+    )
     if not in_capture:
         tables.remember(_displacement_tables, key, table)
     return table

@@ -57,7 +57,9 @@ def rep_grad_norm_kernel(
         inside = tl.full([BLOCK], True, tl.int1)
         total = tl.zeros([BLOCK], COMPUTE)
         for part in range(CHUNK // BLOCK):
-            total += _squares(start + part * BLOCK + tl.arange(0, BLOCK), inside, aligned(grad, DTYPE), row_of_piece, COMPUTE)
+            total += _squares(
+                start + part * BLOCK + tl.arange(0, BLOCK), inside, aligned(grad, DTYPE), row_of_piece, COMPUTE
+            )
         tl.store(partial + program, tl.sum(total, axis=0))
     else:
         end = tl.minimum(start + CHUNK, numel)

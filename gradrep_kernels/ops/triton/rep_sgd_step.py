@@ -82,7 +82,11 @@ def rep_sgd_step_kernel(
     hyper += tl.load(piece + GROUP) * 8
     flags = tl.load(pointers + FLAGS)
     first = (flags & FIRST_STEP) != 0
-    param, grad, buffer = tl.load(pointers + PARAM), tl.load(pointers + GRAD), tl.load(pointers + BUFFER)  # integers: see `aligned`
+    param, grad, buffer = (
+        tl.load(pointers + PARAM),
+        tl.load(pointers + GRAD),
+        tl.load(pointers + BUFFER),
+    )  # integers: see `aligned`
     row_of_piece = multiplier_row(piece, pointers, hyper.dtype.element_ty)
     if (start + BLOCK <= numel) & ((flags & ALIGNED) != 0):
         place = start + tl.arange(0, BLOCK)
@@ -149,10 +153,20 @@ def rep_sgd_step(
     if not params:
         return
     momenta = hyper[:, 1].tolist() if hyper.device.type == "cpu" else [1.0] * len(hyper)
-    call = _plans.prepare((grads, params, momentum_buffers), scales, identities, groups, [2 if m == 0 else 3 for m in momenta], first_steps)
+    call = _plans.prepare(
+        (grads, params, momentum_buffers),
+        scales,
+        identities,
+        groups,
+        [2 if m == 0 else 3 for m in momenta],
+        first_steps,
+    )
     rest = range(len(params)) if call.pointers is None else call.plan.rest
     if rest:
-        columns = [[column[n] for n in rest] for column in (params, grads, momentum_buffers, scales, identities, first_steps, groups)]
+        columns = [
+            [column[n] for n in rest]
+            for column in (params, grads, momentum_buffers, scales, identities, first_steps, groups)
+        ]
         reference.rep_sgd_step(*columns, hyper, grad_scale, found_inf)
     if call.pointers is None:
         return

@@ -29,10 +29,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 was set when the kernels were defined: they run on CPU tensors then, and only there."""
 
-COMPUTE = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+COMPUTE = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
 """Dtypes that the kernels store -> the dtype that they compute in, as the reference does."""
 
-TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON_DTYPE = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 PIECE = 2**30
 """Elements of a piece at most: an index stays below 2^31, and twice an index below 2^32 (`quotient`)."""
@@ -135,7 +145,9 @@ def multiplier(place, inside, row_of_piece):
 # ---- on the host: from shapes to pieces
 
 Sizes = tuple[int, ...]
-Described = tuple[torch.dtype, int, Sizes, Sizes] | torch.layout | None  # dtype, device number, shape, strides; a layout if it is not strided
+Described = (
+    tuple[torch.dtype, int, Sizes, Sizes] | torch.layout | None
+)  # dtype, device number, shape, strides; a layout if it is not strided
 Level = tuple[int, int]  # (size, stride of scale)
 
 
@@ -151,7 +163,9 @@ class Address(NamedTuple):
     levels: tuple[Level, Level, Level]
     channels: int = 1
     tap_step: int = 0
-    tap_first: int = 0  # the identity's tap of output channel o sits at place (o mod channels) * tap_step + tap_first of its row
+    tap_first: int = (
+        0  # the identity's tap of output channel o sits at place (o mod channels) * tap_step + tap_first of its row
+    )
 
     @property
     def row(self) -> int:
@@ -307,7 +321,9 @@ def route(entry: Entry) -> Route | None:
         readings.insert(0, (None, scale[2:]))
     for copy, reading in readings:
         found = address(shape, strides, reading, identity_shape)
-        if found and all(sum((size - 1) * stride for size, stride in piece.address.levels) < 2**31 for piece in pieces(found)):
+        if found and all(
+            sum((size - 1) * stride for size, stride in piece.address.levels) < 2**31 for piece in pieces(found)
+        ):
             return Route(list(pieces(found)), copy, identity_copy)
     return None
 
@@ -321,7 +337,13 @@ def chunk_tables(parts: Sequence[tuple[Piece, int]], chunk: int) -> tuple[np.nda
         row, inner, strides = where.row, where.levels[2][0], [stride for _, stride in where.levels]
         rows.append(
             [first, piece.numel, group, row, *magic_division(row), inner, *magic_division(inner), *strides]
-            + [where.channels, *magic_division(where.channels), piece.identity % where.channels, where.tap_step, where.tap_first]
+            + [
+                where.channels,
+                *magic_division(where.channels),
+                piece.identity % where.channels,
+                where.tap_step,
+                where.tap_first,
+            ]
         )
     geometry = np.array(rows, dtype=np.int64).reshape(-1, GEOMETRY.value)
     return np.repeat(np.arange(len(parts), dtype=np.int32), counts), geometry.astype(np.uint32).view(np.int32)
@@ -347,7 +369,9 @@ class Plan:
     rest: list[int]
     launches: list[Launch]
     extents: np.ndarray  # [entries, tensors] bytes that a step reads or writes
-    copied: list[tuple[int, int, Sizes, torch.dtype]]  # (0 for scale or 1 for identity, entry, shape, dtype) of what is read from a copy
+    copied: list[
+        tuple[int, int, Sizes, torch.dtype]
+    ]  # (0 for scale or 1 for identity, entry, shape, dtype) of what is read from a copy
 
     def capturing(self) -> bool:
         return any(capturing(launch.device) for launch in self.launches)
@@ -365,7 +389,9 @@ class Call:
     streams: list[int]
     plan: Plan
     pointers: list[Tensor] | None  # per launch  # [pieces, POINTERS + ...] int64; None where tensors overlap each other
-    hyper: dict[tuple[torch.device, torch.dtype], tuple[list[float], Tensor]] = field(default_factory=dict)  # of the last step: values, table
+    hyper: dict[tuple[torch.device, torch.dtype], tuple[list[float], Tensor]] = field(
+        default_factory=dict
+    )  # of the last step: values, table
 
 
 ROOM = 2**20
@@ -509,19 +535,36 @@ class Plans:
         columns = (scales, identities, *tensors)
         structure = (list(map(describe, columns)), list(groups), list(alike))
         where = list(map(addresses, columns))
-        key = (len(groups), *(column[0] for column in where[3:]))  # not by the gradients: they move more often than all else
+        key = (
+            len(groups),
+            *(column[0] for column in where[3:]),
+        )  # not by the gradients: they move more often than all else
         calls = self._calls.get(key, [])
-        plan = next((call.plan for call in calls if call.structure == structure), None) or self._plan(structure, tensors[0])
+        plan = next((call.plan for call in calls if call.structure == structure), None) or self._plan(
+            structure, tensors[0]
+        )
         for which, n, shape, dtype in plan.copied:
             where[which][n] = _copy(columns[which][n], shape, dtype).data_ptr()
         state, streams, in_capture = (where, list(first_steps)), plan.streams(), plan.capturing()
         # A graph may read what any stream uploaded for an earlier step: whoever replays it waits for what that step wrote. Nobody has to
         # wait for an op that only reads, so there a graph has tables of its own.
-        same = (call for call in calls if call.plan is plan and call.state == state and (self.distinct if in_capture else call.streams == streams))
+        same = (
+            call
+            for call in calls
+            if call.plan is plan and call.state == state and (self.distinct if in_capture else call.streams == streams)
+        )
         found = next(same, None)
-        call = found or Call(structure, state, streams, plan, self._pointers(plan, np.array(where, dtype=np.int64), np.array(first_steps)))
+        call = found or Call(
+            structure,
+            state,
+            streams,
+            plan,
+            self._pointers(plan, np.array(where, dtype=np.int64), np.array(first_steps)),
+        )
         if in_capture:
-            keep(plan, found, *scales, *identities)  # a new table is in memory of the graph, and copied there at each replay
+            keep(
+                plan, found, *scales, *identities
+            )  # a new table is in memory of the graph, and copied there at each replay
         else:
             staging.reserve()
             if found is None:
@@ -530,7 +573,10 @@ class Plans:
 
     def _plan(self, structure: tuple, grads: Sequence[Tensor]) -> Plan:
         (scales, identities, *tensors), groups, alike = structure
-        entries = tuple((same[: alike[group]], *rest, group) for same, *rest, group in zip(zip(*tensors), scales, identities, groups))
+        entries = tuple(
+            (same[: alike[group]], *rest, group)
+            for same, *rest, group in zip(zip(*tensors), scales, identities, groups)
+        )
         if entries in self._plans:
             return self._plans[entries]
         routes = {n: found for n, entry in enumerate(entries) if (found := route(entry)) is not None}
@@ -544,7 +590,9 @@ class Plans:
             there = [upload(table, device, wait=True) for table in made]
             offsets = [(piece.scale, piece.identity, piece.start) for _, piece in numbered]
             itemsizes = (COMPUTE[dtype].itemsize, COMPUTE[dtype].itemsize, dtype.itemsize)
-            launches.append(Launch(device, dtype, *there, np.array([n for n, _ in numbered]), np.array(offsets) * itemsizes))
+            launches.append(
+                Launch(device, dtype, *there, np.array([n for n, _ in numbered]), np.array(offsets) * itemsizes)
+            )
         extents = np.zeros((len(entries), len(tensors)), dtype=np.int64)
         for n in routes:
             extents[n, : alike[groups[n]]] = grads[n].numel() * grads[n].itemsize
@@ -569,10 +617,16 @@ class Plans:
         for launch in plan.launches:
             table = where[:, launch.entries].T
             has_scale = table[:, 0] != 0
-            has_identity = has_scale & (table[:, 1] != 0)  # an identity without a scale is not read, as in the reference
+            has_identity = has_scale & (
+                table[:, 1] != 0
+            )  # an identity without a scale is not read, as in the reference
             table = table + launch.offsets[:, [0, 1] + [2] * (len(where) - 2)]
             flags = np.where(np.all(table[:, 2:] % 16 == 0, axis=1), ALIGNED.value, 0)
-            flags += HAS_SCALE.value * has_scale + HAS_IDENTITY.value * has_identity + FIRST_STEP.value * first_steps[launch.entries]
+            flags += (
+                HAS_SCALE.value * has_scale
+                + HAS_IDENTITY.value * has_identity
+                + FIRST_STEP.value * first_steps[launch.entries]
+            )
             made.append(upload(torch.from_numpy(np.column_stack((flags, table))), launch.device))
         return made
 
