@@ -1,4 +1,4 @@
-"""The two factors that an optimizer holds per parameter: the caller's Grad Mult, and the one that SGS sets."""
+"""The two factors that an optimizer holds for each parameter: the caller's Grad Mult, and the one that SGS sets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradrep_kernels.grad_mult import GradMult
@@ -18,12 +19,12 @@ class _Factors:
     caller: GradMult | None = None
     spatial: GradMult | None = None
     checksum: int = 0  # of the caller's
-    total: GradMult | None = None  # their product, and where it is; made on first use
-    place: Any = None
+    total: GradMult | None = None  # their product, made on first use
+    place: Any = None  # where that product is
 
 
 class Multipliers:
-    """{parameter: factors}; `version` counts the changes, so that whoever caches something derived can tell."""
+    """{parameter: its factors}. `version` counts the changes, so that a cache of something derived can tell."""
 
     def __init__(self):
         self.version = 0
@@ -33,7 +34,7 @@ class Multipliers:
         return param in self._factors
 
     def strays(self, params: Iterable[Tensor]) -> list[Tensor]:
-        """The parameters with factors that are not among `params`."""
+        """List the parameters with factors that are not among `params`."""
         return list(self._factors.keys() - set(params)) if self._factors else []
 
     def drop(self, params: Iterable[Tensor]) -> None:
@@ -55,9 +56,8 @@ class Multipliers:
         if factors.caller is None and factors.spatial is None:
             del self._factors[param]
         elif not is_dtensor(param):
-            self.total(
-                param
-            )  # now: the next step may be in a CUDA graph capture, which a product on the CPU cannot leave
+            # The product is made now. The next step may be in a CUDA graph capture, which a product on the CPU breaks.
+            self.total(param)
         self.version += 1
 
     def caller(self, param: Tensor) -> GradMult | None:
@@ -65,7 +65,7 @@ class Multipliers:
         return None if factors is None else factors.caller
 
     def product(self, param: Tensor) -> GradMult | None:
-        """caller ⊙ spatial, for the whole weight."""
+        """Multiply caller ⊙ spatial, for the whole weight."""
         factors = self._factors.get(param)
         if factors is None:
             return None
@@ -73,7 +73,7 @@ class Multipliers:
         return parts[0] if len(parts) == 1 else parts[0] * parts[1]
 
     def total(self, param: Tensor) -> GradMult | None:
-        """caller ⊙ spatial where the parameter is: on its device and, of a DTensor, the part on this rank's shard."""
+        """Return caller ⊙ spatial on the parameter's device, for a DTensor the part on this rank's shard."""
         factors = self._factors.get(param)
         if factors is None:
             return None
@@ -85,14 +85,29 @@ class Multipliers:
         return factors.total
 
     def callers(self, params: Iterable[Tensor]) -> dict[int, GradMult]:
-        """The caller's factors by the position of their parameter."""
-        found = ((n, self.caller(p)) for n, p in enumerate(params))
-        return {n: mult for n, mult in found if mult is not None}
+        """Return the caller's factors by the position of their parameter."""
+        by_position = ((n, self.caller(p)) for n, p in enumerate(params))
+        return {n: mult for n, mult in by_position if mult is not None}
 
     def fingerprint(self, params: Iterable[Tensor]) -> int:
-        """A number derived from the caller's factors of a parameter group; 0 where it has none."""
+        """Derive a number from the caller's factors of a parameter group. It is 0 where the group has none."""
         sums = [self._factors[p].checksum if p in self._factors else 0 for p in params]
         return zlib.crc32(repr(sums).encode()) if any(sums) else 0
+
+
+def as_grad_mult(mult: GradMult | Tensor, shape: torch.Size) -> GradMult:
+    """Make a GradMult that fits a weight of `shape`. Raises TypeError or ValueError where `mult` is none."""
+    if is_dtensor(mult):
+        raise TypeError(
+            "a Grad Mult must be given for the whole weight, as a plain tensor (full_tensor()); got a DTensor"
+        )
+    if isinstance(mult, Tensor):
+        # A user's full-size mask often has the structured form: 0.1 MB instead of 199 MB for RepOpt-VGG-B1.
+        mult = GradMult.from_dense(mult) if mult.shape == shape else GradMult(mult)
+    if not isinstance(mult, GradMult):
+        raise TypeError(f"a Grad Mult must be a GradMult or a Tensor, got {type(mult).__name__}")
+    mult.check(shape)
+    return mult
 
 
 def _checksum(mult: GradMult) -> int:
@@ -102,26 +117,3 @@ def _checksum(mult: GradMult) -> int:
             value = zlib.crc32(repr((tuple(part.shape), part.dtype)).encode(), value)
             value = zlib.crc32(part.detach().cpu().contiguous().numpy().tobytes(), value)
     return value or 1  # 0 means none
-
-
-def pack(mults: dict[int, GradMult]) -> dict[int, dict[str, Tensor | None]]:
-    """Plain tensors in plain dicts: what torch.load(weights_only=True) accepts."""
-    return {n: {"scale": mult.scale, "identity": mult.identity} for n, mult in mults.items()}
-
-
-def unpack(packed: Any, count: int) -> dict[int, GradMult]:
-    """What `pack` packed, for an optimizer of `count` parameters."""
-    if not isinstance(packed, dict):
-        raise ValueError(f"state_dict['grad_mults'] must be a dict, got {type(packed).__name__}")
-    try:
-        mults = {int(n): GradMult(parts["scale"], parts["identity"]) for n, parts in packed.items()}
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"state_dict['grad_mults'] must hold a 'scale' and an 'identity' per parameter: {error!r}"
-        ) from None
-    unknown = sorted(n for n in mults if not 0 <= n < count)
-    if unknown:
-        raise ValueError(
-            f"state_dict['grad_mults'] speaks of parameter {unknown[0]}; this optimizer has {count}, numbered from 0"
-        )
-    return mults

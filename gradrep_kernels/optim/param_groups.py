@@ -8,7 +8,7 @@ from torch import nn
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: what decays (weights with more than one dimension, identity scales) and what does not.
+    """Deal the parameters to two groups: weights and identity scales, which decay, and all others, which do not.
 
     Norms, biases and the scale vectors behind a CSLA block's convolutions do not decay, as in the published code. The
     scale of its identity branch does, although it is a vector: the merged kernel holds it, and decays as a whole.

@@ -1,109 +1,123 @@
-"""The steady state of a step on the CPU: what does not change from step to step is handed to C++ once.
+"""The steady state of a step: the tensors that do not change from step to step are handed to the kernels once.
 
-62 small tensors cost torch's fused SGD 80-109 µs a step, of which 60 is Python. Here a step passes only the gradients and
-the hyper-parameters; C++ checks that every tensor still has the dtype, shape and strides it had, and nothing is done where
-one has not. The rest of what can change is compared below.
+62 small tensors cost torch's fused SGD 80-109 µs a step, of which 60 is Python. A planned step passes only the
+gradients and the hyper-parameters. The kernel checks that every tensor still has the dtype, shape and strides it had,
+and does nothing where one has not. StepPlan compares the rest of what can change.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from itertools import chain
 from operator import is_, itemgetter
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradrep_kernels.ops import backends
-from gradrep_kernels.ops import cpp as cpp_impl
-
-if TYPE_CHECKING:
-    from gradrep_kernels.grad_mult import GradMult
-    from gradrep_kernels.optim.fused_rep_sgd import FusedRepSGD
+from gradrep_kernels.ops.registry import OPS
+from gradrep_kernels.optim.gather import Gathered
+from gradrep_kernels.optim.multipliers import Multipliers
+from gradrep_kernels.optim.parameters import ParamGroups, parameters_of
+from gradrep_kernels.optim.sharding import PLAIN
+from gradrep_kernels.optim.update_rule import UpdateRule
 
 _params = itemgetter("params")
-_buffer = itemgetter("momentum_buffer")
-_hyper = itemgetter("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+Scaler = tuple[Tensor | None, Tensor | None]  # grad_scale, found_inf
 
 
 class StepPlan:
-    """One plan over all groups of an optimizer, for the parameters that have a gradient now."""
+    """A plan over all groups of an optimizer, for the parameters that have a gradient now."""
 
-    def __init__(self, optimizer: FusedRepSGD, rows: list[tuple[Tensor, Tensor | None, GradMult | None, int]]):
-        """rows: (parameter, its momentum buffer, its total Grad Mult, its group)."""
-        self.params = [p for p, _, _, _ in rows]
-        buffers = [buffer for _, buffer, _, _ in rows]
-        parts = [(None, None) if mult is None else mult.parts() for _, _, mult, _ in rows]
-        active = set(map(id, self.params))
-        self._listed = optimizer._params()
+    @classmethod
+    def of(
+        cls,
+        gathered: Gathered,
+        rule: UpdateRule,
+        groups: ParamGroups,
+        state: Mapping[Tensor, Any],
+        multipliers: Multipliers,
+    ) -> StepPlan | None:
+        """The plan of steps like the one that was gathered; None where some parameter does not suit it."""
+        if len(gathered.arguments) != 1:
+            return None
+        (destination,) = gathered.arguments
+        planner = backends.planner(rule.op, destination.device) if destination.plain else None
+        if planner is None:
+            return None
+        rows = gathered.arguments[destination].rows
+        for row in rows:
+            states = [kept for kept in row.states if kept is not None]
+            if type(row.param) not in PLAIN or type(row.grad) is not Tensor or not planner.takes(*row[:2], states):
+                return None
+        return cls(planner, destination.device, rows, rule, groups, state, multipliers)
+
+    def __init__(self, planner, device, rows, rule, groups, state, multipliers):
+        params, _, states, parts, _, numbers = map(list, zip(*rows))
+        state_columns, multiplier_columns = map(list, zip(*states)), map(list, zip(*parts))
+        self._planner, self._op, self._device = planner, rule.op, device
+        self._handle = planner.make(params, *state_columns, *multiplier_columns, numbers)
+        weakref.finalize(self, planner.free, self._handle)  # not __del__: at exit the op is gone before it
+        self._params = params
+        self._listed = parameters_of(groups)
+        active = set(map(id, params))
         self._idle = [p for p in self._listed if id(p) not in active]
-        self._mutated = self.params + [b for b in buffers if b is not None]
-        self._state = optimizer.state
-        self._version = optimizer._multipliers.version
-        self._sizes = self._group_sizes(optimizer)
-        self._keys, self._buffers = list(self._state), self._all_buffers()
-        ops = torch.ops.gradrep_kernels
-        self._step = ops.rep_sgd_plan_step.default
-        self._handle = ops.rep_sgd_plan.default(
-            self.params, buffers, [s for s, _ in parts], [i for _, i in parts], [row for _, _, _, row in rows]
-        )
-        weakref.finalize(
-            self, ops.rep_sgd_plan_free.default, self._handle
-        )  # not __del__: at exit the op is gone before it
+        self._written = params + [kept for row in rows for kept in row.states if kept is not None]
+        self._multipliers, self._version = multipliers, multipliers.version
+        self._group_sizes = [len(group["params"]) for group in groups]
+        self._state, self._keys = state, list(state)
+        # For each kind of state: how to read it off an entry of `state`, and what was read.
+        self._kept = [(key, itemgetter(key), _read(state, key)) for key in (kept.key for kept in rule.states)]
+        self._hyper = itemgetter(*OPS[rule.op].step.hyper)
 
-    @staticmethod
-    def can_take(p: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
-        plain = type(p) in (Tensor, torch.nn.Parameter) and type(grad) is Tensor
-        return plain and p.device.type == "cpu" and cpp_impl.takes(p, grad, buffer)
-
-    @staticmethod
-    def wanted() -> bool:
-        return backends.implementation("rep_sgd_step", "cpu") is cpp_impl.rep_sgd_step
-
-    @staticmethod
-    def _group_sizes(optimizer: FusedRepSGD) -> list[int]:
-        return [len(group["params"]) for group in optimizer.param_groups]
-
-    def _all_buffers(self) -> list[Tensor | None]:
-        """What the state holds, entry by entry: it may also hold entries without a buffer, and what is no parameter's."""
-        return [entry.get("momentum_buffer") if isinstance(entry, dict) else None for entry in self._state.values()]
-
-    def _holds(self, optimizer: FusedRepSGD) -> bool:
-        """Whether groups, parameters and buffers are the same objects. 62 of each: 5 µs; lists of ids take 8."""
-        if self._group_sizes(optimizer) != self._sizes or len(self._state) != len(self._keys):
+    def _holds(self, groups: ParamGroups, state: Mapping[Tensor, Any]) -> bool:
+        """Whether groups, parameters and states are the same objects. 62 of each: 5 µs; lists of ids take 8."""
+        if state is not self._state or len(state) != len(self._keys):
             return False
-        listed = chain.from_iterable(map(_params, optimizer.param_groups))
-        if not all(map(is_, listed, self._listed)) or not all(map(is_, self._state, self._keys)):
+        if [len(group["params"]) for group in groups] != self._group_sizes:
             return False
-        try:
-            return all(map(is_, map(_buffer, self._state.values()), self._buffers))
-        except (KeyError, TypeError):
-            return all(map(is_, self._all_buffers(), self._buffers))
+        listed = chain.from_iterable(map(_params, groups))
+        if not all(map(is_, listed, self._listed)) or not all(map(is_, state, self._keys)):
+            return False
+        for key, read, kept in self._kept:
+            try:
+                same = all(map(is_, map(read, state.values()), kept))
+            except (KeyError, TypeError):
+                same = all(map(is_, _read(state, key), kept))
+            if not same:
+                return False
+        return True
 
-    def step(self, optimizer: FusedRepSGD, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
-        """Take the step; False, and nothing done, where the plan no longer holds."""
+    def step(self, groups: ParamGroups, state: Mapping[Tensor, Any], scaler: Scaler) -> bool:
+        """Take the step. Returns False, with nothing done, where the plan no longer holds."""
         if (
-            optimizer.state is not self._state
-            or optimizer._multipliers.version != self._version
-            or not self._holds(optimizer)
+            self._multipliers.version != self._version
+            or backends.planner(self._op, self._device) is not self._planner
+            or not self._holds(groups, state)
             or any(p.grad is not None for p in self._idle)
         ):
             return False
-        grads = [p.grad for p in self.params]
+        grads = [p.grad for p in self._params]
+        grad_scale, found_inf = scaler
         if grad_scale is not None:
-            grad_scale = grad_scale.to("cpu", torch.float32)
+            grad_scale = grad_scale.to(self._device, torch.float32)
         if found_inf is not None:
-            found_inf = found_inf.to("cpu", torch.float32)
-        hyper = list(chain.from_iterable(map(_hyper, optimizer.param_groups)))
+            found_inf = found_inf.to(self._device, torch.float32)
+        hyper = list(chain.from_iterable(map(self._hyper, groups)))
         try:
-            if not self._step(self._handle, grads, hyper, grad_scale, found_inf):
+            if not self._planner.step(self._handle, grads, hyper, grad_scale, found_inf):
                 return False
         except (RuntimeError, TypeError):
-            if any(
-                g is None or g.layout != torch.strided for g in grads
-            ):  # looked for only here: it would cost 2 µs a step
+            # Sparse and missing gradients are looked for only here: it would cost 2 µs a step.
+            if any(g is None or g.layout != torch.strided for g in grads):
                 return False
             raise
-        torch.autograd.graph.increment_version(self._mutated if grad_scale is None else self._mutated + grads)
+        torch.autograd.graph.increment_version(self._written if grad_scale is None else self._written + grads)
         return True
+
+
+def _read(state: Mapping[Tensor, Any], key: str) -> list[Tensor | None]:
+    """That state of every entry. There may be entries without it, and entries that are no parameter's."""
+    return [entry.get(key) if isinstance(entry, dict) else None for entry in state.values()]

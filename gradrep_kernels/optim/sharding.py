@@ -1,4 +1,4 @@
-"""DTensor parameters (FSDP2, tensor parallelism): a step sees the shard that this rank holds, and the part of M that lies on it.
+"""DTensor parameters (FSDP2, tensor parallelism): a step sees this rank's shard, and the part of M that lies on it.
 
 The caller gives multipliers for the whole weight. Checkpoints and fingerprints hold those, whatever the sharding.
 """
@@ -34,7 +34,10 @@ def local(t: Tensor) -> Tensor:
 
 
 def aligned_grad(p: Tensor) -> Tensor:
-    """p.grad, spread over the ranks as p is: a pending sum (Partial) is done, another sharding is brought to the parameter's."""
+    """Return p.grad spread over the ranks as p is.
+
+    A pending sum (Partial) is done, and another sharding is brought to the parameter's.
+    """
     grad = p.grad
     if is_dtensor(p) and grad.placements != p.placements:
         grad = grad.redistribute(p.device_mesh, p.placements)
@@ -42,7 +45,10 @@ def aligned_grad(p: Tensor) -> Tensor:
 
 
 def norm_over_shards(norm: Tensor, p: Tensor) -> Tensor:
-    """The norm  # [] of the whole, from that of this rank's shards of parameters placed as `p` is; replicas count once."""
+    """Return the norm of the whole  # [] from that of this rank's shards of parameters placed as `p` is.
+
+    Replicas count once.
+    """
     if not is_dtensor(p):
         return norm
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -55,14 +61,15 @@ def norm_over_shards(norm: Tensor, p: Tensor) -> Tensor:
 def part_on(p: Tensor, mult: GradMult) -> GradMult:
     """The part of `mult`, given for the whole weight, that lies on this rank's shard of the DTensor `p`.
 
-    It stays structured but for one case: where the identity's diagonal is shifted (a shard that starts at row r has it at
-    (o, (o + r) mod I)) or cut, which GradMult cannot say, M becomes dense on the shard.
+    It stays structured but in one case. A shard that starts at row r has the diagonal of the identity at (o, (o + r) mod
+    I). Where the diagonal is shifted so, or cut, GradMult cannot say it, and M becomes dense on the shard.
     """
     mult = mult.to(local(p).device)
     index = [_held(p, dim) for dim in range(p.dim())]
     if [len(held) for held in index] != list(local(p).shape):
         raise RuntimeError(
-            f"cannot tell which part of a parameter with placements {p.placements} lies on this rank; its Grad Mult would be misplaced"
+            f"cannot tell which part of a parameter with placements {p.placements} lies on this rank; "
+            "its Grad Mult would be misplaced"
         )
     scale = mult.scale.reshape((1,) * (p.dim() - mult.scale.dim()) + tuple(mult.scale.shape))
     for dim, held in enumerate(index):

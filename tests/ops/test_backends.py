@@ -10,28 +10,66 @@ import pytest
 import torch
 
 import gradrep_kernels as gr
-from gradrep_kernels.ops import backends
-from gradrep_kernels.ops import registry as ops
+from gradrep_kernels.ops import backends, registry
+from gradrep_kernels.ops.schema import op, plan_ops
+
+COMPUTING = {name: op for name, op in registry.OPS.items() if op.reference is not None}
+SCHEMAS = {  # code of others calls the ops by these; the first five follow from the references' signatures
+    "rep_sgd_step": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor?[] scales, "
+    "Tensor?[] identities, bool[] first_steps, int[] groups, Tensor hyper, Tensor? grad_scale=None, "
+    "Tensor? found_inf=None) -> ()",
+    "rep_grad_norm": "(Tensor[] grads, Tensor?[] scales, Tensor?[] identities) -> Tensor",
+    "pair_ranges": "(Tensor x, int[] displacements, int[2] padding, bool remove_near) -> (Tensor ranges, Tensor n)",
+    "joint_histogram": "(Tensor x, int[] displacements, Tensor ranges, Tensor bins, int max_bins, int[2] padding, "
+    "bool remove_near) -> Tensor",
+    "joint_histogram_": "(Tensor(a!) counts, Tensor x, int[] displacements, Tensor ranges, Tensor bins, "
+    "int[2] padding, bool remove_near) -> ()",
+    "rep_sgd_plan": "(Tensor[] params, Tensor?[] momentum_buffers, Tensor?[] scales, Tensor?[] identities, "
+    "int[] groups) -> int",
+    "rep_sgd_plan_step": "(int plan, Tensor[] grads, float[] hyper, Tensor? grad_scale, Tensor? found_inf) -> bool",
+    "rep_sgd_plan_free": "(int plan) -> ()",
+}
 
 
-def test_every_op_has_a_schema_a_reference_and_a_meaning():
-    for name, op in ops.OPS.items():
-        registered = getattr(torch.ops.gradrep_kernels, name).default
-        arguments = [a.name for a in registered._schema.arguments]
-        code = op.reference.__wrapped__.__code__ if hasattr(op.reference, "__wrapped__") else op.reference.__code__
-        assert list(code.co_varnames[: code.co_argcount]) == arguments
-        assert op.meaning
+def test_every_op_has_its_schema_and_a_meaning():
+    schemas = {
+        name: str(registry.registered(name)._schema).removeprefix(f"gradrep_kernels::{name}") for name in registry.OPS
+    }
+    assert schemas == SCHEMAS
+    assert all(op.meaning for op in registry.OPS.values())
+
+
+def test_a_signature_without_a_schema_is_refused():
+    def rep_something(params: list[torch.Tensor], options: dict) -> None: ...
+
+    with pytest.raises(TypeError, match="options: an op cannot take"):
+        op("what it means")(rep_something)
+
+
+def test_the_ops_of_a_plan_follow_their_step():
+    """They have no reference: only a backend with kernels makes plans."""
+    names = list(registry.OPS)
+    plan = [row.name for row in plan_ops(registry.OPS["rep_sgd_step"])]
+    assert names[names.index("rep_sgd_step") + 1 :][:3] == plan == [name for name in names if name not in COMPUTING]
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+def test_the_planner_is_that_of_the_backend_that_serves(name):
+    with gr.use_backend(name):
+        serves = next(row["serves"] for row in backends.report(("cpu",)) if row["op"] == "rep_sgd_step")
+        assert (backends.planner("rep_sgd_step", "cpu") is not None) == (serves == "cpp")
+        assert backends.planner("rep_sgd_step", "a device that nobody knows") is None
 
 
 def test_reference_serves_everything_everywhere():
     with gr.use_backend("reference"):
-        for name, op in ops.OPS.items():
+        for name, op in COMPUTING.items():
             for device in ("cpu", "cuda", "mps", "xla"):
                 assert backends.implementation(name, device) is op.reference
 
 
 def test_auto_takes_what_there_is():
-    for name in ops.OPS:
+    for name in COMPUTING:
         assert callable(backends.implementation(name, "cpu"))
         assert callable(backends.implementation(name, "a device that nobody knows"))
 
@@ -62,7 +100,7 @@ def test_a_gpu_takes_cuda_first_then_triton(monkeypatch):
     available = {
         "cuda": ("joint_histogram",),
         "triton": ("joint_histogram", "rep_sgd_step"),
-        "reference": tuple(ops.OPS),
+        "reference": tuple(COMPUTING),
     }
 
     def load(backend, op, device):
@@ -95,7 +133,10 @@ def test_the_block_ends():
 
 
 def test_the_environment_forces():
-    code = "import gradrep_kernels.ops.backends as b; print(b.forced(), b.implementation('rep_grad_norm', 'cpu').__module__)"
+    code = (
+        "import gradrep_kernels.ops.backends as b; "
+        "print(b.forced(), b.implementation('rep_grad_norm', 'cpu').__module__)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "GRADREP_BACKEND": "reference"}, capture_output=True, text=True
     )

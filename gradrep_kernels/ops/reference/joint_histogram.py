@@ -1,4 +1,7 @@
-"""Second pass of spatial gradient scaling: joint histograms of pixels and their displaced neighbours (rule: bins.py)."""
+"""Second pass of spatial gradient scaling: joint histograms of pixels and their displaced neighbours.
+
+The rule of pairs and bins is in pair_rule.py.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,28 @@ import torch
 from torch import Tensor
 
 from gradrep_kernels.ops.reference.pair_rule import bin_numbers, image_groups, inverse_width, padded, pair_views
+from gradrep_kernels.ops.schema import TwoInts, op
 
 
+def _fake(x, displacements, ranges, bins, max_bins, padding, remove_near):
+    return x.new_empty((x.shape[1], len(displacements) // 2, max_bins, max_bins), dtype=torch.int64)
+
+
+def _fake_in_place(counts, x, displacements, ranges, bins, padding, remove_near):
+    return None
+
+
+@op("per channel and displacement: how often a pixel in bin p has its displaced neighbour in bin q", fake=_fake)
 def joint_histogram(
     x: Tensor,
     displacements: list[int],
     ranges: Tensor,
     bins: Tensor,
     max_bins: int,
-    padding: list[int],
+    padding: TwoInts,
     remove_near: bool,
 ) -> Tensor:
-    """Per channel and displacement: how often a pixel in bin p has its displaced neighbour in bin q.
+    """Count how often a pixel in bin p has its displaced neighbour in bin q, per channel and displacement.
 
     Args:
         x:             [N, C, H, W], float32, float64, bfloat16 or float16, any strides; N = 0 gives zeros
@@ -37,7 +50,7 @@ def joint_histogram(
 
 
 def check_counts(counts: Tensor, x: Tensor, displacements: list[int]) -> None:
-    """Kernels write into them through a pointer."""
+    """Raise ValueError unless `counts` is the table of `joint_histogram_`: kernels write into it through a pointer."""
     sizes = (x.shape[1], len(displacements) // 2, *counts.shape[-1:] * 2)
     if (
         tuple(counts.shape) != sizes
@@ -51,6 +64,11 @@ def check_counts(counts: Tensor, x: Tensor, displacements: list[int]) -> None:
         )
 
 
+@op(
+    "the same, added to counts: a table that many batches share is neither made anew nor added up for each",
+    writes=("counts",),
+    fake=_fake_in_place,
+)
 @torch.no_grad()
 def joint_histogram_(
     counts: Tensor,
@@ -58,10 +76,14 @@ def joint_histogram_(
     displacements: list[int],
     ranges: Tensor,
     bins: Tensor,
-    padding: list[int],
+    padding: TwoInts,
     remove_near: bool,
 ) -> None:
-    """Adds what `joint_histogram` of max_bins = B finds to counts [C, D, B, B] int64, contiguous: a pass over many batches has one table."""
+    """Add the result of `joint_histogram` to `counts`, so that a pass over many batches has one table.
+
+    counts is [C, D, B, B] int64, contiguous, and its B is the max_bins. The others are as in `joint_histogram`.
+    Raises ValueError where counts has another shape, dtype, device or layout.
+    """
     check_counts(counts, x, displacements)
     channels, max_bins, pairs = x.shape[1], counts.shape[-1], list(zip(displacements[::2], displacements[1::2]))
     if x.numel() == 0 or not pairs:
@@ -69,10 +91,9 @@ def joint_histogram_(
     table = channels * max_bins * max_bins
     inv = inverse_width(ranges, bins)
     lo = ranges[..., 0]
-    first_cell = torch.arange(channels, device=x.device, dtype=torch.int32 if table < 2**31 - 1 else torch.int64).mul_(
-        max_bins**2
-    )
-    # Padding no smaller than the radius and nothing dropped: one range per channel, so each pixel has one bin number.
+    cell_dtype = torch.int32 if table < 2**31 - 1 else torch.int64
+    first_cell = torch.arange(channels, device=x.device, dtype=cell_dtype).mul_(max_bins**2)
+    # With padding of at least the radius, and nothing dropped, a channel has one range, so a pixel has one bin number.
     one_number = bool((lo == lo[:, :1, :1]).all() & (inv == inv[:, :1, :1]).all() & (bins == bins[:, :1]).all())
     for part in image_groups(x):
         maps = padded(part, padding)

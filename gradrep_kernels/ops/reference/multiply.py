@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def diagonal_taps(shape: torch.Size | tuple[int, ...], device=None) -> tuple[Tensor, Tensor, int, int]:
-    """Indices (o, o mod I, centre row, centre column) of the identity branch's taps in a weight of `shape` [O, I, kh, kw]."""
+    """Index the identity's taps in a weight of `shape` [O, I, kh, kw]: (o, o mod I, centre row, centre column)."""
     o = torch.arange(shape[0], device=device)
     return o, o % max(shape[1], 1), shape[2] // 2, shape[3] // 2
 

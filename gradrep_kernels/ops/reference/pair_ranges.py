@@ -1,4 +1,7 @@
-"""First pass of spatial gradient scaling: the range of both sides of the pairs, and how many there are (rule: bins.py)."""
+"""First pass of spatial gradient scaling: the range of both sides of the pairs, and how many pairs there are.
+
+The rule of pairs and bins is in pair_rule.py.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,23 @@ import torch
 from torch import Tensor
 
 from gradrep_kernels.ops.reference.pair_rule import compute_dtype, image_groups, padded, pair_views
+from gradrep_kernels.ops.schema import TwoInts, op
 
 
+def _fake(x, displacements, padding, remove_near):
+    channels, pairs = x.shape[1], len(displacements) // 2
+    ranges = x.new_empty((channels, pairs, 2, 2), dtype=compute_dtype(x.dtype))
+    return ranges, x.new_empty((channels, pairs), dtype=torch.int64)
+
+
+@op(
+    "per channel and displacement: [min, max] of both sides of the pairs, and how many pairs",
+    returns=("ranges", "n"),
+    fake=_fake,
+)
 @torch.no_grad()
-def pair_ranges(x: Tensor, displacements: list[int], padding: list[int], remove_near: bool) -> tuple[Tensor, Tensor]:
-    """Per channel and displacement: [min, max] of both sides of the pairs, and how many pairs.
+def pair_ranges(x: Tensor, displacements: list[int], padding: TwoInts, remove_near: bool) -> tuple[Tensor, Tensor]:
+    """Find [min, max] of both sides of the pairs, and how many pairs there are, per channel and displacement.
 
     Args:
         x:             [N, C, H, W], float32, float64, bfloat16 or float16, any strides; N = 0 gives the empty result
@@ -19,7 +34,8 @@ def pair_ranges(x: Tensor, displacements: list[int], padding: list[int], remove_
         remove_near:   drop pairs with a zero on either side
 
     Returns:
-        ranges [C, D, 2, 2] = (p | q, lo | hi), float64 for a float64 map, else float32; (+inf, -inf) where no pair is left
+        ranges [C, D, 2, 2] = (p | q, lo | hi), float64 for a float64 map, else float32;
+               (+inf, -inf) where no pair is left
         n      [C, D] int64, pooled over the images
     """
     channels, pairs = x.shape[1], list(zip(displacements[::2], displacements[1::2]))

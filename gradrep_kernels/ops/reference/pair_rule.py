@@ -1,17 +1,18 @@
-"""The rule of binning: which pairs of pixels there are, how many bins they get, and into which bin a value falls.
+"""The rule of pairs and bins: which pairs of pixels there are, how many bins, and the bin of a value.
 
-Every implementation of `pair_ranges` and `joint_histogram` follows this page to the letter; that is why counts are equal to
-the last one on every device, for every batch split and thread count. T is the type of all arithmetic: float64 for float64
-maps, float32 for float32, bfloat16 and float16 maps (widened first, which is exact). Every operation below is rounded to
-nearest in T on its own; denormals are kept.
+Every implementation of `pair_ranges` and `joint_histogram` follows this page to the letter. That is why counts are
+equal to the last one on every device, for every batch split and thread count. T is the type of all arithmetic: float64
+for float64 maps, else float32. bfloat16 and float16 maps are widened first, which is exact. Every operation below is
+rounded to nearest in T on its own, and denormals are kept.
 
-Pairs. x [N, C, H, W] is surrounded by zeros, padding[0] rows above and below, padding[1] columns left and right: Hp x Wp.
-For a displacement (di, dj), of any sign, P and Q are all pixels p and q = p + (di, dj) with both inside the padded map:
-max(0, Hp - |di|) * max(0, Wp - |dj|) pairs an image. With remove_near, pairs with p == 0 or q == 0 are dropped (-0.0 is 0;
-NaN is not). n is what is left, pooled over the images.
+Pairs. x [N, C, H, W] is surrounded by zeros, padding[0] rows above and below, padding[1] columns left and right, to
+Hp x Wp. For a displacement (di, dj), of any sign, P and Q are all pixels p and q = p + (di, dj) with both inside the
+padded map: max(0, Hp - |di|) * max(0, Wp - |dj|) pairs an image. With remove_near, pairs with p == 0 or q == 0 are dropped. -0.0 is
+0 there, NaN is not. n counts the pairs that are left, pooled over the images.
 
-Ranges. lo and hi of a side are the least and the greatest of its values that are left. One NaN among them makes both NaN.
-A zero end is +0.0. No pair left: lo = +inf, hi = -inf, n = 0, so ranges of several batches merge by minimum and maximum.
+Ranges. lo and hi of a side are the least and the greatest of its values that are left. One NaN among them makes both
+NaN. A zero end is +0.0. Where no pair is left, lo = +inf, hi = -inf and n = 0, so that ranges of several batches merge
+by minimum and maximum.
 
 Bins. B per channel and displacement, 1 <= B <= MAX_BINS, the same for P and Q. For a side with range [lo, hi]:
     inv = B / (hi - lo)          one subtraction, one IEEE division (no approximate reciprocal); not finite: inv = 0
@@ -19,11 +20,11 @@ Bins. B per channel and displacement, 1 <= B <= MAX_BINS, the same for P and Q. 
     bin = 0       where t is NaN or t < 1
           B - 1   where t >= B - 1
           int(t)  otherwise (towards zero)
-So the top bin is closed; a constant side, an infinite or NaN range and a NaN pixel go to bin 0; values outside the range go to
-the nearer end bin (ranges may come from other data), +inf to the top one where inv > 0.
+So the top bin is closed. A constant side, an infinite or NaN range and a NaN pixel go to bin 0. Values outside the
+range go to the nearer end bin, since ranges may come from other data; +inf goes to the top one where inv > 0.
 
-Counts. counts[c, d, bin(p), bin(q)] += 1 per pair that is left. With remove_near, counts whose two bin numbers are equal are
-0 in the result, so then the counts need not sum to n.
+Counts. counts[c, d, bin(p), bin(q)] += 1 for each pair that is left. With remove_near, counts whose two bin numbers are
+equal are 0 in the result, so then the counts need not sum to n.
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ MAX_BINS = 32767  # a cell number p * B + q then fits an int32
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """T: the type of the ranges and of all arithmetic on a map of `dtype`."""
+    """Return T, the type of the ranges and of all arithmetic on a map of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sturges(n: Tensor) -> Tensor:
-    """Bins per side for n pairs: B = 1 + ceil(log2 n) = 1 + bit_length(n - 1), exact below 2^53; n <= 1 gives 1.  # int32, the shape of n"""
+    """Choose the bins per side for n pairs, B = 1 + ceil(log2 n) = 1 + bit_length(n - 1)  # int32, the shape of n
+
+    It is exact below 2^53, and 1 where n <= 1.
+    """
     return 1 + torch.frexp((n - 1).clamp(min=0).double()).exponent
 
 
@@ -70,7 +74,7 @@ def padded(x: Tensor, padding: list[int]) -> Tensor:
 
 
 def pair_views(maps: Tensor, di: int, dj: int) -> tuple[Tensor, Tensor]:
-    """P and Q of one displacement, without a copy  # [..., Hp, Wp] -> twice [..., max(0, Hp - |di|), max(0, Wp - |dj|)]"""
+    """View P and Q of one displacement  # [..., Hp, Wp] -> twice [..., max(0, Hp - |di|), max(0, Wp - |dj|)]"""
     p = q = maps
     for dim, d in ((-2, di), (-1, dj)):
         size = maps.shape[dim]

@@ -6,14 +6,22 @@ import torch
 from torch import Tensor
 
 from gradrep_kernels.ops.reference.multiply import multiply
+from gradrep_kernels.ops.schema import op
 
 
+def _fake(grads, scales, identities):
+    double = any(g.dtype in (torch.float64, torch.complex128) for g in grads)
+    return grads[0].new_empty((), dtype=torch.float64 if double else torch.float32)
+
+
+@op("√(Σ M ⊙ g²), the global gradient norm of the CSLA model", fake=_fake)
 @torch.no_grad()
 def rep_grad_norm(grads: list[Tensor], scales: list[Tensor | None], identities: list[Tensor | None]) -> Tensor:
-    """√(Σ M ⊙ |g|²) over all tensors  # [], float64 if any gradient has double precision, else float32.
+    """Compute √(Σ M ⊙ |g|²) over all tensors  # [], float64 if any gradient has double precision, else float32
 
     A branch with scale α has the gradient α ⊙ g, so the squares of all branches sum to Σ α² ⊙ g² = M ⊙ g².
-    Summed in float64 and rounded once; an inf or NaN in a gradient comes out as such. On the device of the first gradient.
+    The sum is formed in float64 and rounded once. An inf or NaN in a gradient comes out as such. The result is on the
+    device of the first gradient.
     """
     double = any(g.dtype in (torch.float64, torch.complex128) for g in grads)
     total = torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else None)

@@ -1,4 +1,7 @@
-"""One SGD-momentum update with Grad Mult (RepOptimizers, section 3.2, Rule of Iteration; torch.optim.SGD for the rest)."""
+"""One SGD-momentum update with Grad Mult.
+
+Source: RepOptimizers (Ding et al., 2023), section 3.2, Rule of Iteration; torch.optim.SGD for the rest.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradrep_kernels.ops.reference.multiply import multiply
+from gradrep_kernels.ops.schema import StepRule, op
 
 HYPER = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 """Columns of the table of hyper-parameters, one row per parameter group."""
@@ -14,10 +18,20 @@ _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """bf16 and fp16 are computed in float32 and rounded once per stored tensor; all others in their own dtype."""
+    """Return float32 for bf16 and fp16, which are rounded once per stored tensor, and any other dtype itself."""
     return _WIDER.get(dtype, dtype)
 
 
+def has_momentum(hyper: Tensor) -> list[bool]:
+    """Whether each group has a momentum, and so reads and writes its buffers  # [G, 6] -> G"""
+    return (hyper[:, HYPER.index("momentum")] != 0).tolist()
+
+
+@op(
+    "one SGD-momentum update of all parameters of all groups, with M ⊙ g in place of g",
+    writes=("params", "momentum_buffers"),
+    step=StepRule(("momentum_buffers",), ("scales", "identities"), HYPER, has_momentum),
+)
 @torch.no_grad()
 def rep_sgd_step(
     params: list[Tensor],

@@ -1,0 +1,9 @@
+"""Wrappers around the C++ kernels.
+
+Tensors that a kernel cannot handle are passed to the reference, which gives the same result.
+"""
+
+from gradrep_kernels.ops.cpp.rep_grad_norm import rep_grad_norm
+from gradrep_kernels.ops.cpp.rep_sgd_step import rep_sgd_step
+
+__all__ = ["rep_grad_norm", "rep_sgd_step"]

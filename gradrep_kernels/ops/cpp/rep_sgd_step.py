@@ -1,0 +1,5 @@
+"""The C++ step."""
+
+from gradrep_kernels.ops.cpp.step import step_front
+
+rep_sgd_step = step_front("rep_sgd_step")

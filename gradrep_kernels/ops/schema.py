@@ -1,0 +1,122 @@
+"""Declare an op beside its reference. The reference's signature is the op's schema, so it is written once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, get_origin
+
+from torch import Tensor
+
+TwoInts = Annotated[list[int], "int[2]"]
+"""Rows and columns. A caller of torch.ops may give one number for both."""
+
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    list[Tensor | None]: "Tensor?[]",
+    list[bool]: "bool[]",
+    list[int]: "int[]",
+    bool: "bool",
+    int: "int",
+    float: "float",
+}
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """The meaning of a step op's arguments.
+
+    They are, in this order: columns with one entry for each parameter (params, grads, the states, the parts of the
+    multipliers, first_steps, groups), then `hyper`, `grad_scale` and `found_inf`.
+    """
+
+    states: tuple[str, ...]  # the columns with the optimizer's arrays
+    multipliers: tuple[str, ...]  # the columns with the parts of the multipliers, of which any entry may be None
+    hyper: tuple[str, ...]  # the columns of the table of hyper-parameters: names of a param group's entries
+    keeps_state: Callable[
+        [Tensor], list[bool]
+    ]  # table [G, H] -> for each group, whether its states are read and written
+
+
+@dataclass(frozen=True)
+class Op:
+    """A row of the table of ops."""
+
+    name: str
+    schema: str
+    meaning: str
+    reference: Callable | None = None  # None for the ops of a plan, which only a backend with kernels has
+    fake: Callable | None = None  # shapes without data, for an op that returns tensors
+    step: StepRule | None = None
+
+    @property
+    def columns(self) -> int:
+        """How many of a step op's arguments have one entry for each parameter."""
+        return 4 + len(self.step.states) + len(self.step.multipliers)
+
+
+def op(
+    meaning: str,
+    *,
+    writes: Sequence[str] = (),
+    returns: Sequence[str] = (),
+    fake: Callable | None = None,
+    step: StepRule | None = None,
+) -> Callable[[Callable], Callable]:
+    """Declare the decorated function as the reference of the op of its name; `function.op` is the table's row.
+
+    Args:
+        meaning: one line, shown by `python -m gradrep_kernels env`
+        writes:  the arguments that the op changes in place
+        returns: names of several results
+        fake:    the function of the same arguments that makes results without data
+        step:    for an optimizer's step
+    """
+
+    def declare(reference: Callable) -> Callable:
+        name = reference.__name__
+        reference.op = Op(name, schema_of(reference, writes, returns), meaning, reference, fake, step)
+        return reference
+
+    return declare
+
+
+def schema_of(function: Callable, writes: Sequence[str], returns: Sequence[str] = ()) -> str:
+    """The schema in torch.library's language: '(Tensor(a!) counts, int[] displacements) -> ()'."""
+    signature = inspect.signature(function, eval_str=True)
+    marks = dict(zip(writes, "abcdefgh"))
+    arguments = [_argument(parameter, marks.get(name)) for name, parameter in signature.parameters.items()]
+    results = {None: "()", Tensor: "Tensor"}.get(signature.return_annotation)
+    if results is None:
+        results = f"({', '.join(f'Tensor {name}' for name in returns)})"
+    return f"({', '.join(arguments)}) -> {results}"
+
+
+def _argument(parameter: inspect.Parameter, mark: str | None) -> str:
+    annotation: Any = parameter.annotation
+    text = annotation.__metadata__[0] if get_origin(annotation) is Annotated else _TYPES.get(annotation)
+    if text is None:
+        raise TypeError(f"{parameter.name}: an op cannot take {annotation}")
+    if mark is not None:
+        text = text.replace("Tensor", f"Tensor({mark}!)", 1)
+    default = "" if parameter.default is inspect.Parameter.empty else f"={parameter.default}"
+    return f"{text} {parameter.name}{default}"
+
+
+def plan_ops(step: Op) -> tuple[Op, Op, Op]:
+    """The ops that make, run and free a plan of `step`: the same update, told only once what does not change."""
+    name = step.name.removesuffix("_step") + "_plan"
+    states = "".join(f"Tensor?[] {column}, " for column in step.step.states)
+    multipliers = "".join(f"Tensor?[] {column}, " for column in step.step.multipliers)
+    return (
+        Op(name, f"(Tensor[] params, {states}{multipliers}int[] groups) -> int", f"makes a plan of {step.name}"),
+        Op(
+            f"{name}_step",
+            "(int plan, Tensor[] grads, float[] hyper, Tensor? grad_scale, Tensor? found_inf) -> bool",
+            "takes the planned step; False, and nothing done, where a tensor is not what it was",
+        ),
+        Op(f"{name}_free", "(int plan) -> ()", "frees a plan"),
+    )

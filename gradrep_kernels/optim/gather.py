@@ -1,0 +1,159 @@
+"""From parameter groups to the arguments of a step op."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradrep_kernels.ops import backends
+from gradrep_kernels.ops.registry import OPS
+from gradrep_kernels.optim.multipliers import Multipliers
+from gradrep_kernels.optim.parameters import ParamGroups, are_plain
+from gradrep_kernels.optim.sharding import aligned_grad, local
+from gradrep_kernels.optim.update_rule import UpdateRule
+
+
+class Destination(NamedTuple):
+    """Where parameters are updated: on which type of device, and whether kernels may touch their memory."""
+
+    device: str
+    plain: bool
+
+
+class Row(NamedTuple):
+    """A parameter's part in a step."""
+
+    param: Tensor
+    grad: Tensor
+    states: tuple[Tensor | None, ...]  # None where its group does not use that state
+    multiplier: tuple[Tensor | None, ...]  # parts of its total Grad Mult: scale, identity
+    first_step: bool
+    group: int
+
+
+@dataclass
+class StepArguments:
+    """The arguments of a step op for the parameters of one destination."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    def columns(self) -> list[list]:
+        """The op's columns. A state that is not used is stood in for by its parameter; no kernel touches it."""
+        params, grads, states, multipliers, first_steps, groups = zip(*self.rows)
+        local_params = [local(p) for p in params]
+        state_columns = [
+            [p if state is None else local(state) for p, state in zip(local_params, column)] for column in zip(*states)
+        ]
+        multiplier_columns = [list(column) for column in zip(*multipliers)]
+        grads = [local(grad) for grad in grads]
+        return [local_params, grads, *state_columns, *multiplier_columns, list(first_steps), list(groups)]
+
+    def written(self, unscaled: bool) -> list[Tensor]:
+        """The tensors that a step changes, gradients included where it unscales them."""
+        states = [state for row in self.rows for state in row.states if state is not None]
+        return [row.param for row in self.rows] + states + ([local(row.grad) for row in self.rows] if unscaled else [])
+
+
+@dataclass
+class Gathered:
+    """All that one step has to do."""
+
+    arguments: dict[Destination, StepArguments] = field(default_factory=dict)
+    sparse: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)  # group, parameter
+    new_states: list[tuple[Tensor, str, Tensor]] = field(default_factory=list)  # parameter, key, its first array
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the next step may be like this one."""
+        return not self.sparse and not self.new_states
+
+
+def gather(
+    groups: ParamGroups, state: Mapping[Tensor, Any], rule: UpdateRule, multipliers: Multipliers, unscales: bool
+) -> Gathered:
+    """Collect the parameters that have a gradient, by destination.
+
+    A gradient that is spread over the ranks unlike its parameter is brought to the parameter's placement. Where the
+    step unscales gradients, `.grad` becomes that tensor, which has the same values.
+    """
+    gathered = Gathered()
+    seen: set[Tensor] = set()
+    parts = len(OPS[rule.op].step.multipliers)
+    for number, group in enumerate(groups):
+        used = [kept for kept in rule.states if kept.used(group)]
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if p.grad.layout != torch.strided:
+                gathered.sparse.append((group, p))
+                continue
+            grad, first = aligned_grad(p), False
+            states = {kept.key: state.get(p, {}).get(kept.key) for kept in used}
+            for kept in used:
+                if states[kept.key] is None:
+                    states[kept.key], first = kept.new(p, grad), True
+                    gathered.new_states.append((p, kept.key, states[kept.key]))
+            if unscales and grad is not p.grad:
+                p.grad = grad
+            mult = multipliers.total(p)
+            row = Row(
+                p,
+                grad,
+                tuple(states.get(kept.key) for kept in rule.states),
+                (None,) * parts if mult is None else mult.parts(),
+                first,
+                number,
+            )
+            # A parameter that is listed twice is stepped twice, one after the other, which only the reference does.
+            plain = p not in seen and are_plain(p, grad, *states.values())
+            seen.add(p)
+            gathered.arguments.setdefault(Destination(p.device.type, plain), StepArguments()).rows.append(row)
+    return gathered
+
+
+def take_steps(
+    gathered: Gathered, rule: UpdateRule, hyper: Tensor, scaler: tuple[Tensor | None, Tensor | None]
+) -> None:
+    """Call the step op for each destination, and move the version counters, which kernels do not.
+
+    `scaler` is (grad_scale, found_inf).
+    """
+    for destination, arguments in gathered.arguments.items():
+        numbers = scaler
+        if destination.plain:
+            step = backends.implementation(rule.op, destination.device)
+            numbers = [None if t is None else _on(t, destination.device) for t in scaler]
+        else:
+            step = OPS[rule.op].reference
+        table = hyper.cpu() if destination == ("cpu", True) else hyper
+        step(*arguments.columns(), table, *numbers)
+        torch.autograd.graph.increment_version(arguments.written(unscaled=scaler[0] is not None))
+
+
+def _on(t: Tensor, device: str) -> Tensor:
+    return t if t.device.type == device else t.to(device)
+
+
+def hyper_table(groups: ParamGroups, columns: tuple[str, ...]) -> Tensor:
+    """Read the table of hyper-parameters from the groups, at every step, since schedulers change them  # [G, H] float64
+
+    It lies on the CPU, or, where an entry is a tensor on another device, there: reading that tensor would wait for the
+    device, which a CUDA graph does not allow.
+    """
+    rows = [[group[key] for key in columns] for group in groups]
+    elsewhere = (v.device for row in rows for v in row if isinstance(v, Tensor) and not v.is_cpu)
+    device = next(elsewhere, torch.device("cpu"))
+    number = {"dtype": torch.float64, "device": device}
+    if device.type == "cpu":
+        return torch.tensor([[float(v) for v in row] for row in rows], **number).reshape(-1, len(columns))
+
+    def entry(v: Any) -> Tensor:
+        if isinstance(v, Tensor) and not v.is_cpu:
+            return v.to(**number).reshape(())
+        return torch.full((), float(v), **number)
+
+    return torch.stack([torch.stack([entry(v) for v in row]) for row in rows])
