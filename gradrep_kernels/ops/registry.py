@@ -15,22 +15,22 @@ from gradrep_kernels.ops.schema import Op, plan_ops
 
 NAMESPACE = "gradrep_kernels"
 
-_DECLARED = (
-    reference.rep_sgd_step,
-    reference.rep_grad_norm,
-    reference.pair_ranges,
-    reference.joint_histogram,
-    reference.joint_histogram_,
-)
-
-
-def _table() -> dict[str, Op]:
-    rows = [function.op for function in _DECLARED]
-    return {row.name: row for step in rows for row in ([step, *plan_ops(step)] if step.step else [step])}
-
-
-OPS = _table()
+OPS: dict[str, Op] = {}
 """Name -> op. A step is followed by its plan ops, which have no reference: only a backend with kernels makes plans."""
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def register(reference: Callable) -> None:
+    """Enter the op that was declared beside `reference` (see `schema.op`) into the table, a step with its plan ops."""
+    declared: Op = reference.op
+    for row in (declared, *(plan_ops(declared) if declared.step else ())):
+        _library.define(row.name + row.schema)
+        if row.reference is not None:
+            _library.impl(row.name, row.reference, "CompositeExplicitAutograd")
+        if row.fake is not None:
+            torch.library.register_fake(f"{NAMESPACE}::{row.name}", row.fake)
+        OPS[row.name] = row
 
 
 def registered(name: str) -> Callable:
@@ -38,10 +38,11 @@ def registered(name: str) -> Callable:
     return getattr(torch.ops.gradrep_kernels, name).default
 
 
-_library = torch.library.Library(NAMESPACE, "DEF")
-for _op in OPS.values():
-    _library.define(_op.name + _op.schema)
-    if _op.reference is not None:
-        _library.impl(_op.name, _op.reference, "CompositeExplicitAutograd")
-    if _op.fake is not None:
-        torch.library.register_fake(f"{NAMESPACE}::{_op.name}", _op.fake)
+for _reference in (
+    reference.rep_sgd_step,
+    reference.rep_grad_norm,
+    reference.pair_ranges,
+    reference.joint_histogram,
+    reference.joint_histogram_,
+):
+    register(_reference)

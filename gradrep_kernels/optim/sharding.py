@@ -61,8 +61,8 @@ def norm_over_shards(norm: Tensor, p: Tensor) -> Tensor:
 def part_on(p: Tensor, mult: GradMult) -> GradMult:
     """The part of `mult`, given for the whole weight, that lies on this rank's shard of the DTensor `p`.
 
-    It stays structured but in one case. A shard that starts at row r has the diagonal of the identity at (o, (o + r) mod
-    I). Where the diagonal is shifted so, or cut, GradMult cannot say it, and M becomes dense on the shard.
+    It stays structured but in one case. A shard that starts at row r has the identity at (o, (o + r) mod I). Where the
+    diagonal is shifted so, or cut, GradMult cannot say it, and M becomes dense on the shard.
     """
     mult = mult.to(local(p).device)
     index = [_held(p, dim) for dim in range(p.dim())]

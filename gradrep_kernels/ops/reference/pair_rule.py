@@ -7,8 +7,8 @@ rounded to nearest in T on its own, and denormals are kept.
 
 Pairs. x [N, C, H, W] is surrounded by zeros, padding[0] rows above and below, padding[1] columns left and right, to
 Hp x Wp. For a displacement (di, dj), of any sign, P and Q are all pixels p and q = p + (di, dj) with both inside the
-padded map: max(0, Hp - |di|) * max(0, Wp - |dj|) pairs an image. With remove_near, pairs with p == 0 or q == 0 are dropped. -0.0 is
-0 there, NaN is not. n counts the pairs that are left, pooled over the images.
+padded map: max(0, Hp - |di|) * max(0, Wp - |dj|) pairs an image. With remove_near, pairs with p == 0 or q == 0 are
+dropped. -0.0 is 0 there, NaN is not. n counts the pairs that are left, pooled over the images.
 
 Ranges. lo and hi of a side are the least and the greatest of its values that are left. One NaN among them makes both
 NaN. A zero end is +0.0. Where no pair is left, lo = +inf, hi = -inf and n = 0, so that ranges of several batches merge
