@@ -79,11 +79,11 @@ def cuda_library_folders() -> list[str]:
     return [os.path.realpath(folder) for line in re.findall("LIBRARIES=.*", steps) for folder in re.findall(r'-L([^"\s]+)', line)]
 
 
-def module(ext, name, sources, flags, **more):
+def module(ext, name, sources, flags, linked=(), **more):
     return ext.CppExtension(
         f"gradrep_kernels.{name}",
         ["csrc/module.cpp", *sources],
-        depends=sorted(str(p) for p in Path("csrc").glob("*.h")),
+        depends=sorted(map(str, [*Path("csrc").glob("*.h"), *linked])),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],  # py_limited_api sets Py_LIMITED_API
         extra_compile_args={"cxx": flags},
         py_limited_api=True,
@@ -124,11 +124,18 @@ def cuda_module(ext):
     # What torch loads at import is found by its name. A CPU build of torch has no libtorch_cuda, but libtorch.so leads to it.
     last = ["-Wl,--no-as-needed", "-ltorch_cuda" if torch.version.cuda else "-ltorch"]
     flags = ["-O2", "-g0", "-fvisibility=hidden"]
-    return module(ext, "_C_cuda", [], flags, libraries=["cudart"], library_dirs=cuda_library_folders(), extra_link_args=last)
+    linked = Path("csrc").glob("*.cu")
+    folders = cuda_library_folders()
+    return module(ext, "_C_cuda", [], flags, linked, libraries=["cudart"], library_dirs=folders, extra_link_args=last)
 
 
-def cuda_objects(ext, folder: Path) -> list[str]:
-    """The .cu files compiled into `folder`, MAX_JOBS at a time."""
+def max_jobs() -> int:
+    given = os.environ.get("MAX_JOBS", "")
+    return (given.isdigit() and int(given)) or os.cpu_count() or 1
+
+
+def cuda_objects(ext, folder: Path, jobs: int | None = None) -> list[str]:
+    """The .cu files compiled into `folder`, `jobs` (MAX_JOBS) at a time."""
     import torch
 
     if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
@@ -143,7 +150,7 @@ def cuda_objects(ext, folder: Path) -> list[str]:
     commands = [[nvcc(), *flags, "-c", str(source), "-o", made] for source, made in zip(sources, objects)]
     for command in commands:
         say(shlex.join(command))
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(jobs or max_jobs()) as pool:
         run = functools.partial(subprocess.run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for source, done in zip(sources, pool.map(run, commands)):
             if done.returncode != 0:
@@ -167,8 +174,23 @@ def modules(ext):
 
 def commands(ext):
     class Build(ext.BuildExtension):
+        _objects = None  # a Future of cuda_objects
+
         def run(self):
             self._or_give_up(super().run)
+
+        def build_extensions(self):
+            """Compile the .cu files beside the CPU module."""
+            cuda = [extension for extension in self.extensions if extension.name.endswith("._C_cuda")]
+            jobs = max_jobs()
+            if not cuda or len(self.extensions) == 1 or jobs == 1:
+                return super().build_extensions()
+            # MAX_JOBS bounds both together: a compiler takes 1 to 2 GB. There are two .cu files.
+            share = max(1, min(len(list(ROOT.glob("csrc/*.cu"))), jobs // 2))
+            with ThreadPoolExecutor(1) as background:
+                self._objects = background.submit(cuda_objects, ext, Path(self.build_temp) / cuda[0].name, share)
+                os.environ["MAX_JOBS"] = str(jobs - share)  # ninja's
+                super().build_extensions()
 
         def build_extension(self, extension):
             self._or_give_up(lambda: self._build(extension), extension.name)
@@ -178,7 +200,8 @@ def commands(ext):
             self.build_temp = os.path.join(folder, extension.name)  # both modules have a module.o
             try:
                 if extension.name.endswith("._C_cuda"):
-                    extension.extra_objects = cuda_objects(ext, Path(self.build_temp))
+                    objects = self._objects and self._objects.result()  # raises what nvcc said
+                    extension.extra_objects = objects or cuda_objects(ext, Path(self.build_temp))
                 super().build_extension(extension)
             finally:
                 self.build_temp = folder
