@@ -1,7 +1,7 @@
 """Metadata is in pyproject.toml; this file decides which native kernels to build.
 
 GRADREP_BUILD = auto (build what the machine can, never fail) | require (fail if a kernel cannot be built) | none
-GRADREP_CUDA  = auto (nvcc is found and torch is a CUDA build) | 1 | 0
+GRADREP_CUDA  = auto (nvcc is found and torch is a CUDA build) | 1 | 0 | only (1, where the CPU module is there already)
 TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CXX and CXXFLAGS are honoured as torch does.
 
 _C (CPU) and _C_cuda are separate modules: a CUDA build that fails must not lose the CPU kernels. Both use LibTorch's
@@ -24,7 +24,7 @@ from pathlib import Path
 from setuptools import Distribution, setup
 from setuptools.errors import ModuleError
 
-CHOICES = {"GRADREP_BUILD": ("auto", "require", "none"), "GRADREP_CUDA": ("auto", "1", "0")}
+CHOICES = {"GRADREP_BUILD": ("auto", "require", "none"), "GRADREP_CUDA": ("auto", "1", "0", "only")}
 TORCH_TARGET = "0x020b000000000000"  # 2.11
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"  # where TORCH_CUDA_ARCH_LIST is unset and no GPU is visible
 # No FMA contraction, no approximate division, no flushed denormals: every operation is rounded on its own, as the reference does.
@@ -159,15 +159,15 @@ def cuda_objects(ext, folder: Path, jobs: int | None = None) -> list[str]:
 
 
 def modules(ext):
-    found = [cpu_module(ext)]
+    found = [] if CUDA == "only" else [cpu_module(ext)]
     if CUDA == "0":
         return found
     reason = why_no_cuda()
     if reason is None:
         return [*found, cuda_module(ext)]
-    if CUDA == "1":
+    if CUDA != "auto":
         if BUILD == "require":
-            raise SystemExit(f"gradrep_kernels: GRADREP_CUDA=1, but _C_cuda cannot be built: {reason}")
+            raise SystemExit(f"gradrep_kernels: GRADREP_CUDA={CUDA}, but _C_cuda cannot be built: {reason}")
         say(f"_C_cuda is not built: {reason}")
     return found
 
