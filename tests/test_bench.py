@@ -204,6 +204,8 @@ def test_threads_are_set_for_a_run_and_put_back(setup):
         ((1.05, 1.02, True), 1.06, "missed"),
         ((2.0, None, False), 9.0, "reached"),
         ((None, None, False), 9.0, ""),
+        ((None, 5.0, True), 4.0, "aim reached"),
+        ((None, 5.0, True), 6.0, "aim missed"),
     ],
 )
 def test_verdicts(bounds, value, verdict):
