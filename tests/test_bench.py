@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -250,6 +251,20 @@ def test_a_wall_clock_counts_the_wait_for_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.05))
     assert harness.wall_clock(int, 1) >= 0.05 > harness.host_clock(int, 1)
+
+
+def test_the_l2_cache_is_flushed_by_reading(monkeypatch):
+    """What was written would be written back while the clock runs."""
+    buffer = torch.zeros(8)
+    monkeypatch.setattr(harness, "_flush_buffer", lambda: buffer)
+    read = []
+    monkeypatch.setattr(torch.Tensor, "sum", lambda tensor: read.append(tensor is buffer))
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 1.0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    harness.device_clock(lambda: None, 1)
+    assert read == [True]
+    assert buffer._version == 0
 
 
 # -- the whole
