@@ -299,7 +299,10 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str:
-    """Of the checkout; -dirty where something else than results differs from it."""
+    """Of the checkout, -dirty where something else than results differs; without one, what GRADREP_COMMIT says."""
+    unknown = os.environ.get("GRADREP_COMMIT") or "unknown"
+    if not (ROOT / ".git").exists():  # git would describe a checkout that these sources lie in
+        return unknown
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
@@ -307,7 +310,7 @@ def commit() -> str:
     try:
         done, differs = git("describe", "--always"), git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)bench/results")
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
+        return unknown
     if done.returncode != 0 or not done.stdout.strip():
-        return "unknown"
+        return unknown
     return done.stdout.strip() + ("-dirty" if differs.returncode else "")
