@@ -7,6 +7,7 @@ RUN_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 RESULTS ?= runs/gpu-check
+COMMIT ?= $(shell git describe --always --dirty 2>/dev/null)
 
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip --disable-pip-version-check --quiet
@@ -43,7 +44,8 @@ bench bench-quick: $(STAMP)
 
 # With the machine's own Python: torch, Triton and nvcc are there, and there may be no network.
 gpu-check:
-	$(PY) bench/gpu_check.py --results "$(RESULTS)" $(if $(DRY_RUN),--dry-run)
+	$(PY) bench/gpu_check.py --results "$(RESULTS)" --commit "$(COMMIT)" \
+		$(if $(CARRIED),--carried) $(if $(DRY_RUN),--dry-run)
 
 env: $(STAMP)
 	$(PYTHON) -m gradrep_kernels env

@@ -1,7 +1,7 @@
 """Metadata is in pyproject.toml; this file decides which native kernels to build.
 
 GRADREP_BUILD = auto (build what the machine can, never fail) | require (fail if a kernel cannot be built) | none
-GRADREP_CUDA  = auto (nvcc is found and torch is a CUDA build) | 1 | 0
+GRADREP_CUDA  = auto (nvcc is found and torch is a CUDA build) | 1 | 0 | only (1, where the CPU module is there already)
 TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CXX and CXXFLAGS are honoured as torch does.
 
 _C (CPU) and _C_cuda are separate modules: a CUDA build that fails must not lose the CPU kernels. Both use LibTorch's
@@ -24,7 +24,7 @@ from pathlib import Path
 from setuptools import Distribution, setup
 from setuptools.errors import ModuleError
 
-CHOICES = {"GRADREP_BUILD": ("auto", "require", "none"), "GRADREP_CUDA": ("auto", "1", "0")}
+CHOICES = {"GRADREP_BUILD": ("auto", "require", "none"), "GRADREP_CUDA": ("auto", "1", "0", "only")}
 TORCH_TARGET = "0x020b000000000000"  # 2.11
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"  # where TORCH_CUDA_ARCH_LIST is unset and no GPU is visible
 # No FMA contraction, no approximate division, no flushed denormals: every operation is rounded on its own, as the reference does.
@@ -97,11 +97,11 @@ def cuda_library_folders() -> list[str]:
     ]
 
 
-def module(ext, name, sources, flags, **more):
+def module(ext, name, sources, flags, linked=(), **more):
     return ext.CppExtension(
         f"gradrep_kernels.{name}",
         ["csrc/module.cpp", *sources],
-        depends=sorted(str(p) for p in Path("csrc").glob("*.h")),
+        depends=sorted(map(str, [*Path("csrc").glob("*.h"), *linked])),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],  # py_limited_api sets Py_LIMITED_API
         extra_compile_args={"cxx": flags},
         py_limited_api=True,
@@ -146,13 +146,18 @@ def cuda_module(ext):
     # What torch loads at import is found by its name. A CPU build of torch has no libtorch_cuda, but libtorch.so leads to it.
     last = ["-Wl,--no-as-needed", "-ltorch_cuda" if torch.version.cuda else "-ltorch"]
     flags = ["-O2", "-g0", "-fvisibility=hidden"]
-    return module(
-        ext, "_C_cuda", [], flags, libraries=["cudart"], library_dirs=cuda_library_folders(), extra_link_args=last
-    )
+    linked = Path("csrc").glob("*.cu")
+    folders = cuda_library_folders()
+    return module(ext, "_C_cuda", [], flags, linked, libraries=["cudart"], library_dirs=folders, extra_link_args=last)
 
 
-def cuda_objects(ext, folder: Path) -> list[str]:
-    """The .cu files compiled into `folder`, MAX_JOBS at a time."""
+def max_jobs() -> int:
+    given = os.environ.get("MAX_JOBS", "")
+    return (given.isdigit() and int(given)) or os.cpu_count() or 1
+
+
+def cuda_objects(ext, folder: Path, jobs: int | None = None) -> list[str]:
+    """The .cu files compiled into `folder`, `jobs` (MAX_JOBS) at a time."""
     import torch
 
     if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
@@ -167,7 +172,7 @@ def cuda_objects(ext, folder: Path) -> list[str]:
     commands = [[nvcc(), *flags, "-c", str(source), "-o", made] for source, made in zip(sources, objects)]
     for command in commands:
         say(shlex.join(command))
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(jobs or max_jobs()) as pool:
         run = functools.partial(subprocess.run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for source, done in zip(sources, pool.map(run, commands)):
             if done.returncode != 0:
@@ -176,23 +181,38 @@ def cuda_objects(ext, folder: Path) -> list[str]:
 
 
 def modules(ext):
-    found = [cpu_module(ext)]
+    found = [] if CUDA == "only" else [cpu_module(ext)]
     if CUDA == "0":
         return found
     reason = why_no_cuda()
     if reason is None:
         return [*found, cuda_module(ext)]
-    if CUDA == "1":
+    if CUDA != "auto":
         if BUILD == "require":
-            raise SystemExit(f"gradrep_kernels: GRADREP_CUDA=1, but _C_cuda cannot be built: {reason}")
+            raise SystemExit(f"gradrep_kernels: GRADREP_CUDA={CUDA}, but _C_cuda cannot be built: {reason}")
         say(f"_C_cuda is not built: {reason}")
     return found
 
 
 def commands(ext):
     class Build(ext.BuildExtension):
+        _objects = None  # a Future of cuda_objects
+
         def run(self):
             self._or_give_up(super().run)
+
+        def build_extensions(self):
+            """Compile the .cu files beside the CPU module."""
+            cuda = [extension for extension in self.extensions if extension.name.endswith("._C_cuda")]
+            jobs = max_jobs()
+            if not cuda or len(self.extensions) == 1 or jobs == 1:
+                return super().build_extensions()
+            # MAX_JOBS bounds both together: a compiler takes 1 to 2 GB. There are two .cu files.
+            share = max(1, min(len(list(ROOT.glob("csrc/*.cu"))), jobs // 2))
+            with ThreadPoolExecutor(1) as background:
+                self._objects = background.submit(cuda_objects, ext, Path(self.build_temp) / cuda[0].name, share)
+                os.environ["MAX_JOBS"] = str(jobs - share)  # ninja's
+                super().build_extensions()
 
         def build_extension(self, extension):
             self._or_give_up(lambda: self._build(extension), extension.name)
@@ -202,7 +222,8 @@ def commands(ext):
             self.build_temp = os.path.join(folder, extension.name)  # both modules have a module.o
             try:
                 if extension.name.endswith("._C_cuda"):
-                    extension.extra_objects = cuda_objects(ext, Path(self.build_temp))
+                    objects = self._objects and self._objects.result()  # raises what nvcc said
+                    extension.extra_objects = objects or cuda_objects(ext, Path(self.build_temp))
                 super().build_extension(extension)
             finally:
                 self.build_temp = folder

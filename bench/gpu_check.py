@@ -2,9 +2,11 @@
 
     make gpu-check RESULTS=DIR                (or python bench/gpu_check.py --results DIR)
     make gpu-check RESULTS=DIR DRY_RUN=1      the same on a machine without a GPU: what needs none runs, small
+    make gpu-check RESULTS=DIR CARRIED=1      modules in gradrep_kernels/, built for this commit, are used
 
 For a machine with a CUDA GPU, no network, and torch, Triton, nvcc, pytest and pytest-benchmark already there: nothing is
 installed, and what is absent is named and skipped. Each phase has a time limit; one that fails does not stop the others.
+A CUDA error that sticks ends the tests' process (tests/conftest.py); the tests that are left run in another.
 Last come the tests of the ops, the optimizer and the networks that need no GPU, as far as time allows: this machine may have
 another torch, Python and compiler. Eight files at most:
 
@@ -18,6 +20,7 @@ Exit status: 0 no phase failed; 1 one did; 2 there is no GPU and no --dry-run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -33,11 +36,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DEADLINE = 560  # seconds for everything
+DEADLINE = 560  # seconds for everything, from the start of the process
 GRACE = 15  # seconds between the request to end and the end: pytest writes its junit.xml then
 BENCHES = ("rep_sgd_step", "joint_histogram", "sgs")
-# Seconds at most for what must end. The sanitizer and the other tests share what that leaves of the deadline, 70 seconds or more.
-LIMITS = {"build": 130, "small-run": 40, "tests": 130, "rep_sgd_step": 85, "joint_histogram": 60, "sgs": 45}
+# Seconds at most for what must end. The sanitizer and the other tests share what that leaves of the deadline: 60
+# seconds or more. The build's compilers run side by side. The small run compiles Triton's kernels.
+LIMITS = {"build": 115, "small-run": 80, "tests": 115, "rep_sgd_step": 85, "joint_histogram": 60, "sgs": 45}
 # Tests that say the same on every machine (what a package, a script or a compiled kernel looks like), or that take minutes.
 LEFT_OUT = (
     "bench",
@@ -51,6 +55,9 @@ LEFT_OUT = (
     "sanitizers",
     "scales",
 )
+DEVICE_LOST = 86  # tests/conftest.py: a CUDA error ended the tests
+RESTARTS = 5  # of the tests' process after such errors
+KERNELS = {"_C": ("cpu", "cpp", "*_cpu.cpp"), "_C_cuda": ("cuda", "cuda", "*_cuda.cu")}  # device, backend, sources
 ERRORS_FOUND = 9  # compute-sanitizer's exit status, chosen here
 SHOWN = 40  # lines of a failed phase's output in the summary
 OPTIONAL = (
@@ -98,6 +105,8 @@ class Check:
     dry_run: bool
     architecture: str | None  # of the GPU: '9.0'
     test_args: Sequence[str]
+    carried: bool = False  # modules that are there already are used if they serve
+    commit: str = ""
     until: float = field(default_factory=lambda: time.monotonic() + DEADLINE)
 
     @property
@@ -120,6 +129,8 @@ class Check:
             "MAX_JOBS": str(os.cpu_count() or 1),
             **env,
         }
+        if self.commit:
+            environment["GRADREP_COMMIT"] = self.commit
         for name in ("TRITON_INTERPRET", "GRADREP_BACKEND"):
             environment.pop(name, None)
         with tempfile.TemporaryFile("w+", errors="replace") as log:
@@ -154,23 +165,46 @@ def _python(*arguments: str) -> list[str]:
 
 
 def build(check: Check) -> list[Outcome]:
-    """Both modules in place; if that fails, the CPU's alone, so that the other phases have it."""
+    """Modules that are not carried, in place; if CUDA fails, the CPU's alone, so that the other phases have it."""
+    start = time.monotonic()
+    names = ["_C"] if check.architecture is None else ["_C", "_C_cuda"]
+    unusable = {name: _why_not_carried(check, name) for name in names} if check.carried else dict.fromkeys(names, "")
+    notes = ["CPU kernels only: there is no GPU"] if check.architecture is None else []
+    if check.carried:
+        notes.append(f"carried: {', '.join(name for name in names if not unusable[name]) or 'none'}")
+        notes.append(f"built: {', '.join(f'{name} ({why})' for name, why in unusable.items() if why) or 'none'}")
+    left = [name for name in names if unusable[name] or not check.carried]
+    if not left:
+        return [Outcome("build", "passed", "; ".join(notes), time.monotonic() - start)]
+    cuda = {"_C": "0", "_C_cuda": "only", "_C _C_cuda": "1"}[" ".join(left)]
+    switches = {"GRADREP_BUILD": "require", "GRADREP_CUDA": cuda}
+    if check.architecture is not None:
+        switches["TORCH_CUDA_ARCH_LIST"] = check.architecture
     command = _python("setup.py", "build_ext", "--inplace")
-    if check.architecture is None:
-        return [
-            Outcome.of(
-                "build",
-                check.run(command, LIMITS["build"], GRADREP_BUILD="require", GRADREP_CUDA="0"),
-                "CPU kernels only: there is no GPU",
-            )
-        ]
-    both = check.run(
-        command, LIMITS["build"], GRADREP_BUILD="require", GRADREP_CUDA="1", TORCH_CUDA_ARCH_LIST=check.architecture
-    )
-    if both.status == 0:
-        return [Outcome.of("build", both)]
-    cpu = check.run(command, 60, GRADREP_BUILD="require", GRADREP_CUDA="0")
-    return [Outcome.of("build", both), Outcome.of("build without CUDA", cpu)]
+    run = check.run(command, LIMITS["build"] - (time.monotonic() - start), **switches)
+    found = [Outcome.of("build", run, "; ".join(notes))]
+    if run.status != 0 and len(left) == 2:
+        cpu = check.run(command, 60, GRADREP_BUILD="require", GRADREP_CUDA="0")
+        found.append(Outcome.of("build without CUDA", cpu))
+    return found
+
+
+def _why_not_carried(check: Check, name: str) -> str:
+    """Why a module does not serve; empty if it has all ops, which agree with the reference."""
+    device, backend, _ = KERNELS[name]
+    if not list(ROOT.glob(f"gradrep_kernels/{name}.*")):
+        return "is not there"
+    command = _python("bench/small_run.py", device, "--backend", backend, "--needs", *_ops(name))
+    run = check.run(command, LIMITS["build"] / 4)
+    return "" if run.status == 0 else (run.output.strip().splitlines() or [f"exit status {run.status}"])[-1][:200]
+
+
+def _ops(name: str) -> list[str]:
+    """What the sources of a module register for its device."""
+    device, _, sources = KERNELS[name]
+    text = "".join(path.read_text() for path in sorted(ROOT.glob(f"csrc/{sources}")))
+    blocks = re.findall(rf"STABLE_TORCH_LIBRARY_IMPL\(\w+, {device.upper()}, m\) {{(.*?)}}", text, re.DOTALL)
+    return re.findall(r'm\.impl\("(\w+)"', "".join(blocks))
 
 
 def small_run(check: Check) -> list[Outcome]:
@@ -178,19 +212,60 @@ def small_run(check: Check) -> list[Outcome]:
     return [Outcome.of("small run", run, (run.output.strip().splitlines() or [""])[-1])]
 
 
-def _pytest(check: Check, limit: float, *chosen: str) -> Run:
-    command = _python("-m", "pytest", "-p", "no:cacheprovider", "-rfE", *chosen, *check.test_args)
-    if importlib.util.find_spec("xdist") and not check.test_args:  # xdist hides what is wrong with an argument
-        command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
-    return check.run(command, limit, OMP_NUM_THREADS="2")
+def _pytest(check: Check, limit: float, *chosen: str, **env: str) -> Run:
+    command = _python("-m", "pytest", "-p", "no:cacheprovider", "-rfE", "--continue-on-collection-errors")
+    command += [*chosen, *check.test_args]
+    if _in_parallel(check):
+        workers = max(1, min(8, (os.cpu_count() or 1) // 2))
+        command += ["-n", str(workers), f"--max-worker-restart={RESTARTS}"]
+    return check.run(command, limit, OMP_NUM_THREADS="2", **env)
+
+
+def _in_parallel(check: Check) -> bool:
+    """Where arguments are given, they are not: xdist hides what is wrong with one."""
+    return importlib.util.find_spec("xdist") is not None and not check.test_args
+
+
+def _gpu_tests(check: Check, junit: Path) -> tuple[Run, str]:
+    """pytest, again for the tests that are left when a CUDA error ended it; (the runs as one, a note on how often)"""
+    runs: list[Run] = []
+    junit.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        parts = [Path(folder, f"{n}.xml") for n in range(RESTARTS + 1)]
+        # xdist starts another worker itself.
+        env = {} if _in_parallel(check) else {"GRADREP_TESTS_DONE": str(Path(folder, "done"))}
+        for part in parts:
+            limit = LIMITS["tests"] - sum(run.seconds for run in runs)
+            runs.append(_pytest(check, limit, f"--junitxml={part}", "-m", "gpu", **env))
+            if runs[-1].status != DEVICE_LOST:
+                break
+        _merge(parts, junit)
+    last = runs[-1]
+    if len(runs) == 1 and last.status != DEVICE_LOST:
+        return last, ""
+    lost = sum(run.status == DEVICE_LOST for run in runs)
+    note = f"a CUDA error ended pytest {lost} times"
+    if last.status == DEVICE_LOST:
+        note += "; what was left did not run"
+    shown = [line for run in runs for line in run.output.rstrip().splitlines()[-(SHOWN // len(runs)) :]]
+    return Run(None if last.status is None else 1, sum(run.seconds for run in runs), "\n".join(shown)), note
+
+
+def _merge(parts: Sequence[Path], junit: Path) -> None:
+    whole = ET.Element("testsuites")
+    for part in parts:
+        with contextlib.suppress(OSError, ET.ParseError):
+            whole.extend(ET.parse(part).getroot().iter("testsuite"))
+    if len(whole):
+        ET.ElementTree(whole).write(junit, encoding="utf-8", xml_declaration=True)
 
 
 def tests(check: Check) -> list[Outcome]:
     """Those that run on a GPU."""
     junit = check.results / "junit.xml"
-    run = _pytest(check, LIMITS["tests"], f"--junitxml={junit}", "-m", "gpu")
+    run, note = _gpu_tests(check, junit)
     counts, passed, skipped = _read_junit(junit)
-    found = [Outcome.of("tests on the GPU", run, counts)]
+    found = [Outcome.of("tests on the GPU", run, "; ".join(filter(None, (counts, note))))]
     if run.status == 0 and not passed:
         state = "skipped" if check.architecture is None else "failed"
         found = [Outcome("tests on the GPU", state, f"none ran: {counts}", run.seconds, run.output)]
@@ -296,6 +371,7 @@ def summary(check: Check, outcomes: Sequence[Outcome], about: str) -> str:
     lines = [
         "# gpu-check",
         "",
+        *([f"Commit {check.commit}.", ""] if check.commit else []),
         f"**{f'{len(failed)} of {len(outcomes)} failed.' if failed else 'Nothing failed.'}**",
         "",
     ]
@@ -318,6 +394,7 @@ def summary(check: Check, outcomes: Sequence[Outcome], about: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    until = time.monotonic() + DEADLINE  # asking torch for the GPU counts: 10 s where its files are not in memory
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--results", type=Path, required=True, help="folder of the result files (made if it is missing)"
@@ -332,6 +409,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"some of: {', '.join(PHASES)}",
     )
     parser.add_argument("--test-args", default="", help="for pytest, in one string (a file, -k EXPRESSION)")
+    parser.add_argument("--carried", action="store_true", help="build only modules that are not there or do not serve")
+    parser.add_argument("--commit", default="", help="of these sources, where there is no git checkout to ask")
     options = parser.parse_args(argv)
     architecture = gpu_architecture()
     if architecture is None:
@@ -344,7 +423,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("gpu-check: --dry-run (make gpu-check RESULTS=DIR DRY_RUN=1) runs what needs none", file=sys.stderr)
             return 2
     options.results.mkdir(parents=True, exist_ok=True)
-    check = Check(options.results.resolve(), options.dry_run, architecture, options.test_args.split())
+    results, test_args = options.results.resolve(), options.test_args.split()
+    check = Check(results, options.dry_run, architecture, test_args, options.carried, options.commit, until)
     outcomes: list[Outcome] = []
     about = ""
     for name, phase in PHASES.items():

@@ -126,7 +126,7 @@ def torch_threads(n: int) -> Iterator[None]:
 
 @functools.cache
 def _flush_buffer() -> torch.Tensor:
-    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    return torch.zeros(_FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
 
 
 def host_clock(run: Callable[[], object], calls: int) -> float:
@@ -156,7 +156,7 @@ def wall_clock(run: Callable[[], object], calls: int) -> float:
 def device_clock(run: Callable[[], object], calls: int) -> float:
     """Seconds per call on the GPU, between two events, with a cold L2 cache and the calls queued before the first starts."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _flush_buffer().zero_()
+    _flush_buffer().sum()  # reads: lines that were written would be written back while the clock runs
     torch.cuda._sleep(_RUN_AHEAD_CYCLES)
     start.record()
     for _ in range(calls):
@@ -320,7 +320,10 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str:
-    """Of the checkout; -dirty where something else than results differs from it."""
+    """Of the checkout, -dirty where something else than results differs; without one, what GRADREP_COMMIT says."""
+    unknown = os.environ.get("GRADREP_COMMIT") or "unknown"
+    if not (ROOT / ".git").exists():  # git would describe a checkout that these sources lie in
+        return unknown
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -336,7 +339,7 @@ def commit() -> str:
             git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)bench/results"),
         )
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
+        return unknown
     if done.returncode != 0 or not done.stdout.strip():
-        return "unknown"
+        return unknown
     return done.stdout.strip() + ("-dirty" if differs.returncode else "")

@@ -21,7 +21,10 @@ _RATES = {"gb_per_s": "GB/s", "ns_per_pair": "ns per pair", "ns_per_pair_and_thr
 
 @dataclass(frozen=True)
 class Target:
-    """A row of the table of targets. `at_least` and `aim` are upper bounds where less is better; None: shown, not judged."""
+    """A row of the table of targets.
+
+    `at_least` and `aim` are upper bounds where less is better. A row that has neither is shown, not judged.
+    """
 
     row: str
     what: str
@@ -34,9 +37,11 @@ class Target:
         def reached(bound: float | None) -> bool:
             return bound is not None and (value <= bound if self.less_is_better else value >= bound)
 
+        if reached(self.aim):
+            return "aim reached"
         if self.at_least is None:
-            return ""
-        return "aim reached" if reached(self.aim) else "reached" if reached(self.at_least) else "missed"
+            return "" if self.aim is None else "aim missed"
+        return "reached" if reached(self.at_least) else "missed"
 
 
 class Results:

@@ -1,21 +1,23 @@
 """Each op on each backend that a device has, against the reference on the CPU: odd sizes, all forms of multipliers, small.
 
-    python bench/small_run.py cpu|cuda
+    python bench/small_run.py cpu|cuda [--backend NAME] [--needs OP ...]
 
-What `gpu_check.py` runs alone and under compute-sanitizer. Exit status 1 where a result differs or no kernel of a GPU ran.
+What `gpu_check.py` runs alone and under compute-sanitizer. Exit status 1 where a result differs, no kernel of a GPU
+ran, or an op that is needed has no compiled kernel for the device.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 import gradrep_kernels as gr
 from gradrep_kernels.ops import backends
+from gradrep_kernels.ops.registry import NAMESPACE
 
 BACKENDS = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
 DISPLACEMENTS = ((0, 1), (1, -1), (1, 0), (1, 1))
@@ -97,11 +99,16 @@ def counts(device: str, backend: str) -> Iterator[Case]:
                 yield f"{shape}, {layout}, remove_near={remove_near}", *found, 0
 
 
-def run(device: str) -> int:
+def run(device: str, only: str | None = None, needs: Sequence[str] = ()) -> int:
     report = {row["op"]: row for row in backends.report((device,))}
     torch.manual_seed(0)
     agree = problems = 0
-    for backend in BACKENDS[device]:
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    absent = [op for op in needs if not has(f"{NAMESPACE}::{op}", device.upper())]
+    if absent:
+        print(f"no compiled kernel for {device}: {', '.join(absent)}")
+        return 1
+    for backend in BACKENDS[device] if only is None else (only,):
         for op, cases in (
             ("rep_sgd_step", steps),
             ("rep_grad_norm", norms),
@@ -127,4 +134,7 @@ def run(device: str) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("device", choices=tuple(BACKENDS))
-    sys.exit(run(parser.parse_args().device))
+    parser.add_argument("--backend", choices=("cpp", "triton", "cuda"), help="this one alone")
+    parser.add_argument("--needs", nargs="+", default=(), metavar="OP", help="ops that must have a compiled kernel")
+    options = parser.parse_args()
+    sys.exit(run(options.device, options.backend, options.needs))

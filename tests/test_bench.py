@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ import harness
 import parameter_sets
 import published
 import report
+import test_lost_device
 
 TARGET_ROWS = {  # of the quick form on a CPU, where those of a GPU are named as not measured
     "rep_sgd_step": {"S1", "S2", "S3", "S4", "S5", "G1"},
@@ -222,6 +224,8 @@ def test_threads_are_set_for_a_run_and_put_back(setup):
         ((1.05, 1.02, True), 1.06, "missed"),
         ((2.0, None, False), 9.0, "reached"),
         ((None, None, False), 9.0, ""),
+        ((None, 5.0, True), 4.0, "aim reached"),
+        ((None, 5.0, True), 6.0, "aim missed"),
     ],
 )
 def test_verdicts(bounds, value, verdict):
@@ -269,6 +273,20 @@ def test_a_wall_clock_counts_the_wait_for_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.05))
     assert harness.wall_clock(int, 1) >= 0.05 > harness.host_clock(int, 1)
+
+
+def test_the_l2_cache_is_flushed_by_reading(monkeypatch):
+    """What was written would be written back while the clock runs."""
+    buffer = torch.zeros(8)
+    monkeypatch.setattr(harness, "_flush_buffer", lambda: buffer)
+    read = []
+    monkeypatch.setattr(torch.Tensor, "sum", lambda tensor: read.append(tensor is buffer))
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 1.0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    harness.device_clock(lambda: None, 1)
+    assert read == [True]
+    assert buffer._version == 0
 
 
 # -- the whole
@@ -381,6 +399,17 @@ def test_gpu_check_keeps_packages_that_come_by_pythonpath(tmp_path, monkeypatch)
     assert Path(run.output.strip()).parents[1] == ROOT
 
 
+def test_gpu_check_counts_from_its_start(tmp_path, monkeypatch):
+    """Asking torch for the GPU takes seconds."""
+    seen = []
+    start = time.monotonic()
+    monkeypatch.setattr(gpu_check, "gpu_architecture", lambda: time.sleep(1))
+    monkeypatch.setattr(gpu_check, "environment", lambda check: "")
+    monkeypatch.setattr(gpu_check, "PHASES", {"look": lambda check: seen.append(check) or []})
+    assert gpu_check.main(["--dry-run", "--results", str(tmp_path), "--only", "look"]) == 0
+    assert seen[0].until < start + gpu_check.DEADLINE + 0.5
+
+
 def test_gpu_check_fits_into_ten_minutes():
     assert (
         sum(gpu_check.LIMITS.values()) + 60 <= gpu_check.DEADLINE
@@ -389,11 +418,47 @@ def test_gpu_check_fits_into_ten_minutes():
     assert list(gpu_check.PHASES)[-2:] == ["sanitizer", "other-tests"]  # where running out of time is no failure
 
 
+def test_gpu_check_runs_what_a_cuda_error_left(tmp_path):
+    check = gpu_check.Check(tmp_path, True, "9.0", (str(test_lost_device.write_tests(tmp_path)), "-p", "no:xdist"))
+    (found,) = gpu_check.tests(check)
+    assert found.state == "failed"
+    assert found.note == "exit status 1; 3 passed, 2 failure; a CUDA error ended pytest 2 times"
+    assert {name: len(wrong) for name, wrong in test_lost_device.outcomes(tmp_path / "junit.xml").items()} == {
+        f"test_on_gpu[{n}]": int(n in (1, 3)) for n in range(5)
+    }
+    assert all(f"test_on_gpu[{n}]" in found.output for n in (1, 3))
+
+
+def test_gpu_check_does_not_start_tests_for_ever(tmp_path):
+    junit = "<testsuite><testcase name='a'><failure/></testcase></testsuite>"
+    check = _fake_gpu(tmp_path, junit, gpu_check.DEVICE_LOST)
+    (found,) = gpu_check.tests(check)
+    assert found.state == "failed"
+    assert "what was left did not run" in found.note
+    assert len(check.commands) == 1 + gpu_check.RESTARTS
+
+
+@pytest.mark.parametrize("of_gpu", [True, False], ids=["gpu", "others"])
+def test_gpu_check_runs_the_tests_of_the_files_that_can_be_collected(tmp_path, of_gpu):
+    (tmp_path / "test_broken.py").write_text("import no_such_module\n")
+    whole = "import pytest\n\n\n@pytest.mark.gpu\ndef test_a(): ...\n\n\ndef test_b(): ...\n"
+    (tmp_path / "test_whole.py").write_text(whole)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    check = gpu_check.Check(tmp_path, True, None, (str(tmp_path),))
+    (found,) = gpu_check.tests(check) if of_gpu else gpu_check.other_tests(check)
+    assert found.state == "failed"
+    assert "no_such_module" in found.output
+    assert "1 passed" in found.note
+
+
 class _FakeGpu(gpu_check.Check):
     """Answers each command with what a machine with a GPU might."""
 
     def run(self, command, limit, **env):
         self.commands.append(command)
+        self.environments.append(env)
+        if "--backend" in command:
+            return gpu_check.Run(int(command[2] not in self.serve), 1.0, "differs")
         junit = next(
             (argument.removeprefix("--junitxml=") for argument in command if argument.startswith("--junitxml=")), None
         )
@@ -405,6 +470,7 @@ class _FakeGpu(gpu_check.Check):
 def _fake_gpu(tmp_path, junit="", status=0, output="") -> _FakeGpu:
     check = _FakeGpu(tmp_path, False, "9.0", ())
     check.commands, check.junit, check.status, check.output = [], junit, status, output
+    check.environments, check.serve = [], ()
     return check
 
 
@@ -457,6 +523,66 @@ def test_gpu_check_builds_the_cpu_kernels_where_cuda_fails(tmp_path):
         ("build without CUDA", "failed"),
     ]
     assert "nvcc fatal" in gpu_check.summary(check, outcomes, "")
+
+
+CARRIED = {
+    # devices whose modules serve: what GRADREP_CUDA the build gets (none: no build), the note
+    ("cpu", "cuda"): (None, "carried: _C, _C_cuda; built: none"),
+    ("cpu",): ("only", "carried: _C; built: _C_cuda (differs)"),
+    ("cuda",): ("0", "carried: _C_cuda; built: _C (differs)"),
+    (): ("1", "carried: none; built: _C (differs), _C_cuda (differs)"),
+}
+
+
+@pytest.mark.parametrize("serve", CARRIED, ids=lambda serve: " and ".join(serve) or "none")
+def test_gpu_check_builds_what_is_not_carried(tmp_path, monkeypatch, serve):
+    for name in gpu_check.KERNELS:
+        (tmp_path / "gradrep_kernels").mkdir(exist_ok=True)
+        (tmp_path / "gradrep_kernels" / f"{name}.abi3.so").touch()
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    check = _fake_gpu(tmp_path)
+    check.carried, check.serve = True, serve
+    switch, note = CARRIED[serve]
+    (found,) = gpu_check.build(check)
+    assert (found.state, found.note) == ("passed", note)
+    builds = [env["GRADREP_CUDA"] for command, env in zip(check.commands, check.environments) if "setup.py" in command]
+    assert builds == ([] if switch is None else [switch])
+
+
+def test_gpu_check_knows_what_a_module_registers():
+    plan = ["rep_sgd_plan", "rep_sgd_plan_step"]
+    pairs = ["joint_histogram", "joint_histogram_", "pair_ranges"]
+    assert gpu_check._ops("_C") == [*pairs, "rep_grad_norm", "rep_sgd_step", *plan]
+    assert gpu_check._ops("_C_cuda") == pairs
+
+
+def test_gpu_check_takes_no_module_that_lacks_an_op(tmp_path, monkeypatch):
+    check = gpu_check.Check(tmp_path, True, None, ())
+    if not list(ROOT.glob("gradrep_kernels/_C.*")):
+        assert gpu_check._why_not_carried(check, "_C") == "is not there"
+        return
+    assert gpu_check._why_not_carried(check, "_C") == ""
+    wanted = ["pair_ranges", "rep_sgd_plan_free"]  # the second is no kernel of a device
+    monkeypatch.setattr(gpu_check, "_ops", lambda name: wanted)
+    assert gpu_check._why_not_carried(check, "_C") == "no compiled kernel for cpu: rep_sgd_plan_free"
+
+
+@pytest.mark.parametrize("checkout", [False, True])
+def test_a_commit_is_told_where_there_is_no_checkout(tmp_path, monkeypatch, checkout):
+    monkeypatch.setenv("GRADREP_COMMIT", "told-by-hand")
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    if checkout:
+        git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c"]
+        for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+            subprocess.run([*git, *command], check=True)
+    assert (harness.commit() == "told-by-hand") is not checkout
+
+
+def test_gpu_check_hands_the_commit_on(tmp_path):
+    check = gpu_check.Check(tmp_path, True, None, (), commit="abc1234-dirty")
+    run = check.run([sys.executable, "-c", "import os; print(os.environ['GRADREP_COMMIT'])"], 60)
+    assert run.output.strip() == "abc1234-dirty"
+    assert "abc1234-dirty" in gpu_check.summary(check, [], "")
 
 
 @pytest.mark.parametrize(

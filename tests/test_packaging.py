@@ -222,6 +222,36 @@ def test_a_cuda_build_that_fails_does_not_lose_the_cpu_kernels(source, tmp_path)
     assert "ptxas: out of order" in told
 
 
+# Each waits for the other's first compilation: the build gets past both only where they run side by side.
+SIDE_BY_SIDE = """#!/bin/sh
+case "$*" in *" -c "*csrc/*) ;; *) {otherwise};; esac
+touch {here}/{own}
+for n in $(seq 100); do [ -e {here}/{other} ] && break; sleep 0.1; done
+[ -e {here}/{other} ] || exit 1
+{then}
+"""
+
+
+def test_both_modules_are_compiled_side_by_side(source, tmp_path):
+    copy = shutil.copytree(source, tmp_path / "source")
+    for file in copy.glob("csrc/*_cpu.cpp"):  # module.cpp is left, which is compiled at once
+        file.unlink()
+    (tmp_path / "bin").mkdir()
+    compile_it = f'exec {shutil.which("g++")} "$@"'
+    scripts = {
+        "nvcc": dict(own="nvcc", other="g++", otherwise="echo release 13.0; exit 0", then="echo ptxas met g++; exit 1"),
+        "g++": dict(own="g++", other="nvcc", otherwise=compile_it, then=compile_it),
+    }
+    for name, parts in scripts.items():
+        script = tmp_path / "bin" / name
+        script.write_text(SIDE_BY_SIDE.format(here=tmp_path, **parts))
+        script.chmod(0o755)
+    switches = dict(GRADREP_CUDA="1", GRADREP_BUILD="require", MAX_JOBS="2")
+    env = environment(CUDA_HOME=str(tmp_path), CXX=str(tmp_path / "bin" / "g++"), **switches)
+    told = run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", env=env, cwd=copy, ok=False)
+    assert "ptxas met g++" in told
+
+
 @pytest.mark.parametrize("switch", ["GRADREP_BUILD", "GRADREP_CUDA"])
 def test_unknown_switch(source, switch):
     told = run(sys.executable, "setup.py", "--version", env=environment(**{switch: "sometimes"}), cwd=source, ok=False)

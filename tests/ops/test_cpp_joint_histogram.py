@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from cases_pairs import LAYOUTS, PAIRS, laid_out, make, same_bits
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gradrep_kernels.ops import backends, reference
 from gradrep_kernels.ops.reference.pair_rule import MAX_BINS, sturges
@@ -241,8 +239,7 @@ def test_the_op_refuses_what_would_write_out_of_bounds(case):
         )
 
 
-@st.composite
-def drawn_cases(draw):
+def drawn_case(draw, st):
     most = draw(st.sampled_from([2, 20, 31, 40, 255, 260]))
     channels = 70 if most < 255 else 4  # 70 tables of 260 x 260 for each of nine displacements are 340 MB
     shape = tuple(draw(st.integers(1, size)) for size in (6, channels, 20, 40))
@@ -273,9 +270,7 @@ def drawn_cases(draw):
     return x, [v for d in displacements for v in d], padding, draw(st.booleans()), bins
 
 
-@settings(max_examples=100, deadline=None)
-@given(drawn_cases(), st.integers(1, 3), st.integers(0, 6))
-def test_drawn_cases(case, threads, cut):
+def check_drawn(case, threads, cut):
     x, displacements, padding, remove_near, bins = case
     check(x, displacements, padding, remove_near, bins=bins, threads=(threads,))
     ranges, n = cpp("pair_ranges")(x, displacements, padding, remove_near)
@@ -290,3 +285,11 @@ def test_drawn_cases(case, threads, cut):
     )
     assert torch.equal(sum(numbers), n)
     assert torch.equal(sum(map(count, parts)), count(x))
+
+
+def test_drawn_cases():
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    cases = st.composite(lambda draw: drawn_case(draw, st))()
+    drawn = hypothesis.given(cases, st.integers(1, 3), st.integers(0, 6))(check_drawn)
+    hypothesis.settings(max_examples=100, deadline=None)(drawn)()

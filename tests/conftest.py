@@ -1,0 +1,100 @@
+"""A CUDA error that sticks fails the test that caused it, and the process ends: each later test would fail with it.
+
+Kernels run on after the call that launched them. So the device is waited for in each phase of a test marked `gpu`.
+A worker of pytest-xdist leaves by os._exit: xdist names the test and starts another worker. Elsewhere the session ends
+with exit status DEVICE_LOST. GRADREP_TESTS_DONE names a file of finished tests. They are left out, and each that
+finishes is added: bench/gpu_check.py starts pytest again with it. A process that has not used CUDA looks at a flag.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+DEVICE_LOST = 86  # pytest itself ends with 0 to 5; bench/gpu_check.py knows the number
+_lost = pytest.StashKey[bool]()
+
+
+def _wait_for_the_device(item: pytest.Item) -> None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        item.config.stash[_lost] = True
+        raise
+
+
+def _phase(item: pytest.Item) -> Generator[None, object, object]:
+    try:
+        return (yield)
+    finally:
+        if item.get_closest_marker("gpu") and _lost not in item.config.stash:
+            _wait_for_the_device(item)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item):
+    return (yield from _phase(item))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item):
+    return (yield from _phase(item))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item):
+    return (yield from _phase(item))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """The reports are out when the process leaves, and xdist does not yet take the test for done."""
+    ran = yield
+    if _lost in item.config.stash:
+        if hasattr(item.config, "workerinput"):
+            os._exit(DEVICE_LOST)
+        item.session.shouldstop = f"a CUDA error ended the tests: {item.nodeid}"
+    return ran
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Everything is written by now. Destructors that meet the error may abort, with a status of their own."""
+    if _lost in config.stash:
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        if reporter:
+            reporter.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(DEVICE_LOST)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    done = os.environ.pop("GRADREP_TESTS_DONE", None)  # a test may start pytest itself
+    if done:
+        config.pluginmanager.register(_Done(Path(done)))
+
+
+class _Done:
+    """Leaves out the tests that a file names; adds those that finish."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._before = set(file.read_text().splitlines()) if file.exists() else set()
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        left_out = [item for item in items if item.nodeid in self._before]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if item.nodeid not in self._before]
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        with self._file.open("a") as file:
+            print(nodeid, file=file)
