@@ -196,6 +196,8 @@ def _why_not_carried(check: Check, name: str) -> str:
         return "is not there"
     command = _python("bench/small_run.py", device, "--backend", backend, "--needs", *_ops(name))
     run = check.run(command, LIMITS["build"] / 4)
+    if run.status is None:
+        return "ran into its time limit"
     return "" if run.status == 0 else (run.output.strip().splitlines() or [f"exit status {run.status}"])[-1][:200]
 
 

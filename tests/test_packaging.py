@@ -226,7 +226,7 @@ def test_a_cuda_build_that_fails_does_not_lose_the_cpu_kernels(source, tmp_path)
 SIDE_BY_SIDE = """#!/bin/sh
 case "$*" in *" -c "*csrc/*) ;; *) {otherwise};; esac
 touch {here}/{own}
-for n in $(seq 100); do [ -e {here}/{other} ] && break; sleep 0.1; done
+for n in $(seq 600); do [ -e {here}/{other} ] && break; sleep 0.1; done
 [ -e {here}/{other} ] || exit 1
 {then}
 """
