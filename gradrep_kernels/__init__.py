@@ -1,7 +1,8 @@
 """Gradient re-parameterization at zero cost: Grad Mult inside SGD, spatial gradient scaling, and the tools around them."""
 
 from gradrep_kernels import csla, models
-from gradrep_kernels.grad_mult import BranchScales, GradMult
+from gradrep_kernels.branch_scales import BranchScales
+from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops.backends import use_backend
 from gradrep_kernels.optim import FusedRepSGD, param_groups
 from gradrep_kernels.sgs import (

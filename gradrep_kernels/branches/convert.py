@@ -11,10 +11,10 @@ from numbers import Real
 import torch
 from torch import nn
 
+from gradrep_kernels.branch_scales import BranchScales
 from gradrep_kernels.branches.csla import CSLABlock, MultiBranch, fold, has_shortcut, rounded
 from gradrep_kernels.branches.scales import match
 from gradrep_kernels.branches.sites import Site, conv_sites, convs_and_siblings, first_few, replace, unwrap
-from gradrep_kernels.grad_mult import BranchScales
 
 __all__ = ["csla_model", "hyper_search_model", "merge", "reinitialize"]
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from gradrep_kernels.grad_mult import BranchScales
+from gradrep_kernels.branch_scales import BranchScales
 from gradrep_kernels.ops.reference.multiply import diagonal_taps
 
 __all__ = [

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gradrep_kernels.branch_scales import BranchScales
 from gradrep_kernels.branches.csla import CSLABlock, has_shortcut
 from gradrep_kernels.branches.sites import Site, conv_sites, first_few, unwrap
-from gradrep_kernels.grad_mult import BranchScales, GradMult
+from gradrep_kernels.grad_mult import GradMult
 
 __all__ = ["Scales", "extract_scales", "grad_mults", "load_scales", "match", "save_scales"]
 
