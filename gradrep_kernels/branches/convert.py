@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from gradrep_kernels.branch_scales import BranchScales
-from gradrep_kernels.branches.csla import CSLABlock, MultiBranch, fold, has_shortcut, rounded
+from gradrep_kernels.branches.algebra import MultiBranch, fold, has_shortcut, rounded
+from gradrep_kernels.branches.csla import CSLABlock
 from gradrep_kernels.branches.scales import match
 from gradrep_kernels.branches.sites import Site, conv_sites, convs_and_siblings, first_few, replace, unwrap
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gradrep_kernels.branches.csla import (
+from gradrep_kernels.branches.algebra import (
     CentredConv2d,
     MultiBranch,
     add_centred,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gradrep_kernels.branch_scales import BranchScales
-from gradrep_kernels.branches.csla import CSLABlock, has_shortcut
+from gradrep_kernels.branches.algebra import has_shortcut
+from gradrep_kernels.branches.csla import CSLABlock
 from gradrep_kernels.branches.sites import Site, conv_sites, first_few, unwrap
 from gradrep_kernels.grad_mult import GradMult
 

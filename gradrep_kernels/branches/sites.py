@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from gradrep_kernels.branches.csla import MultiBranch
+from gradrep_kernels.branches.algebra import MultiBranch
 
 __all__ = ["Sibling", "Site", "conv_sites", "convs_and_siblings", "first_few", "replace", "unwrap"]
 

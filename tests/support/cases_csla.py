@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradrep_kernels import BranchScales
-from gradrep_kernels.branches.csla import has_shortcut
+from gradrep_kernels.branches.algebra import has_shortcut
 from gradrep_kernels.branches.sites import conv_sites
 
 # Both sides do the same sums in another order: 60 float64 steps leave about 1e-15 in weights of size 1; a wrong formula leaves 1e-6 and more.
