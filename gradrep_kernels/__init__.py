@@ -1,6 +1,9 @@
-"""Gradient re-parameterization at zero cost: Grad Mult inside SGD, spatial gradient scaling, and the tools around them."""
+"""Gradient re-parameterization at zero cost.
 
-from gradrep_kernels import csla, models
+Grad Mult inside SGD, spatial gradient scaling, and the tools around them.
+"""
+
+from gradrep_kernels import csla, models, moved
 from gradrep_kernels.branch_scales import BranchScales
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops.backends import use_backend
@@ -31,3 +34,5 @@ __all__ = [
     "spatial_gradient_scaling",
     "use_backend",
 ]
+
+moved.install()
