@@ -1,4 +1,4 @@
-"""The constant scales of the branches of one CSLA block, and the Grad Mult that follows from them.
+"""The branch scales α of one CSLA block, and the Grad Mult that follows from them.
 
 Source: RepOptimizers (Ding et al., 2023), section 3.2, Eq. 3.
 """
@@ -14,12 +14,18 @@ __all__ = ["BranchScales"]
 
 
 class BranchScales:
-    """The constant scales of one CSLA block (RepOptimizers, section 3.2).
+    """The branch scales α of one CSLA block (RepOptimizers, section 3.2).
 
     Args:
-        kxk:        [O], behind the k x k convolution (s in the paper); any sign.
-        one_by_one: [O] or None, behind the 1 x 1 convolution (t in the paper); any sign.
+        kxk:        [O], behind the k x k convolution (s in the paper), of any sign.
+        one_by_one: [O] or None, behind the 1 x 1 convolution (t in the paper), of any sign.
         identity:   True or False, or the searched scale of the identity branch [O].
+
+    All are copied, and keep float32 or float64 (lower precision and integers are raised to float32).
+
+    Raises:
+        TypeError:  not a tensor, complex or sparse.
+        ValueError: NaN or inf, not one number per channel, or unlike numbers of channels.
     """
 
     __slots__ = ("identity", "kxk", "one_by_one")
@@ -51,10 +57,13 @@ class BranchScales:
         return self.identity is not False
 
     def grad_mult(self, kernel_size: int | tuple[int, int]) -> GradMult:
-        """M = s² on every tap, + t² at the centre, + 1 where the block has the identity branch (Eq. 3).
+        """Return the Grad Mult of the block (Eq. 3).
 
-        The sum is formed in float64 and rounded once to the dtype of the scales. The identity's trainable scale has the
-        constant factor 1, whatever its searched value.
+        Its multiplier scale [O, 1, kh, kw] is s² on every tap, + t² at the centre, formed in float64 and rounded once
+        to the dtype of the branch scales. Its identity [O] is 1 where the block has the identity branch, whose
+        trainable scale has the constant factor 1, whatever its searched value.
+
+        Raises ValueError for a kernel that is not odd, and where the squares overflow.
         """
         sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
         if len(sides) != 2:
@@ -65,16 +74,16 @@ class BranchScales:
         squares = self.kxk.double().square().reshape(-1, 1, 1, 1).repeat(1, 1, kh, kw)
         if self.one_by_one is not None:
             squares[:, 0, kh // 2, kw // 2] += self.one_by_one.double().square()
-        dtype = (
-            self.kxk.dtype if self.one_by_one is None else torch.promote_types(self.kxk.dtype, self.one_by_one.dtype)
-        )
+        dtype = self.kxk.dtype
+        if self.one_by_one is not None:
+            dtype = torch.promote_types(dtype, self.one_by_one.dtype)
         scale = squares.to(dtype)
         if not bool(torch.isfinite(scale).all()):
             raise ValueError(f"the squares of the scales overflow {dtype}")
         return GradMult.of_parts(scale, torch.ones_like(self.kxk, dtype=dtype) if self.has_identity else None)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The searched tensors by branch name: conv, 1x1, identity (as the published files name them)."""
+        """Return the searched tensors by the names of the published files: conv, 1x1, identity."""
         named = {"conv": self.kxk, "1x1": self.one_by_one, "identity": self.identity}
         return {name: t for name, t in named.items() if isinstance(t, Tensor)}
 

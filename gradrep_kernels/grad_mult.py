@@ -1,4 +1,4 @@
-"""Grad Mult: the constant that multiplies a gradient, kept in the small form that both papers need.
+"""Grad Mult: the constant that multiplies a gradient, in the small form that both papers need.
 
 Sources: RepOptimizers (Ding et al., 2023), section 3.2, Eq. 3; Spatial Gradient Scaling (Detkov et al., 2023), Lemma 1.
 """
@@ -16,7 +16,10 @@ __all__ = ["GradMult", "constant_copy"]
 
 
 def constant_copy(name: str, value: Tensor) -> Tensor:
-    """A private float32 / float64 copy of `value`; what is not real, finite and a tensor is refused."""
+    """Copy `value` as float32 or float64.
+
+    Raises TypeError unless it is a real, strided tensor, and ValueError for NaN and inf.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
     if value.is_complex():
@@ -31,7 +34,11 @@ def constant_copy(name: str, value: Tensor) -> Tensor:
 
 
 class GradMult:
-    """M[o, i, y, x] = scale[o|0, i|0, y|0, x|0] + identity[o] * 1[i == o mod I, (y, x) = centre].
+    """The multiplier of a gradient, M = scale + identity on the diagonal of the centre tap.
+
+        M[o, i, y, x] = scale[o|0, i|0, y|0, x|0] + identity[o] * 1[i == o mod I, (y, x) = centre]
+
+    `|0` stands for index 0 along a dimension in which the multiplier scale is broadcast.
 
     Args:
         scale:    any shape that broadcasts to the weight: [], [1, 1, kh, kw], [O, 1, kh, kw], [O, I, kh, kw], ...
@@ -42,7 +49,8 @@ class GradMult:
 
     Raises:
         TypeError:  not a tensor, complex or sparse.
-        ValueError: NaN or inf; negative where that can be told without the weight's shape (else when it is attached).
+        ValueError: NaN or inf, or negative. With an identity, the sign of M is known only when it is attached to a
+                    weight, and is checked then.
     """
 
     __slots__ = ("identity", "scale")
@@ -71,10 +79,11 @@ class GradMult:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the stored form takes."""
+        """The bytes of the stored form."""
         return sum(t.numel() * t.element_size() for t in self.parts() if t is not None)
 
     def parts(self) -> tuple[Tensor, Tensor | None]:
+        """Return scale and identity, as the ops take them."""
         return self.scale, self.identity
 
     def to(self, device: torch.device | str) -> GradMult:
@@ -84,7 +93,7 @@ class GradMult:
 
     @classmethod
     def of_parts(cls, scale: Tensor, identity: Tensor | None) -> GradMult:
-        """From parts that are known to be good (no copy, no checks)."""
+        """Make a Grad Mult from the parts of another, without a copy and without checks."""
         new = cls.__new__(cls)
         new.scale, new.identity = scale, identity
         return new
@@ -93,7 +102,7 @@ class GradMult:
         return _unpickle, (self.scale, self.identity)
 
     def check(self, shape: Iterable[int]) -> None:
-        """Raise ValueError unless M is defined and nowhere negative on a weight of `shape`."""
+        """Raise ValueError unless M is defined on a weight of `shape` and nowhere negative."""
         shape = torch.Size(shape)
         try:
             fits = torch.broadcast_shapes(self.scale.shape, shape) == shape
@@ -122,13 +131,16 @@ class GradMult:
         return dense
 
     def dense(self, shape: Iterable[int]) -> Tensor:
-        """M at full size, [O, I, kh, kw] = `shape`; a new contiguous tensor. Raises ValueError where it does not fit."""
+        """Return M at full size, a new contiguous tensor of `shape` [O, I, kh, kw].
+
+        Raises ValueError where M does not fit, or is negative.
+        """
         shape = torch.Size(shape)
         self.check(shape)
         return self._dense(shape)
 
     def __mul__(self, other: GradMult) -> GradMult:
-        """The element-wise product, structured wherever both parts can be told apart without the weight's shape."""
+        """Return the element-wise product, with scale and identity kept apart."""
         if not isinstance(other, GradMult):
             return NotImplemented
         a, b = self, other.to(self.device)
@@ -147,7 +159,8 @@ class GradMult:
                 f"identities of {a.identity.numel()} and {b.identity.numel()} output channels do not fit one weight"
             )
         channels = (b if a.identity is None else a).identity.numel()
-        # On the diagonal M = (sa + ia)(sb + ib); formed in float64 and rounded once, then taken relative to the rounded scale.
+        # On the diagonal M = (sa + ia)(sb + ib), formed in float64. The identity is its difference from the rounded
+        # scale, rounded once.
         sa, sb = a._on_diagonal(channels, shape), b._on_diagonal(channels, shape)
         ia = 0.0 if a.identity is None else a.identity.double()
         ib = 0.0 if b.identity is None else b.identity.double()
@@ -155,7 +168,7 @@ class GradMult:
         return GradMult.of_parts(scale, ((sa + ia) * (sb + ib) - base).to(dtype))
 
     def _on_diagonal(self, channels: int, shape: torch.Size) -> Tensor:
-        """scale at the identity's taps, float64 [O] (broadcast dimensions have one tap)."""
+        """Return the multiplier scale at the identity's taps, float64 [O]. Broadcast dimensions have one tap."""
         scale = self.scale.double()
         scale = scale.reshape((1,) * (4 - scale.dim()) + tuple(scale.shape))
         if scale.shape[0] not in (1, channels):
@@ -167,11 +180,14 @@ class GradMult:
 
     @classmethod
     def from_dense(cls, m: Tensor) -> GradMult:
-        """The smallest form whose `.dense(m.shape)` gives back the bits of `m`; `m` itself where there is none."""
+        """Find the smallest form whose `.dense(m.shape)` gives back the bits of `m`.
+
+        If there is none, `m` is kept at full size.
+        """
         m = constant_copy("M", m)
         if bool((m < 0).any()):
             raise ValueError(f"a Grad Mult must not be negative, M has {float(m.min()):g}")
-        m = m.abs()  # -0.0 is not a multiplier of its own
+        m = m.abs()  # -0.0 becomes 0.0, so that equal multipliers have equal bits
         if m.numel() == 0:
             return cls(m)
         if m.dim() == 4 and m.shape[1] > 1 and m.shape[2] % 2 and m.shape[3] % 2:
@@ -181,14 +197,14 @@ class GradMult:
             plain[taps] = beside
             scale = _collapse(plain)
             if scale.shape[1] == 1 and not torch.equal(plain, m):
-                for identity in _differences(m[taps], beside):
-                    if torch.equal(beside + identity, m[taps]):
-                        return cls.of_parts(scale, identity)
+                identity = _difference(m[taps], beside)
+                if torch.equal(beside + identity, m[taps]):
+                    return cls.of_parts(scale, identity)
         return cls.of_parts(_collapse(m), None)
 
     @classmethod
     def from_masks(cls, masks: Iterable[Tensor]) -> GradMult:
-        """Sum of binary masks [kh, kw] (or any shape that broadcasts to the weight): SGS paper, Lemma 1."""
+        """Add up binary masks [kh, kw], or of any shape that broadcasts to the weight (SGS paper, Lemma 1)."""
         masks = [constant_copy(f"masks[{n}]", mask).float() for n, mask in enumerate(masks)]
         if not masks:
             raise ValueError("masks must hold at least one mask, got none")
@@ -206,7 +222,7 @@ class GradMult:
         return cls(total.reshape((1, 1) + tuple(total.shape)) if total.dim() == 2 else total)
 
     def same(self, other: GradMult, shape: Iterable[int]) -> bool:
-        """Whether both are the same multiplier, bit for bit, of a weight of `shape`."""
+        """Whether both are the same multiplier of a weight of `shape`, bit for bit."""
         if self.dtype != other.dtype:
             return False
         other = other.to(self.device)
@@ -220,11 +236,12 @@ class GradMult:
 
 
 def _unpickle(scale: Tensor, identity: Tensor | None) -> GradMult:
+    # Pickles name this function by its module and name: neither may change.
     return GradMult.of_parts(scale, identity)
 
 
 def _collapse(m: Tensor) -> Tensor:
-    """m with every dimension along which it does not change reduced to 1."""
+    """Reduce to 1 every dimension along which `m` does not change."""
     for dim in range(m.dim()):
         first = m.narrow(dim, 0, 1)
         if torch.equal(first.expand_as(m), m):
@@ -232,11 +249,14 @@ def _collapse(m: Tensor) -> Tensor:
     return m.clone(memory_format=torch.contiguous_format)
 
 
-def _differences(total: Tensor, part: Tensor) -> Iterable[Tensor]:
-    """Candidates d with part + d == total: the rounded difference and its neighbours, mixed per element."""
+def _difference(total: Tensor, part: Tensor) -> Tensor:
+    """Look for d with part + d == total.
+
+    It is, per element, the rounded difference or one of its two neighbours.
+    """
     near = total - part
     up, down = torch.full_like(near, torch.inf), torch.full_like(near, -torch.inf)
     best = near.clone()
     for candidate in (near, torch.nextafter(near, up), torch.nextafter(near, down)):
         best = torch.where(part + best == total, best, candidate)
-    yield best
+    return best
