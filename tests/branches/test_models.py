@@ -14,7 +14,7 @@ import gradrep_kernels as gr
 from gradrep_kernels import csla, models
 from gradrep_kernels.branches.normed import NormedBranches
 
-# RepOptimizers, Table 1 and FIELD: millions of parameters of the target form with 1000 classes.
+# RepOptimizers, Table 1: millions of parameters of the target form with 1000 classes.
 MILLIONS = {"b1": 51.84, "b2": 80.33, "l1": 76.04, "l2": 118.13}
 # (3x3 layers of stages 1 to 4, widths)
 SHAPES = {

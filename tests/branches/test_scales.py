@@ -39,7 +39,7 @@ def small():
 
 
 def published_form(scales, *, conv_first=False, prefix=""):
-    """The flat dict as the authors' code writes it: block names, 1x1 first (B1, B2) or conv first (L1, L2)."""
+    """Write the flat dict of the authors' code: block names, 1x1 first (B1, B2) or conv first (L1, L2)."""
     flat = {}
     for name, value in scales.items():
         tensors = value.tensors()
@@ -289,7 +289,7 @@ def within_one_ulp(value, exact):
 
 
 def formulas(scales, kxk, one):
-    """Grad Mult (Eq. 3) and initial kernel (Eq. 4) of a dense conv, float64 numpy, from the parts' definitions."""
+    """Grad Mult (Eq. 3) and initial kernel (Eq. 4) of a dense conv, in float64 numpy."""
     s, t = (x.numpy().astype(np.float64)[:, None] for x in (scales.kxk, scales.one_by_one))
     kernel = kxk.numpy().astype(np.float64) * s[:, :, None, None]
     mult = np.broadcast_to((s * s)[:, :, None, None], kernel.shape).copy()
@@ -328,7 +328,10 @@ def test_published_b1_follows_the_formulas():
 
 
 def thin(model):
-    """`model` with at most 8 inputs per group: the same names, channels and shortcuts, a hundredth of the weights."""
+    """Give `model` groups of at most 8 inputs, and with them a hundredth of the weights.
+
+    Names, channels and shortcuts stay.
+    """
     for block in [m for m in model.modules() if hasattr(m, "conv")]:
         conv = block.conv
         groups = max(

@@ -1,4 +1,7 @@
-"""GradMult and BranchScales, against the formulas of DESIGN 2.1 / the papers' Eq. 3 written out as loops."""
+"""GradMult and BranchScales, against their formulas written out as loops.
+
+The formulas are that of GradMult's docstring, and Eq. 3 of RepOptimizers.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ SHAPES = [s for s in cases.SHAPES.values() if math.prod(s) < 5000]
 
 
 def by_loops(mult: GradMult, shape) -> torch.Tensor:
-    """Element by element: M[o, i, y, x] = scale[o|0, i|0, y|0, x|0] + identity[o] · 1[i == o mod I, (y, x) = centre]
+    """Form M element by element.
+
+    M[o, i, y, x] = scale[o|0, i|0, y|0, x|0] + identity[o] · 1[i == o mod I, (y, x) = centre]
 
     `|0` stands for index 0 along a broadcast dimension.
     """

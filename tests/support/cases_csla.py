@@ -22,7 +22,10 @@ FORWARD_TOLERANCE = 1e-12
 
 
 def shared_data() -> Path:
-    """The folder of the published scales. They are no part of a checkout, so tests that read them may be skipped."""
+    """The folder of the published scales.
+
+    They are no part of a checkout, so tests that read them may be skipped.
+    """
     default = Path(__file__).resolve().parents[3] / "shared" / "data"
     return Path(os.environ.get("GRADREP_SHARED_DATA", default))
 
@@ -102,7 +105,10 @@ EQUIVALENCES = [
 def random_scales(
     model: nn.Module, *, negative: float = 0.4, one_by_one: bool = True, searched: bool = True, dtype=torch.float64
 ) -> dict[str, BranchScales]:
-    """Draw branch scales for every site of `model`, 0.3 to 1.3 in size, a share of them (rounded up) below 0."""
+    """Draw branch scales for every site of `model`, 0.3 to 1.3 in size.
+
+    The given share of them, rounded up, is below 0.
+    """
 
     def vector(channels: int) -> torch.Tensor:
         size = 0.3 + torch.rand(channels, dtype=dtype)
