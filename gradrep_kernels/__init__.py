@@ -1,7 +1,11 @@
-"""Gradient re-parameterization at zero cost: Grad Mult inside SGD, spatial gradient scaling, and the tools around them."""
+"""Gradient re-parameterization at zero cost.
 
-from gradrep_kernels import csla, models
-from gradrep_kernels.grad_mult import BranchScales, GradMult
+Grad Mult inside SGD, spatial gradient scaling, and the tools around them.
+"""
+
+from gradrep_kernels import csla, models, moved
+from gradrep_kernels.branch_scales import BranchScales
+from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops.backends import use_backend
 from gradrep_kernels.optim import FusedRepSGD, param_groups
 from gradrep_kernels.sgs import (
@@ -30,3 +34,5 @@ __all__ = [
     "spatial_gradient_scaling",
     "use_backend",
 ]
+
+moved.install()

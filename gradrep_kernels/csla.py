@@ -1,10 +1,12 @@
-"""Constant-scale linear addition: Hyper-Search and CSLA models of any plain network, their scales, and the way back.
+"""Hyper-Search and CSLA models of any plain network, their scales, and merging.
 
-Source: RepOptimizers (Ding et al., 2023), sections 3.2 to 3.4.
+CSLA is constant-scale linear addition. Source: RepOptimizers (Ding et al., 2023), sections 3.2 to 3.4. The code is in
+`branches/`.
 """
 
-from gradrep_kernels.branches.convert import csla_model, hyper_search_model, merge, reinitialize
-from gradrep_kernels.branches.scales import Scales, extract_scales, grad_mults, load_scales, save_scales
+from gradrep_kernels.branches.convert import merge
+from gradrep_kernels.branches.csla import csla_model, extract_scales, hyper_search_model, reinitialize
+from gradrep_kernels.branches.scales import Scales, grad_mults, load_scales, save_scales
 
 __all__ = [
     "Scales",

@@ -1,4 +1,4 @@
-"""Grad Mult: the constant that multiplies a gradient, kept in the small form that both papers need.
+"""Grad Mult: the constant that multiplies a gradient, in the small form that both papers need.
 
 Sources: RepOptimizers (Ding et al., 2023), section 3.2, Eq. 3; Spatial Gradient Scaling (Detkov et al., 2023), Lemma 1.
 """
@@ -12,11 +12,14 @@ from torch import Tensor
 
 from gradrep_kernels.ops.reference.multiply import diagonal_taps
 
-__all__ = ["BranchScales", "GradMult"]
+__all__ = ["GradMult", "constant_copy"]
 
 
-def _constant(name: str, value: Tensor) -> Tensor:
-    """A private float32 / float64 copy of `value`; what is not real, finite and a tensor is refused."""
+def constant_copy(name: str, value: Tensor) -> Tensor:
+    """Copy `value` as float32 or float64.
+
+    Raises TypeError unless it is a real, strided tensor, and ValueError for NaN and inf.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
     if value.is_complex():
@@ -31,7 +34,11 @@ def _constant(name: str, value: Tensor) -> Tensor:
 
 
 class GradMult:
-    """M[o, i, y, x] = scale[o|0, i|0, y|0, x|0] + identity[o] * 1[i == o mod I, (y, x) = centre].
+    """The multiplier of a gradient, M = scale + identity on the diagonal of the centre tap.
+
+        M[o, i, y, x] = scale[o|0, i|0, y|0, x|0] + identity[o] * 1[i == o mod I, (y, x) = centre]
+
+    `|0` stands for index 0 along a dimension in which the multiplier scale is broadcast.
 
     Args:
         scale:    any shape that broadcasts to the weight: [], [1, 1, kh, kw], [O, 1, kh, kw], [O, I, kh, kw], ...
@@ -42,16 +49,17 @@ class GradMult:
 
     Raises:
         TypeError:  not a tensor, complex or sparse.
-        ValueError: NaN or inf; negative where that can be told without the weight's shape (else when it is attached).
+        ValueError: NaN or inf, or negative. With an identity, the sign of M is known only when it is attached to a
+                    weight, and is checked then.
     """
 
     __slots__ = ("identity", "scale")
 
     def __init__(self, scale: Tensor, identity: Tensor | None = None):
-        self.scale = _constant("scale", scale)
+        self.scale = constant_copy("scale", scale)
         self.identity = None
         if identity is not None:
-            self.identity = _constant("identity", identity).to(self.scale.device)
+            self.identity = constant_copy("identity", identity).to(self.scale.device)
             if self.identity.dim() != 1:
                 raise ValueError(f"identity must have shape [O], got {list(self.identity.shape)}")
             if self.scale.dim() > 4:
@@ -71,20 +79,21 @@ class GradMult:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the stored form takes."""
+        """The bytes of the stored form."""
         return sum(t.numel() * t.element_size() for t in self.parts() if t is not None)
 
     def parts(self) -> tuple[Tensor, Tensor | None]:
+        """Return scale and identity, as the ops take them."""
         return self.scale, self.identity
 
     def to(self, device: torch.device | str) -> GradMult:
         if torch.device(device) == self.device:
             return self
-        return self._of(self.scale.to(device), None if self.identity is None else self.identity.to(device))
+        return self.of_parts(self.scale.to(device), None if self.identity is None else self.identity.to(device))
 
     @classmethod
-    def _of(cls, scale: Tensor, identity: Tensor | None) -> GradMult:
-        """From parts that are known to be good (no copy, no checks)."""
+    def of_parts(cls, scale: Tensor, identity: Tensor | None) -> GradMult:
+        """Make a Grad Mult from the parts of another, without a copy and without checks."""
         new = cls.__new__(cls)
         new.scale, new.identity = scale, identity
         return new
@@ -93,7 +102,7 @@ class GradMult:
         return _unpickle, (self.scale, self.identity)
 
     def check(self, shape: Iterable[int]) -> None:
-        """Raise ValueError unless M is defined and nowhere negative on a weight of `shape`."""
+        """Raise ValueError unless M is defined on a weight of `shape` and nowhere negative."""
         shape = torch.Size(shape)
         try:
             fits = torch.broadcast_shapes(self.scale.shape, shape) == shape
@@ -122,13 +131,16 @@ class GradMult:
         return dense
 
     def dense(self, shape: Iterable[int]) -> Tensor:
-        """M at full size, [O, I, kh, kw] = `shape`; a new contiguous tensor. Raises ValueError where it does not fit."""
+        """Return M at full size, a new contiguous tensor of `shape` [O, I, kh, kw].
+
+        Raises ValueError where M does not fit, or is negative.
+        """
         shape = torch.Size(shape)
         self.check(shape)
         return self._dense(shape)
 
     def __mul__(self, other: GradMult) -> GradMult:
-        """The element-wise product, structured wherever both parts can be told apart without the weight's shape."""
+        """Return the element-wise product, with scale and identity kept apart."""
         if not isinstance(other, GradMult):
             return NotImplemented
         a, b = self, other.to(self.device)
@@ -141,21 +153,22 @@ class GradMult:
             ) from None
         scale = a.scale.to(dtype) * b.scale.to(dtype)
         if a.identity is None and b.identity is None:
-            return GradMult._of(scale, None)
+            return GradMult.of_parts(scale, None)
         if a.identity is not None and b.identity is not None and a.identity.shape != b.identity.shape:
             raise ValueError(
                 f"identities of {a.identity.numel()} and {b.identity.numel()} output channels do not fit one weight"
             )
         channels = (b if a.identity is None else a).identity.numel()
-        # On the diagonal M = (sa + ia)(sb + ib); formed in float64 and rounded once, then taken relative to the rounded scale.
+        # On the diagonal M = (sa + ia)(sb + ib), formed in float64. The identity is its difference from the rounded
+        # scale, rounded once.
         sa, sb = a._on_diagonal(channels, shape), b._on_diagonal(channels, shape)
         ia = 0.0 if a.identity is None else a.identity.double()
         ib = 0.0 if b.identity is None else b.identity.double()
-        base = GradMult._of(scale, None)._on_diagonal(channels, shape)
-        return GradMult._of(scale, ((sa + ia) * (sb + ib) - base).to(dtype))
+        base = GradMult.of_parts(scale, None)._on_diagonal(channels, shape)
+        return GradMult.of_parts(scale, ((sa + ia) * (sb + ib) - base).to(dtype))
 
     def _on_diagonal(self, channels: int, shape: torch.Size) -> Tensor:
-        """scale at the identity's taps, float64 [O] (broadcast dimensions have one tap)."""
+        """Return the multiplier scale at the identity's taps, float64 [O]. Broadcast dimensions have one tap."""
         scale = self.scale.double()
         scale = scale.reshape((1,) * (4 - scale.dim()) + tuple(scale.shape))
         if scale.shape[0] not in (1, channels):
@@ -167,11 +180,14 @@ class GradMult:
 
     @classmethod
     def from_dense(cls, m: Tensor) -> GradMult:
-        """The smallest form whose `.dense(m.shape)` gives back the bits of `m`; `m` itself where there is none."""
-        m = _constant("M", m)
+        """Find the smallest form whose `.dense(m.shape)` gives back the bits of `m`.
+
+        If there is none, `m` is kept at full size.
+        """
+        m = constant_copy("M", m)
         if bool((m < 0).any()):
             raise ValueError(f"a Grad Mult must not be negative, M has {float(m.min()):g}")
-        m = m.abs()  # -0.0 is not a multiplier of its own
+        m = m.abs()  # -0.0 becomes 0.0, so that equal multipliers have equal bits
         if m.numel() == 0:
             return cls(m)
         if m.dim() == 4 and m.shape[1] > 1 and m.shape[2] % 2 and m.shape[3] % 2:
@@ -181,15 +197,15 @@ class GradMult:
             plain[taps] = beside
             scale = _collapse(plain)
             if scale.shape[1] == 1 and not torch.equal(plain, m):
-                for identity in _differences(m[taps], beside):
-                    if torch.equal(beside + identity, m[taps]):
-                        return cls._of(scale, identity)
-        return cls._of(_collapse(m), None)
+                identity = _difference(m[taps], beside)
+                if torch.equal(beside + identity, m[taps]):
+                    return cls.of_parts(scale, identity)
+        return cls.of_parts(_collapse(m), None)
 
     @classmethod
     def from_masks(cls, masks: Iterable[Tensor]) -> GradMult:
-        """Sum of binary masks [kh, kw] (or any shape that broadcasts to the weight): SGS paper, Lemma 1."""
-        masks = [_constant(f"masks[{n}]", mask).float() for n, mask in enumerate(masks)]
+        """Add up binary masks [kh, kw], or of any shape that broadcasts to the weight (SGS paper, Lemma 1)."""
+        masks = [constant_copy(f"masks[{n}]", mask).float() for n, mask in enumerate(masks)]
         if not masks:
             raise ValueError("masks must hold at least one mask, got none")
         for n, mask in enumerate(masks):
@@ -206,7 +222,7 @@ class GradMult:
         return cls(total.reshape((1, 1) + tuple(total.shape)) if total.dim() == 2 else total)
 
     def same(self, other: GradMult, shape: Iterable[int]) -> bool:
-        """Whether both are the same multiplier, bit for bit, of a weight of `shape`."""
+        """Whether both are the same multiplier of a weight of `shape`, bit for bit."""
         if self.dtype != other.dtype:
             return False
         other = other.to(self.device)
@@ -220,11 +236,12 @@ class GradMult:
 
 
 def _unpickle(scale: Tensor, identity: Tensor | None) -> GradMult:
-    return GradMult._of(scale, identity)
+    # Pickles name this function by its module and name: neither may change.
+    return GradMult.of_parts(scale, identity)
 
 
 def _collapse(m: Tensor) -> Tensor:
-    """m with every dimension along which it does not change reduced to 1."""
+    """Reduce to 1 every dimension along which `m` does not change."""
     for dim in range(m.dim()):
         first = m.narrow(dim, 0, 1)
         if torch.equal(first.expand_as(m), m):
@@ -232,81 +249,14 @@ def _collapse(m: Tensor) -> Tensor:
     return m.clone(memory_format=torch.contiguous_format)
 
 
-def _differences(total: Tensor, part: Tensor) -> Iterable[Tensor]:
-    """Candidates d with part + d == total: the rounded difference and its neighbours, mixed per element."""
+def _difference(total: Tensor, part: Tensor) -> Tensor:
+    """Look for d with part + d == total.
+
+    It is, per element, the rounded difference or one of its two neighbours.
+    """
     near = total - part
     up, down = torch.full_like(near, torch.inf), torch.full_like(near, -torch.inf)
     best = near.clone()
     for candidate in (near, torch.nextafter(near, up), torch.nextafter(near, down)):
         best = torch.where(part + best == total, best, candidate)
-    yield best
-
-
-class BranchScales:
-    """The constant scales of one CSLA block (RepOptimizers, section 3.2).
-
-    Args:
-        kxk:        [O], behind the k x k convolution (s in the paper); any sign.
-        one_by_one: [O] or None, behind the 1 x 1 convolution (t in the paper); any sign.
-        identity:   True or False, or the searched scale of the identity branch [O].
-    """
-
-    __slots__ = ("identity", "kxk", "one_by_one")
-
-    def __init__(self, kxk: Tensor, one_by_one: Tensor | None = None, identity: bool | Tensor = False):
-        self.kxk = self._vector("kxk", kxk, None)
-        self.one_by_one = None if one_by_one is None else self._vector("one_by_one", one_by_one, self.channels)
-        if identity is None:
-            identity = False
-        if not isinstance(identity, (bool, Tensor)):
-            raise TypeError(f"identity must be a bool or a Tensor [O], got {type(identity).__name__}")
-        self.identity = identity if isinstance(identity, bool) else self._vector("identity", identity, self.channels)
-
-    @staticmethod
-    def _vector(name: str, value: Tensor, channels: int | None) -> Tensor:
-        vector = _constant(name, value)
-        if vector.dim() != 1:
-            raise ValueError(f"{name} must have shape [O], got {list(vector.shape)}")
-        if channels is not None and vector.numel() != channels:
-            raise ValueError(f"{name} has {vector.numel()} channels, kxk has {channels}")
-        return vector
-
-    @property
-    def channels(self) -> int:
-        return self.kxk.numel()
-
-    @property
-    def has_identity(self) -> bool:
-        return self.identity is not False
-
-    def grad_mult(self, kernel_size: int | tuple[int, int]) -> GradMult:
-        """M = s² on every tap, + t² at the centre, + 1 where the block has the identity branch (Eq. 3).
-
-        The sum is formed in float64 and rounded once to the dtype of the scales. The identity's trainable scale has the
-        constant factor 1, whatever its searched value.
-        """
-        sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        if len(sides) != 2:
-            raise ValueError(f"kernel_size must be a number or (rows, columns), got {kernel_size!r}")
-        kh, kw = sides
-        if kh < 1 or kw < 1 or kh % 2 == 0 or kw % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kh} x {kw}")
-        squares = self.kxk.double().square().reshape(-1, 1, 1, 1).repeat(1, 1, kh, kw)
-        if self.one_by_one is not None:
-            squares[:, 0, kh // 2, kw // 2] += self.one_by_one.double().square()
-        dtype = (
-            self.kxk.dtype if self.one_by_one is None else torch.promote_types(self.kxk.dtype, self.one_by_one.dtype)
-        )
-        scale = squares.to(dtype)
-        if not bool(torch.isfinite(scale).all()):
-            raise ValueError(f"the squares of the scales overflow {dtype}")
-        return GradMult._of(scale, torch.ones_like(self.kxk, dtype=dtype) if self.has_identity else None)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The searched tensors by branch name: conv, 1x1, identity (as the published files name them)."""
-        named = {"conv": self.kxk, "1x1": self.one_by_one, "identity": self.identity}
-        return {name: t for name, t in named.items() if isinstance(t, Tensor)}
-
-    def __repr__(self) -> str:
-        branches = ["kxk"] + ["one_by_one"] * (self.one_by_one is not None) + ["identity"] * self.has_identity
-        return f"BranchScales([{self.channels}]: {', '.join(branches)})"
+    return best

@@ -1,90 +1,42 @@
-"""The multi-branch blocks that stand in a convolution's place during training: real branches, each with its own forward.
+"""The CSLA block, the models that hold it, and the initial weights that it implies.
 
-Source: RepOptimizers (Ding et al., 2023), section 3.2.
+CSLA is constant-scale linear addition. Source: RepOptimizers (Ding et al., 2023), sections 3.2 to 3.4.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
+from collections.abc import Iterator, Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from gradrep_kernels.grad_mult import BranchScales
-from gradrep_kernels.ops.reference.multiply import diagonal_taps
+from gradrep_kernels.branch_scales import BranchScales
+from gradrep_kernels.branches.algebra import (
+    CentredConv2d,
+    MultiBranch,
+    add_centred,
+    add_diagonal,
+    has_shortcut,
+    plain_conv,
+    rounded,
+)
+from gradrep_kernels.branches.convert import with_blocks
+from gradrep_kernels.branches.scales import Scales, match
+from gradrep_kernels.branches.sites import Site, conv_sites, first_few, unwrap
 
-__all__ = [
-    "CSLABlock",
-    "CentredConv2d",
-    "MultiBranch",
-    "ScaleLayer",
-    "add_centred",
-    "fold",
-    "has_shortcut",
-    "plain_conv",
-    "rounded",
-]
+__all__ = ["CSLABlock", "ScaleLayer", "csla_model", "extract_scales", "hyper_search_model", "reinitialize"]
 
-
-class MultiBranch(nn.Module, ABC):
-    """A block of linear branches that is one convolution; `csla.merge` puts `merged()` in its place."""
-
-    @abstractmethod
-    def merged(self) -> nn.Conv2d:
-        """The plain convolution that computes what the block does in eval mode; a new module, nothing shared."""
-
-
-def plain_conv(like: nn.Conv2d, weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Conv2d:
-    """An nn.Conv2d with the geometry and mode of `like` that holds these parameters. Draws no random numbers."""
-    conv = nn.Conv2d(
-        like.in_channels, like.out_channels, like.kernel_size, like.stride, like.padding, like.dilation, like.groups,
-        bias=False, padding_mode=like.padding_mode, device="meta",
-    )  # fmt: skip
-    conv.weight, conv.bias = weight, bias
-    return conv.train(like.training)
-
-
-def _excess(conv: nn.Conv2d, kernel_size: tuple[int, int]) -> list[int]:
-    """Padding (rows, columns) that keeps the centre tap of a kernel of `kernel_size` on that of `conv`; below 0: crop."""
-    if conv.padding == "same":
-        padding = [d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size)]
-    elif conv.padding == "valid":
-        padding = [0, 0]
-    else:
-        padding = conv.padding
-    return [p - d * (k - small) // 2 for p, d, k, small in zip(padding, conv.dilation, conv.kernel_size, kernel_size)]
-
-
-def has_shortcut(conv: nn.Conv2d) -> bool:
-    """Whether the block of `conv` has the identity branch: as many outputs as inputs, stride 1, 'same' padding."""
-    return conv.in_channels == conv.out_channels and conv.stride == (1, 1) and _excess(conv, (1, 1)) == [0, 0]
-
-
-class CentredConv2d(nn.Conv2d):
-    """A smaller odd kernel beside `like`, whose centre taps meet; drawn as nn.Conv2d draws it, without bias.
-
-    Where `like` pads less than 'same' the input is cropped by the difference, else padded in like's padding mode; the
-    outputs have the size of like's at every stride and dilation.
-    """
-
-    def __init__(self, like: nn.Conv2d, kernel_size: tuple[int, int]):
-        excess = _excess(like, kernel_size)
-        super().__init__(
-            like.in_channels, like.out_channels, kernel_size, like.stride, tuple(max(e, 0) for e in excess), like.dilation, like.groups,
-            bias=False, padding_mode=like.padding_mode, device=like.weight.device, dtype=like.weight.dtype,
-        )  # fmt: skip
-        self.crop = tuple(max(-e, 0) for e in excess)
-        self.weight.requires_grad_(like.weight.requires_grad)
-
-    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, O, H', W']
-        rows, columns = self.crop
-        if rows or columns:
-            x = x[..., rows : x.shape[-2] - rows, columns : x.shape[-1] - columns]
-        return super().forward(x)
+# Deepcopies and pickles of a conv carry this attribute, so models that were saved earlier have it under this name.
+_REINITIALIZED = "_csla_reinitialized"
 
 
 class ScaleLayer(nn.Module):
-    """y = α ⊙ x, α one number per channel: a parameter if `trainable`, else a buffer, so that no optimizer moves it."""
+    """Multiply each channel by its branch scale: y = α ⊙ x.
+
+    α is a parameter if `trainable`, else a buffer, so that no optimizer moves it.
+    """
 
     def __init__(self, scale: Tensor, *, trainable: bool, decays: bool = False):
         super().__init__()
@@ -102,10 +54,12 @@ class ScaleLayer(nn.Module):
 
 
 class CSLABlock(MultiBranch):
-    """s ⊙ conv(x) + t ⊙ conv_1x1(x) + id ⊙ x + bias: the linear part of a CSLA block (section 3.2, Figure 2); the norm follows it.
+    """The linear part of a CSLA block: s ⊙ conv(x) + t ⊙ conv_1x1(x) + id ⊙ x + bias.
+
+    The norm follows the block (section 3.2, Figure 2).
 
     Args:
-        conv:      the convolution it replaces. Its weight and bias parameters become the block's, the bias outside of s.
+        conv:      the convolution it replaces. The block takes over its weight and bias. The bias is outside of s.
         scales:    s, t and id, cast to the weight's dtype. The block has the branches that `scales` has.
         trainable: whether s and t are parameters (Hyper-Search) or buffers (CSLA). id always is a parameter.
 
@@ -117,9 +71,8 @@ class CSLABlock(MultiBranch):
         weight = conv.weight
 
         def layer(scale: Tensor, **kind: bool) -> ScaleLayer:
-            return ScaleLayer(scale.to(device=weight.device, dtype=weight.dtype, copy=True), **kind).requires_grad_(
-                weight.requires_grad
-            )
+            own = scale.to(device=weight.device, dtype=weight.dtype, copy=True)
+            return ScaleLayer(own, **kind).requires_grad_(weight.requires_grad)
 
         self.conv = plain_conv(conv, weight)
         self.scale_conv = layer(scales.kxk, trainable=trainable)
@@ -144,7 +97,7 @@ class CSLABlock(MultiBranch):
         return y
 
     def scales(self) -> BranchScales:
-        """The scales as they are now; an identity scale has trained on in a CSLA model too."""
+        """Return the branch scales of now. The identity's has trained on in a CSLA model too."""
         return BranchScales(
             self.scale_conv.weight,
             None if self.scale_1x1 is None else self.scale_1x1.weight,
@@ -158,7 +111,7 @@ class CSLABlock(MultiBranch):
         if self.conv_1x1 is not None:
             add_centred(kernel, _per_output(self.scale_1x1.weight) * self.conv_1x1.weight.double())
         if self.scale_identity is not None:
-            kernel[diagonal_taps(kernel.shape, kernel.device)] += self.scale_identity.weight.double()
+            add_diagonal(kernel, self.scale_identity.weight.double())
         return kernel
 
     def merged(self) -> nn.Conv2d:
@@ -170,25 +123,121 @@ def _per_output(scale: Tensor) -> Tensor:
     return scale.double().view(-1, 1, 1, 1)
 
 
-def rounded(value: Tensor, like: Tensor) -> nn.Parameter:
-    """A parameter with value's numbers and like's dtype, memory format and requires_grad."""
-    return nn.Parameter(torch.empty_like(like, requires_grad=False).copy_(value), like.requires_grad)
+def hyper_search_model(model: nn.Module, init: str | float = "depth") -> nn.Module:
+    """Return a new model with CSLA blocks of trainable scales in place of convolutions.
+
+    A block replaces every odd k x k nn.Conv2d (both sides above 1) whose next sibling in registration order is a
+    BatchNorm2d, SyncBatchNorm, GroupNorm or InstanceNorm2d of as many features. It has a k x k and a 1 x 1 branch.
+    Where the convolution has as many outputs as inputs, stride 1 and 'same' padding, it has an identity branch too.
+    Other convolutions are left and logged (logger `gradrep_kernels.csla`, level INFO). Train the model on a small set,
+    then `extract_scales` gives the constants (RepOptimizers, section 3.3).
+
+    Args:
+        init: 'depth': in module order, i = 0 at a conv without shortcut and +1 at each that has one. Scales behind
+            convs start at 1 for i = 0, else at √(2/i) (Appendix B, which section 4.1 misprints).
+            A number: all of them start there (YOLOv6: 1.0). Identity scales start at 1 either way.
+
+    The k x k branches take the present weights. The 1x1 kernels are drawn as nn.Conv2d draws them, in module order,
+    from the default generator, which moves on. `model` itself is not changed. A DDP or torch.compile wrapper is taken
+    off. Hooks on a replaced conv do not come along.
+
+    Raises ValueError if no convolution can be replaced, or if the model holds multi-branch blocks already.
+    """
+    if init != "depth" and (isinstance(init, bool) or not isinstance(init, Real) or not math.isfinite(init)):
+        raise ValueError(f"init must be 'depth' or a finite number, got {init!r}")
+
+    def blocks(model: nn.Module) -> Iterator[tuple[Site, CSLABlock]]:
+        depth = 0
+        for site in conv_sites(model):
+            shortcut = has_shortcut(site.conv)
+            depth = depth + 1 if shortcut else 0
+            start = init if init != "depth" else math.sqrt(2 / depth) if depth else 1.0
+            scale = torch.full((site.conv.out_channels,), float(start), dtype=torch.float64, device="cpu")
+            yield site, CSLABlock(site.conv, BranchScales(scale, scale, shortcut), trainable=True)
+
+    return with_blocks(model, blocks)
 
 
-def add_centred(kernel: Tensor, small: Tensor) -> None:
-    """kernel += small, zero-padded to kernel's size  # [O, I, kh, kw], both odd"""
-    row, column = ((big - n) // 2 for big, n in zip(kernel.shape[2:], small.shape[2:]))
-    kernel[:, :, row : row + small.shape[2], column : column + small.shape[3]] += small
+def csla_model(model: nn.Module, scales: Mapping[str, BranchScales]) -> nn.Module:
+    """Return a new model with explicit CSLA blocks in place of convolutions.
+
+    Scales behind convs are constant, the identity's is trainable. Training it is the same as training `model`, after
+    `reinitialize`, by FusedRepSGD with `grad_mults`. It serves checks and comparisons. Scales are cast to the
+    weights' dtype and are buffers. The identity's starts at the searched value, or at 1 where `identity` is True.
+    With the same state of the default generator, `csla_model` and `reinitialize` draw the same 1x1 kernels.
+    `hyper_search_model` says which convs are replaced and what is drawn.
+
+    Raises ValueError, listing the first few mismatches, if scales and model do not fit.
+    """
+
+    def blocks(model: nn.Module) -> Iterator[tuple[Site, CSLABlock]]:
+        for site, value in match(model, scales):
+            yield site, CSLABlock(site.conv, value)
+
+    return with_blocks(model, blocks)
+
+
+def extract_scales(model: nn.Module) -> Scales:
+    """Copy the branch scales of a Hyper-Search or CSLA model.
+
+    Their names are those of the convolutions that the blocks replaced.
+
+    Raises ValueError if there is no such block, or if a scale is NaN or inf (the search diverged).
+    """
+    scales: Scales = {}
+    problems = []
+    for name, module in unwrap(model).named_modules():
+        if isinstance(module, CSLABlock):
+            try:
+                scales[name] = module.scales()
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+    if problems:
+        raise ValueError(f"the model's scales cannot be used: {first_few(problems)}")
+    if not scales:
+        raise ValueError("model holds no Hyper-Search or CSLA block")
+    return scales
 
 
 @torch.no_grad()
-def fold(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Kernel [O, I, kh, kw] and bias [O], float64, of the convolution that equals conv and then `norm` in eval mode."""
-    factor = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight.double()
-    shift = -norm.running_mean.double() if bias is None else bias.double() - norm.running_mean.double()
-    shift = shift * factor
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    return weight.double() * factor.view(-1, 1, 1, 1), shift
+def reinitialize(
+    model: nn.Module, scales: Mapping[str, BranchScales], *, identity: str = "searched", force: bool = False
+) -> None:
+    """Set each kernel, in place, to the one that its CSLA block starts with.
+
+    RepOptimizers, Eq. 4: W ← Σ α_b ⊙ W_b + diag(id). The k x k branch is the conv's present weight. The 1x1 is drawn
+    as nn.Conv2d draws it, from the default generator (the published code's choice, the paper says MSRA). Sums are
+    formed in float64 and rounded once.
+
+    Args:
+        identity: 'searched': id is the searched identity scale, as in the published code, or 1 where none was searched.
+                  'one': id is 1, as in the paper.
+        force:    go ahead although the model has been trained or re-initialised.
+
+    Raises ValueError, and changes nothing, if scales and model do not fit, if a norm is not fresh (batches seen,
+    running statistics moved), or if the model was re-initialised before. The last is known by a mark on the conv
+    modules, which deepcopy and pickle keep and a state_dict does not.
+    """
+    if identity not in ("searched", "one"):
+        raise ValueError(f"identity must be 'searched' or 'one', got {identity!r}")
+    pairs = match(unwrap(model), scales)
+    problems = [] if force else [problem for site, _ in pairs if (problem := _why_not_fresh(site))]
+    if problems:
+        raise ValueError(f"reinitialize needs an untrained model, force=True goes ahead: {first_few(problems)}")
+    for site, value in pairs:
+        if identity == "one" and value.has_identity:
+            value = BranchScales(value.kxk, value.one_by_one, True)
+        site.conv.weight.copy_(CSLABlock(site.conv, value).merged_kernel())
+        setattr(site.conv, _REINITIALIZED, True)
+
+
+def _why_not_fresh(site: Site) -> str | None:
+    if getattr(site.conv, _REINITIALIZED, False):
+        return f"{site.name} was re-initialised before"
+    batches = getattr(site.norm, "num_batches_tracked", None)
+    if batches is not None and batches != 0:
+        return f"the norm after {site.name} has seen {int(batches)} batches"
+    mean, var = getattr(site.norm, "running_mean", None), getattr(site.norm, "running_var", None)
+    if mean is not None and bool((mean != 0).any() or (var != 1).any()):
+        return f"the norm after {site.name} has running statistics that moved"
+    return None

@@ -1,42 +1,49 @@
-"""Baselines that re-parameterize the structure instead of the optimizer: a norm in every branch, merged after training."""
+"""Blocks with a norm in every branch (RepVGG, ACB), the baselines of both papers.
+
+They re-parameterize the structure instead of the optimizer, and are merged after training.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from gradrep_kernels.branches.csla import (
+from gradrep_kernels.branches.algebra import (
     CentredConv2d,
     MultiBranch,
     add_centred,
+    add_diagonal,
     fold,
     has_shortcut,
     plain_conv,
     rounded,
 )
-from gradrep_kernels.branches.sites import conv_sites, first_few, replace, unwrap
-from gradrep_kernels.ops.reference.multiply import diagonal_taps
+from gradrep_kernels.branches.convert import with_blocks
+from gradrep_kernels.branches.sites import Site, conv_sites, first_few
 
 __all__ = ["NormedBranches", "acb_model", "repvgg_model"]
 
 
 class NormedBranches(MultiBranch):
-    """norm(conv(x)) + Σ norm_b(conv_b(x)) [+ norm_identity(x)], each branch with a BatchNorm2d of its own, in the place of conv and norm.
+    """A block of branches with a BatchNorm2d each, which stands for conv and norm.
+
+    norm(conv(x)) + Σ norm_b(conv_b(x)) [+ norm_identity(x)]
 
     Args:
-        conv, norm: the plain pair; conv's weight and bias, and the norm, become the first branch's.
-        smaller:    kernel sizes of the other branches, centred on conv's; drawn as nn.Conv2d draws them.
+        conv, norm: the plain pair. The first branch takes over the weight and bias of conv, and the norm.
+        smaller:    kernel sizes of the other branches, centred on conv's and drawn as nn.Conv2d draws them.
         identity:   whether there is a branch of a BatchNorm2d alone.
     """
 
+    holds_norm = True
+
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, smaller: list[tuple[int, int]], identity: bool):
         super().__init__()
-        self.convs = nn.ModuleList(
-            [plain_conv(conv, conv.weight, conv.bias), *(CentredConv2d(conv, size) for size in smaller)]
-        )
+        first = plain_conv(conv, conv.weight, conv.bias)
+        self.convs = nn.ModuleList([first, *(CentredConv2d(conv, size) for size in smaller)])
         self.norms = nn.ModuleList([norm, *(copy.deepcopy(norm) for _ in smaller)])
         self.norm_identity = copy.deepcopy(norm) if identity else None
         self.train(conv.training)
@@ -54,10 +61,10 @@ class NormedBranches(MultiBranch):
             add_centred(kernel, small)
             bias += shift
         if self.norm_identity is not None:
-            # BN(x) is the 1x1 kernel diag(1) and then the norm.
-            ones = torch.zeros_like(kernel)
-            ones[diagonal_taps(kernel.shape, kernel.device)] = 1
-            diagonal, shift = fold(ones, None, self.norm_identity)
+            # The identity is the kernel diag(1), into which its norm is folded.
+            identity = torch.zeros_like(kernel)
+            add_diagonal(identity, 1.0)
+            diagonal, shift = fold(identity, None, self.norm_identity)
             kernel += diagonal
             bias += shift
         weight = rounded(kernel, first.weight)
@@ -65,37 +72,41 @@ class NormedBranches(MultiBranch):
 
 
 def repvgg_model(model: nn.Module) -> nn.Module:
-    """A new model in RepVGG's training form (Ding et al., 2021): k x k + BN, 1 x 1 + BN, and BN where the conv has a shortcut,
-    in place of each conv that csla would replace and its BatchNorm2d. `csla.merge` gives the deployed form.
+    """Return a new model in RepVGG's training form (Ding et al., 2021).
 
-    Random numbers, names and what is replaced: as `csla.hyper_search_model`. `model` itself is not changed.
-    Raises ValueError where such a conv is followed by another norm than a BatchNorm2d with running statistics.
+    A block is k x k + BN, 1 x 1 + BN, and a BN alone. It stands in place of each conv that `csla.hyper_search_model`
+    would replace, and of its BatchNorm2d. The BN alone is there where the conv has a shortcut. `csla.merge` gives the
+    deployed form. Random numbers and names are as in `csla.hyper_search_model`. `model` itself is not changed.
+
+    Raises ValueError if such a conv is followed by another norm than a BatchNorm2d with running statistics.
     """
-    return _with_branches(model, lambda kh, kw: [(1, 1)], identity=True)
+    return _with_normed_branches(model, lambda kh, kw: [(1, 1)], identity=True)
 
 
 def acb_model(model: nn.Module) -> nn.Module:
-    """A new model in ACNet's training form (Ding et al., 2019): k x k + BN, 1 x k + BN and k x 1 + BN. Otherwise as `repvgg_model`."""
-    return _with_branches(model, lambda kh, kw: [(1, kw), (kh, 1)], identity=False)
+    """Return a new model in ACNet's training form (Ding et al., 2019).
+
+    A block is k x k + BN, 1 x k + BN and k x 1 + BN. Otherwise as `repvgg_model`.
+    """
+    return _with_normed_branches(model, lambda kh, kw: [(1, kw), (kh, 1)], identity=False)
 
 
-def _with_branches(model: nn.Module, smaller: Callable[[int, int], list[tuple[int, int]]], identity: bool) -> nn.Module:
-    model = copy.deepcopy(unwrap(model))
-    sites = conv_sites(model)
-    problems = [
-        f"{site.name}: {type(site.norm).__name__}"
-        for site in sites
-        if not isinstance(site.norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) or site.norm.running_mean is None
-    ]
-    if problems:
-        raise ValueError(
-            f"the branches need a BatchNorm2d with running statistics after each conv, got {first_few(problems)}"
-        )
-    new: dict[nn.Module, nn.Module] = {}
-    for site in sites:
-        new[site.conv] = NormedBranches(
-            site.conv, site.norm, smaller(*site.conv.kernel_size), identity and has_shortcut(site.conv)
-        )
-        new[site.norm] = nn.Identity().train(site.norm.training)
-    replace(model, new)
-    return model
+def _with_normed_branches(
+    model: nn.Module, smaller: Callable[[int, int], list[tuple[int, int]]], identity: bool
+) -> nn.Module:
+    def blocks(model: nn.Module) -> Iterator[tuple[Site, NormedBranches]]:
+        sites = conv_sites(model)
+        problems = [
+            f"{site.name}: {type(site.norm).__name__}"
+            for site in sites
+            if not isinstance(site.norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) or site.norm.running_mean is None
+        ]
+        if problems:
+            raise ValueError(
+                f"the branches need a BatchNorm2d with running statistics after each conv, got {first_few(problems)}"
+            )
+        for site in sites:
+            sizes = smaller(*site.conv.kernel_size)
+            yield site, NormedBranches(site.conv, site.norm, sizes, identity and has_shortcut(site.conv))
+
+    return with_blocks(model, blocks)

@@ -1,4 +1,4 @@
-"""Scales: {name of a convolution or of its block: BranchScales}, their files, and how they meet a model."""
+"""Branch scales by the name of a conv or of its block: files, and matching with a model."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gradrep_kernels.branches.csla import CSLABlock, has_shortcut
+from gradrep_kernels.branch_scales import BranchScales
+from gradrep_kernels.branches.algebra import has_shortcut
 from gradrep_kernels.branches.sites import Site, conv_sites, first_few, unwrap
-from gradrep_kernels.grad_mult import BranchScales, GradMult
+from gradrep_kernels.grad_mult import GradMult
 
-__all__ = ["Scales", "extract_scales", "grad_mults", "load_scales", "match", "save_scales"]
+__all__ = ["Scales", "grad_mults", "load_scales", "match", "save_scales"]
 
 Scales = dict[str, BranchScales]
 
-# What a key ends with -> the branch. The first of a branch is written; the others are the published RepOpt-GhostNet file's.
-_SUFFIXES = {
+# The branch that a key's ending names. Files are written with the first three; the others are those of the published
+# RepOpt-GhostNet file.
+_BRANCH_OF_SUFFIX = {
     ".scale_conv.weight": "conv",
     ".scale_1x1.weight": "1x1",
     ".scale_identity.weight": "identity",
@@ -28,27 +30,8 @@ _SUFFIXES = {
 }
 
 
-def extract_scales(model: nn.Module) -> Scales:
-    """The scales of a Hyper-Search or CSLA model, by the name of the convolution that each block replaced; copies.
-
-    Raises ValueError where there is no such block, or where a scale is NaN or inf (the search diverged).
-    """
-    scales: Scales = {}
-    problems = []
-    for name, module in unwrap(model).named_modules():
-        if isinstance(module, CSLABlock):
-            try:
-                scales[name] = module.scales()
-            except ValueError as error:
-                problems.append(f"{name}: {error}")
-    if problems:
-        raise ValueError(f"the model's scales cannot be used: {first_few(problems)}")
-    if not scales:
-        raise ValueError("model holds no Hyper-Search or CSLA block")
-    return scales
-
-
 def _checked(scales: Mapping[str, BranchScales]) -> Mapping[str, BranchScales]:
+    """Return `scales`. Raises TypeError if they do not map names to BranchScales."""
     if not isinstance(scales, Mapping):
         raise TypeError(
             f"scales must map names to BranchScales, got {type(scales).__name__}; load_scales(path) reads a file"
@@ -60,67 +43,79 @@ def _checked(scales: Mapping[str, BranchScales]) -> Mapping[str, BranchScales]:
 
 
 def match(model: nn.Module, scales: Mapping[str, BranchScales]) -> list[tuple[Site, BranchScales]]:
-    """The scales of each convolution of `model` that stands for a CSLA block, in module order.
+    """Pair the convolutions of `model` with their branch scales, in module order.
 
-    A name is that of the conv module, or of any module above it that holds no second such conv: the published files say
-    `stage1.0` for `stage1.0.conv`. Raises ValueError, listing the first few mismatches, unless every name meets one conv,
-    every conv has scales of its channel count, and the identity is present exactly where the conv has a shortcut.
+    The convolutions are those that a CSLA block can stand for. A name is that of the conv module, or of any module
+    above it that holds no second such conv: the published files say `stage1.0` for `stage1.0.conv`.
+
+    Raises ValueError, listing the first few mismatches, unless every name meets one conv, every conv has scales of its
+    channel count, and the identity is present exactly where the conv has a shortcut.
     """
     sites = conv_sites(model)
-    below: dict[str, list[Site]] = {}
+    sites_below: dict[str, list[Site]] = {}
     for site in sites:
         parts = site.name.split(".")
         for n in range(1, len(parts) + 1):
-            below.setdefault(".".join(parts[:n]), []).append(site)
-    found: dict[str, BranchScales] = {}
+            sites_below.setdefault(".".join(parts[:n]), []).append(site)
+    by_site: dict[str, BranchScales] = {}
     problems = []
     for name, value in _checked(scales).items():
-        here = below.get(name, [])
-        if len(here) != 1:
-            problems.append(
-                f"{name}: holds {len(here)} convs, one is needed"
-                if here
-                else f"{name}: unexpected, the model has no such conv"
-            )
-            continue
-        conv = here[0].conv
-        if here[0].name in found:
-            problems.append(f"{name}: {here[0].name} has scales under another name already")
-        elif value.channels != conv.out_channels:
-            problems.append(f"{name}: scales of {value.channels} channels, {here[0].name} has {conv.out_channels}")
-        elif value.has_identity != has_shortcut(conv):
-            problems.append(f"{name}: {'an identity scale' if value.has_identity else 'no identity scale'}, but {here[0].name} has "
-                            f"{'no shortcut' if value.has_identity else 'one'}")  # fmt: skip
-        found[here[0].name] = value
-    problems += [f"{site.name}: missing" for site in sites if site.name not in found]
+        below = sites_below.get(name, [])
+        if not below:
+            problems.append(f"{name}: unexpected, the model has no such conv")
+        elif len(below) > 1:
+            problems.append(f"{name}: holds {len(below)} convs, one is needed")
+        else:
+            problem = _misfit(value, below[0], taken=below[0].name in by_site)
+            if problem:
+                problems.append(f"{name}: {problem}")
+            by_site[below[0].name] = value
+    problems += [f"{site.name}: missing" for site in sites if site.name not in by_site]
     if problems:
         raise ValueError(f"the scales do not fit the model, {len(problems)} mismatches: {first_few(problems)}")
-    return [(site, found[site.name]) for site in sites]
+    return [(site, by_site[site.name]) for site in sites]
+
+
+def _misfit(value: BranchScales, site: Site, taken: bool) -> str | None:
+    """Say why these branch scales cannot be those of `site`. None: they can."""
+    channels = site.conv.out_channels
+    if taken:
+        return f"{site.name} has scales under another name already"
+    if value.channels != channels:
+        return f"scales of {value.channels} channels, {site.name} has {channels}"
+    if value.has_identity and not has_shortcut(site.conv):
+        return f"an identity scale, but {site.name} has no shortcut"
+    if has_shortcut(site.conv) and not value.has_identity:
+        return f"no identity scale, but {site.name} has one"
+    return None
 
 
 def grad_mults(model: nn.Module, scales: Mapping[str, BranchScales]) -> dict[nn.Parameter, GradMult]:
-    """{weight: Grad Mult} for FusedRepSGD (RepOptimizers, Eq. 3), of the plain `model`; it is not changed.
+    """Return {weight: Grad Mult} of the plain `model`, for FusedRepSGD (RepOptimizers, Eq. 3).
 
-    The multipliers have the dtype of the scales and stay on their device; the optimizer moves them.
-    Raises ValueError, listing the first few mismatches, where scales and model do not fit.
+    The model is not changed. The multipliers have the dtype of the scales and stay on their device. The optimizer
+    moves them.
+
+    Raises ValueError, listing the first few mismatches, if scales and model do not fit.
     """
     return {site.conv.weight: value.grad_mult(site.conv.kernel_size) for site, value in match(unwrap(model), scales)}
 
 
 def save_scales(scales: Mapping[str, BranchScales], path: str | os.PathLike[str]) -> None:
-    """Write a flat dict of tensors [O] that `torch.load(weights_only=True)` reads: NAME.scale_conv.weight, NAME.scale_1x1.weight,
-    NAME.scale_identity.weight. `identity=True` (a shortcut whose scale was not searched) is a tensor of no elements.
+    """Write a flat dict of tensors [O] that `torch.load(weights_only=True)` reads.
 
-    Written under a temporary name first, so that `path` is whole or as it was.
+    The keys are NAME.scale_conv.weight, NAME.scale_1x1.weight and NAME.scale_identity.weight. `identity=True` (a
+    shortcut whose scale was not searched) is a tensor of no elements.
+
+    The file is written under a temporary name first, so that `path` is whole or as it was.
     """
     flat: dict[str, Tensor] = {}
     for name, value in _checked(scales).items():
         tensors = dict(value.tensors())
         if value.identity is True:
             tensors["identity"] = value.kxk.new_empty(0)
-        flat.update(
-            {f"{name}.scale_{branch}.weight": tensor.detach().cpu().clone() for branch, tensor in tensors.items()}
-        )
+        for branch, tensor in tensors.items():
+            flat[f"{name}.scale_{branch}.weight"] = tensor.detach().cpu().clone()
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -131,16 +126,37 @@ def save_scales(scales: Mapping[str, BranchScales], path: str | os.PathLike[str]
 
 
 def load_scales(path: str | os.PathLike[str]) -> Scales:
-    """Read what `save_scales` wrote, or one of the files that the RepOptimizers authors published; on the CPU.
+    """Read a file of `save_scales`, or one that the RepOptimizers authors published.
 
-    The published files name blocks (`stage1.0`), not convs; `match` accepts both. A `module.` prefix is taken off. In the
-    RepOpt-GhostNet file `cheap_operation.1` is the k x k scale and `fusion_scale` the identity's.
-    Never unpickles code (`weights_only=True`).
+    The tensors are on the CPU.
+
+    The published files name blocks (`stage1.0`), not convs. Everything that takes scales accepts both. A `module.`
+    prefix is taken off. In the RepOpt-GhostNet file `cheap_operation.1` is the k x k scale and `fusion_scale` the
+    identity's. Never unpickles code (`weights_only=True`).
 
     Raises FileNotFoundError, or ValueError that lists the first few problems: not a flat dict of tensors, unknown keys,
     the same branch twice, a block without a k x k scale, channel counts that differ in a block, NaN or inf.
     """
     path = Path(path)
+    tensors, problems = _by_block(_read_flat(path))
+    scales: Scales = {}
+    for name, branches in tensors.items():
+        if "conv" not in branches:
+            problems.append(f"{name} has no scale_conv")
+            continue
+        identity = branches.get("identity", False)
+        if isinstance(identity, Tensor) and identity.shape == (0,):
+            identity = True
+        try:
+            scales[name] = BranchScales(branches["conv"], branches.get("1x1"), identity)
+        except (TypeError, ValueError) as error:
+            problems.append(f"{name}: {error}")
+    if problems or not scales:
+        raise ValueError(f"{path} is not a usable scales file: {first_few(problems) or 'it is empty'}")
+    return scales
+
+
+def _read_flat(path: Path) -> Mapping:
     if not path.is_file():
         raise FileNotFoundError(f"no scales file at {path}")
     try:
@@ -149,37 +165,30 @@ def load_scales(path: str | os.PathLike[str]) -> Scales:
         raise ValueError(
             f"{path} is not a scales file: it is not torch's, or holds more than tensors; code is never unpickled"
         ) from error
-    except Exception as error:  # torch.load raises half a dozen unrelated classes for what is not its file
+    except Exception as error:  # torch.load raises half a dozen unrelated classes for files that are not its own
         raise ValueError(f"{path} is not a scales file: torch.load cannot read it ({type(error).__name__})") from error
     if not isinstance(flat, Mapping):
         raise ValueError(
             f"{path} is not a scales file: it holds a {type(flat).__name__}, needed is a flat dict of tensors"
         )
-    branches: dict[str, dict[str, Tensor]] = {}
+    return flat
+
+
+def _by_block(flat: Mapping) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Sort a file into {name: {branch: tensor}}, and list the problems with its keys."""
+    tensors: dict[str, dict[str, Tensor]] = {}
     problems = []
     for key, tensor in flat.items():
-        suffix = next((suffix for suffix in _SUFFIXES if isinstance(key, str) and key.endswith(suffix)), None)
+        suffix = next((suffix for suffix in _BRANCH_OF_SUFFIX if isinstance(key, str) and key.endswith(suffix)), None)
         name = key.removesuffix(suffix).removeprefix("module.") if suffix else ""
         if not name:
             problems.append(f"unknown key {key!r}")
-        elif not isinstance(tensor, Tensor):
-            problems.append(f"{key} is a {type(tensor).__name__}, not a tensor")
-        elif _SUFFIXES[suffix] in branches.setdefault(name, {}):
-            problems.append(f"{key} is the second {_SUFFIXES[suffix]} scale of {name}")
-        else:
-            branches[name][_SUFFIXES[suffix]] = tensor
-    scales: Scales = {}
-    for name, tensors in branches.items():
-        if "conv" not in tensors:
-            problems.append(f"{name} has no scale_conv")
             continue
-        identity = tensors.get("identity", False)
-        if isinstance(identity, Tensor) and identity.shape == (0,):
-            identity = True
-        try:
-            scales[name] = BranchScales(tensors["conv"], tensors.get("1x1"), identity)
-        except (TypeError, ValueError) as error:
-            problems.append(f"{name}: {error}")
-    if problems or not scales:
-        raise ValueError(f"{path} is not a usable scales file: {first_few(problems) or 'it is empty'}")
-    return scales
+        branch = _BRANCH_OF_SUFFIX[suffix]
+        if not isinstance(tensor, Tensor):
+            problems.append(f"{key} is a {type(tensor).__name__}, not a tensor")
+        elif branch in tensors.setdefault(name, {}):
+            problems.append(f"{key} is the second {branch} scale of {name}")
+        else:
+            tensors[name][branch] = tensor
+    return tensors, problems

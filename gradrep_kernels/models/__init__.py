@@ -1,4 +1,4 @@
-"""Networks to train: RepOpt-VGG in its four forms, VGG and ResNet-18 for CIFAR, and the multi-branch baselines of any of them."""
+"""Networks to train: RepOpt-VGG, VGG and ResNet-18 for CIFAR, and multi-branch baselines."""
 
 from gradrep_kernels.branches.normed import acb_model, repvgg_model
 from gradrep_kernels.models.repopt_vgg import (

@@ -1,4 +1,4 @@
-"""RepOpt-VGG: plain 3x3 networks with a target, a Hyper-Search, a CSLA and a RepVGG form.
+"""RepOpt-VGG: plain 3x3 networks, and their Hyper-Search, CSLA and RepVGG forms.
 
 Source: RepOptimizers (Ding et al., 2023), section 4.1 and Table 1. Module names are the published code's, so that its
 weights load into the target form: `stage0`, `stageN.i`, below them `conv`, `bn`, `post_se`; `linear`.
@@ -24,7 +24,10 @@ _HALVED = (2, 2, 2, 2, 2)  # strides of stage0 and of the first block of each st
 
 
 class SqueezeExcite(nn.Module):
-    """x ⊙ sigmoid(up(relu(down(mean of x))))  # [N, C, H, W]; 1x1 convs with bias, C // 4 inside"""
+    """Squeeze-and-excitation: x ⊙ sigmoid(up(relu(down(mean of x))))  # [N, C, H, W]
+
+    Both are 1x1 convolutions with bias, with C // 4 channels in between.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -36,7 +39,10 @@ class SqueezeExcite(nn.Module):
 
 
 class Block(nn.Module):
-    """SE(ReLU(BN(conv(x)))), 3x3, SE if `se`  # [N, I, H, W] -> [N, O, H / stride, W / stride]"""
+    """SE(ReLU(BN(conv(x)))), 3x3  # [N, I, H, W] -> [N, O, H / stride, W / stride]
+
+    SE is there if `se`.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int, se: bool):
         super().__init__()
@@ -50,11 +56,11 @@ class Block(nn.Module):
 
 
 class RepOptVGG(nn.Module):
-    """The target form: a first block, stages of blocks (the first of each strided), global average pooling, one linear layer.
+    """The target form: a block, stages of blocks, global average pooling, a linear layer.
 
     Args:
         blocks:  blocks of stage1, stage2, ...
-        widths:  their channels; stage0 has min(64, widths[0]).
+        widths:  their channels. stage0 has min(64, widths[0]).
         strides: of stage0 and of the first block of each stage.
     """
 
@@ -125,14 +131,17 @@ def repopt_vgg_b1(
     *,
     in_channels: int = 3,
 ) -> nn.Module:
-    """RepOpt-VGG-B1, 51.84 M parameters as target  # [N, in_channels, H, W] -> [N, num_classes]; every stage halves H and W
+    """RepOpt-VGG-B1, 51.84 M parameters as target  # [N, in_channels, H, W] -> [N, num_classes]
+
+    Every stage halves H and W.
 
     Args:
-        mode:   'target' (plain), 'hs' (Hyper-Search), 'csla' (explicit CSLA, needs `scales`) or 'repvgg' (a norm per branch).
+        mode:   'target' (plain), 'hs' (Hyper-Search), 'csla' (explicit CSLA, needs `scales`) or 'repvgg' (a norm in
+                each branch).
         se:     squeeze-and-excitation after every ReLU.
-        scales: of mode 'csla': Scales, or the path of a scales file.
+        scales: branch scales for mode 'csla': Scales, or the path of a scales file.
 
-    Raises ValueError for another mode, scales that are missing, superfluous, or do not fit.
+    Raises ValueError for another mode, and for scales that are missing, superfluous, or do not fit.
     """
     return _build((4, 6, 16, 1), (128, 256, 512, 2048), _HALVED, mode, num_classes, se, scales, in_channels)
 
@@ -145,7 +154,7 @@ def repopt_vgg_b2(
     *,
     in_channels: int = 3,
 ) -> nn.Module:
-    """RepOpt-VGG-B2, 80.33 M parameters as target; arguments as `repopt_vgg_b1`."""
+    """RepOpt-VGG-B2, 80.33 M parameters as target. Arguments as `repopt_vgg_b1`."""
     return _build((4, 6, 16, 1), (160, 320, 640, 2560), _HALVED, mode, num_classes, se, scales, in_channels)
 
 
@@ -157,7 +166,7 @@ def repopt_vgg_l1(
     *,
     in_channels: int = 3,
 ) -> nn.Module:
-    """RepOpt-VGG-L1, 76.04 M parameters as target; arguments as `repopt_vgg_b1`."""
+    """RepOpt-VGG-L1, 76.04 M parameters as target. Arguments as `repopt_vgg_b1`."""
     return _build((8, 14, 24, 1), (128, 256, 512, 2048), _HALVED, mode, num_classes, se, scales, in_channels)
 
 
@@ -169,7 +178,7 @@ def repopt_vgg_l2(
     *,
     in_channels: int = 3,
 ) -> nn.Module:
-    """RepOpt-VGG-L2, 118.13 M parameters as target; arguments as `repopt_vgg_b1`."""
+    """RepOpt-VGG-L2, 118.13 M parameters as target. Arguments as `repopt_vgg_b1`."""
     return _build((8, 14, 24, 1), (160, 320, 640, 2560), _HALVED, mode, num_classes, se, scales, in_channels)
 
 
@@ -181,8 +190,9 @@ def repopt_vgg_small(
     *,
     in_channels: int = 3,
 ) -> nn.Module:
-    """A RepOpt-VGG for images of 32 x 32 and less, three of its six blocks with a shortcut; arguments as `repopt_vgg_b1`.
+    """A RepOpt-VGG for images of 32 x 32 and less. Arguments as `repopt_vgg_b1`.
 
-    stage0 keeps the size, stage1 and stage2 halve it. 0.1 M parameters in the blocks.
+    stage0 keeps the size, stage1 and stage2 halve it. Three of its six blocks have a shortcut. The blocks have 0.1 M
+    parameters.
     """
     return _build((2, 3), (32, 64), (1, 2, 2), mode, num_classes, se, scales, in_channels)

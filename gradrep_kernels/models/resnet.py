@@ -1,4 +1,7 @@
-"""ResNet-18 for CIFAR (He et al., 2016): a 3x3 first convolution without stride, no max pool."""
+"""ResNet-18 for CIFAR (He et al., 2016): the first convolution is 3x3, without stride.
+
+There is no max pool.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ __all__ = ["ResNet", "resnet18"]
 
 
 class BasicBlock(nn.Module):
-    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x))  # [N, I, H, W] -> [N, O, H / stride, W / stride]"""
+    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x))
+
+    [N, I, H, W] -> [N, O, H / stride, W / stride]
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
@@ -29,7 +35,10 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Basic blocks in four stages of 64, 128, 256, 512 channels  # [N, in_channels, H, W] -> [N, num_classes]"""
+    """Four stages of basic blocks, of 64, 128, 256 and 512 channels.
+
+    [N, in_channels, H, W] -> [N, num_classes]
+    """
 
     def __init__(self, blocks: tuple[int, int, int, int], num_classes: int, in_channels: int):
         super().__init__()

@@ -1,4 +1,7 @@
-"""VGG-11, 13, 16 and 19 for CIFAR: 3x3 convolutions with norms, one linear layer (as in the SGS paper's section 4.1: VGG-16, 15 M parameters)."""
+"""VGG-11, 13, 16 and 19 for CIFAR: 3x3 convolutions with norms, and one linear layer.
+
+VGG-16 is that of the SGS paper (Detkov et al., 2023), section 4.1: 15 M parameters.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ __all__ = ["VGG", "vgg11", "vgg13", "vgg16", "vgg19"]
 
 
 class VGG(nn.Module):
-    """Five groups of [conv, BN, ReLU] x counts[n] with a 2x2 max pool after each, then a linear layer  # [N, in_channels, H, W] -> [N, num_classes]"""
+    """Five groups of convolutions, and a linear layer.
+
+    [N, in_channels, H, W] -> [N, num_classes]. Group n is counts[n] times [conv, BN, ReLU], and a 2x2 max pool.
+    """
 
     def __init__(self, counts: tuple[int, ...], num_classes: int, in_channels: int):
         super().__init__()
@@ -22,9 +28,8 @@ class VGG(nn.Module):
                     nn.ReLU(inplace=True),
                 ]
                 channels = width
-            layers.append(
-                nn.MaxPool2d(2, ceil_mode=True)
-            )  # no change for 32 x 32; smaller images end at 1 x 1 instead of 0 x 0
+            # ceil_mode changes nothing for 32 x 32, and lets smaller images end at 1 x 1 instead of 0 x 0.
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
         self.features = nn.Sequential(*layers)
         self.gap = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(channels, num_classes)

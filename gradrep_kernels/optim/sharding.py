@@ -76,18 +76,18 @@ def part_on(p: Tensor, mult: GradMult) -> GradMult:
         if scale.shape[dim] > 1:
             scale = scale.index_select(dim, held)
     if mult.identity is None:
-        return GradMult._of(scale, None)
+        return GradMult.of_parts(scale, None)
     identity, column = mult.identity[index[0]], index[0] % p.shape[1]
     # on the diagonal: o mod I is the global input channel, and the tap is the centre of the whole kernel
     o, i = (column[:, None] == index[1]).nonzero(as_tuple=True)
     y, x = ((held == p.shape[dim] // 2).nonzero() for dim, held in ((2, index[2]), (3, index[3])))
     whole = [len(held) for held in index[1:]] == list(p.shape[1:])
     if whole and torch.equal(i, torch.arange(len(i), device=i.device) % p.shape[1]):
-        return GradMult._of(scale, identity)
+        return GradMult.of_parts(scale, identity)
     dtype = compute_dtype(p.dtype.to_real())  # the dtype in which the step adds the two parts
     dense = scale.to(dtype).expand(local(p).shape).clone(memory_format=torch.contiguous_format)
     dense[o, i, y, x] += identity[o].to(dtype)
-    return GradMult._of(dense, None)
+    return GradMult.of_parts(dense, None)
 
 
 def _held(p: Tensor, dim: int) -> Tensor:

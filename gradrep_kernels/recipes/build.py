@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gradrep_kernels import csla, models
-from gradrep_kernels.grad_mult import BranchScales
+from gradrep_kernels.branch_scales import BranchScales
 from gradrep_kernels.optim import FusedRepSGD, param_groups
 from gradrep_kernels.recipes.data import Data, derived_seed
 from gradrep_kernels.recipes.options import MODELS, Options

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradrep_kernels import csla
-from gradrep_kernels.grad_mult import BranchScales
+from gradrep_kernels.branch_scales import BranchScales
 from gradrep_kernels.optim import FusedRepSGD, param_groups
 from gradrep_kernels.recipes.build import plain_model
 from gradrep_kernels.recipes.data import Data, Loader, derived_seed

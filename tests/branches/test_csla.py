@@ -34,15 +34,6 @@ def by_name(cases):
     return {"argvalues": cases, "ids": [case.name for case in cases]}
 
 
-@pytest.fixture(autouse=True)
-def _repeatable():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Stem(nn.Module):
     def __init__(self):
         super().__init__()
@@ -457,7 +448,8 @@ def test_reinitialize_wants_fresh_norms():
     refused(
         trained,
         scales,
-        "needs an untrained model, force=True goes ahead: the norm after body.0 has seen 1 batches; the norm after last has seen 1 batches",
+        "needs an untrained model, force=True goes ahead: the norm after body.0 has seen 1 batches; "
+        "the norm after last has seen 1 batches",
     )
     moved = copy.deepcopy(tree)
     moved.last_norm.running_var[0] = 2
@@ -525,7 +517,10 @@ def train(model, opt, clip, steps=60):
 
 @named("case", **by_name(EQUIVALENCES))
 def test_csla_equals_grad_mult(case: Equivalence):
-    """Explicit branches under torch.optim.SGD, then merged, against the plain network under FusedRepSGD (RepOptimizers, Appendix A)."""
+    """Explicit branches under torch.optim.SGD, then merged, against the plain network under FusedRepSGD.
+
+    RepOptimizers, Appendix A.
+    """
     plain = network(GEOMETRY[case.geometry])
     scales = random_scales(plain, one_by_one=case.one_by_one, searched=case.searched_identity)
     signs = torch.cat(

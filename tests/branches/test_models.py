@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from cases_csla import FORWARD_TOLERANCE, GEOMETRIES, Geometry, random_scales
@@ -12,7 +14,7 @@ import gradrep_kernels as gr
 from gradrep_kernels import csla, models
 from gradrep_kernels.branches.normed import NormedBranches
 
-# RepOptimizers, Table 1 and FIELD: millions of parameters of the target form with 1000 classes.
+# RepOptimizers, Table 1: millions of parameters of the target form with 1000 classes.
 MILLIONS = {"b1": 51.84, "b2": 80.33, "l1": 76.04, "l2": 118.13}
 # (3x3 layers of stages 1 to 4, widths)
 SHAPES = {
@@ -31,18 +33,15 @@ CIFAR = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _repeatable():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def on_meta(make, *args, **kwargs):
     with torch.device("meta"):
         return make(*args, **kwargs)
+
+
+@functools.cache
+def target(name):
+    """A RepOpt-VGG without data, built once for the tests that only read its shapes."""
+    return on_meta(getattr(models, f"repopt_vgg_{name}"))
 
 
 def size(model):
@@ -63,7 +62,7 @@ def randomise_norms(model):
 
 @pytest.mark.parametrize("name", MILLIONS)
 def test_repopt_vgg_sizes_names_and_strides(name):
-    model = on_meta(getattr(models, f"repopt_vgg_{name}"))
+    model = target(name)
     assert round(size(model) / 1e6, 2) == MILLIONS[name]
     counts, widths = SHAPES[name]
     blocks = ["stage0"] + [f"stage{stage}.{n}" for stage, count in enumerate(counts, 1) for n in range(count)]
@@ -84,12 +83,12 @@ def test_repopt_vgg_sizes_names_and_strides(name):
 def test_repopt_vgg_modes_have_the_branches(name):
     make = getattr(models, f"repopt_vgg_{name}")
     counts, widths = SHAPES[name]
-    target, hs, repvgg = (on_meta(make, mode) for mode in ("target", "hs", "repvgg"))
+    hs, repvgg = (on_meta(make, mode) for mode in ("hs", "repvgg"))
     out = [64] + [width for count, width in zip(counts, widths) for _ in range(count)]
     one = sum(a * b for a, b in zip([3, *out], out))
     identity = sum(width * (count - 1) for count, width in zip(counts, widths))
-    assert size(hs) - size(target) == one + 2 * sum(out) + identity
-    assert size(repvgg) - size(target) == one + 2 * sum(out) + 2 * identity
+    assert size(hs) - size(target(name)) == one + 2 * sum(out) + identity
+    assert size(repvgg) - size(target(name)) == one + 2 * sum(out) + 2 * identity
     scales = csla.extract_scales(models.repopt_vgg_small("hs", 10))
     with pytest.raises(ValueError, match="the scales do not fit the model"):
         on_meta(make, "csla", scales=scales)

@@ -1,4 +1,7 @@
-"""GradMult and BranchScales, against the formulas of DESIGN 2.1 / the papers' Eq. 3 written out as loops."""
+"""GradMult and BranchScales, against their formulas written out as loops.
+
+The formulas are that of GradMult's docstring, and Eq. 3 of RepOptimizers.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,12 @@ SHAPES = [s for s in cases.SHAPES.values() if math.prod(s) < 5000]
 
 
 def by_loops(mult: GradMult, shape) -> torch.Tensor:
-    """M[o, i, y, x] = scale[o|0, i|0, y|0, x|0] + identity[o] · 1[i == o mod I, (y, x) = centre], element by element."""
+    """Form M element by element.
+
+    M[o, i, y, x] = scale[o|0, i|0, y|0, x|0] + identity[o] · 1[i == o mod I, (y, x) = centre]
+
+    `|0` stands for index 0 along a broadcast dimension.
+    """
     scale = mult.scale.reshape((1,) * (4 - mult.scale.dim()) + tuple(mult.scale.shape))
     dense = torch.empty(shape, dtype=mult.dtype)
     for o, i, y, x in torch.cartesian_prod(*(torch.arange(n) for n in shape)).tolist():
@@ -43,18 +51,18 @@ def test_dense_is_the_formula(shape, form, identity):
 def test_from_dense_finds_the_structured_form(shape, identity):
     for form in ("number", "repopt", "spatial", "per_output", "per_input", "dense"):
         dense = cases.multiplier(shape, form, identity).dense(shape)
-        found = GradMult.from_dense(dense)
-        assert torch.equal(found.dense(shape), dense), form
+        mult = GradMult.from_dense(dense)
+        assert torch.equal(mult.dense(shape), dense), form
         if shape[1] > 1 and form in ("repopt", "spatial", "number"):
-            assert found.scale.shape[1] == 1
-            assert found.nbytes <= (shape[0] * shape[2] * shape[3] + shape[0]) * 4
+            assert mult.scale.shape[1] == 1
+            assert mult.nbytes <= (shape[0] * shape[2] * shape[3] + shape[0]) * 4
 
 
 def test_from_dense_keeps_what_has_no_structure():
     dense = torch.rand(4, 4, 3, 3)
-    found = GradMult.from_dense(dense)
-    assert found.identity is None
-    assert torch.equal(found.scale, dense)
+    mult = GradMult.from_dense(dense)
+    assert mult.identity is None
+    assert torch.equal(mult.scale, dense)
     assert torch.equal(GradMult.from_dense(torch.zeros(3, 2)).dense((3, 2)), torch.zeros(3, 2))
     assert GradMult.from_dense(torch.full((3, 5), 2.0)).scale.numel() == 1
     assert torch.equal(GradMult.from_dense(torch.zeros(0, 3)).dense((0, 3)), torch.zeros(0, 3))

@@ -1,4 +1,4 @@
-"""Cases of the equivalence CSLA = GR, and what the csla and models tests share."""
+"""Cases of the equivalence CSLA = GR, and the set-up that the tests of branches share."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ import torch
 from torch import nn
 
 from gradrep_kernels import BranchScales
-from gradrep_kernels.branches.csla import has_shortcut
+from gradrep_kernels.branches.algebra import has_shortcut
 from gradrep_kernels.branches.sites import conv_sites
 
-# Both sides do the same sums in another order: 60 float64 steps leave about 1e-15 in weights of size 1; a wrong formula leaves 1e-6 and more.
+# Both sides do the same sums in another order: 60 float64 steps leave about 1e-15 in weights of size 1. A wrong formula
+# leaves 1e-6 and more.
 EQUIVALENCE_TOLERANCE = 1e-12
 # One forward in float64, outputs of size 1 to 10.
 FORWARD_TOLERANCE = 1e-12
 
 
 def shared_data() -> Path:
-    """The published scales: not part of a checkout, so the tests that read them run only where they are."""
+    """The folder of the published scales.
+
+    They are no part of a checkout, so tests that read them may be skipped.
+    """
     default = Path(__file__).resolve().parents[3] / "shared" / "data"
     return Path(os.environ.get("GRADREP_SHARED_DATA", default))
 
@@ -101,7 +105,10 @@ EQUIVALENCES = [
 def random_scales(
     model: nn.Module, *, negative: float = 0.4, one_by_one: bool = True, searched: bool = True, dtype=torch.float64
 ) -> dict[str, BranchScales]:
-    """Scales for every site of `model`, between 0.3 and 1.3 in size, the given share of them (rounded up) below 0."""
+    """Draw branch scales for every site of `model`, 0.3 to 1.3 in size.
+
+    The given share of them, rounded up, is below 0.
+    """
 
     def vector(channels: int) -> torch.Tensor:
         size = 0.3 + torch.rand(channels, dtype=dtype)
