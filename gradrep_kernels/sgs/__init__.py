@@ -3,11 +3,10 @@
 from gradrep_kernels.sgs.controller import SpatialGradientScaling
 from gradrep_kernels.sgs.dependence import (
     alpha_beta_scaling,
-    joint_histogram,
     normalized_mutual_information,
-    pair_ranges,
     spatial_gradient_scaling,
 )
+from gradrep_kernels.sgs.histograms import joint_histogram, pair_ranges
 
 __all__ = [
     "SpatialGradientScaling",

@@ -11,12 +11,10 @@ from gradrep_kernels.ops.backends import implementation
 from gradrep_kernels.ops.reference.pair_rule import compute_dtype, sturges
 from gradrep_kernels.sgs.dependence import (
     absolute_correlation,
-    half_displacements,
     normalized_mutual_information,
     pair_moments,
-    resolve_padding,
-    scalable_kernel,
 )
+from gradrep_kernels.sgs.taps import half_displacements, resolve_padding, scalable_kernel
 
 _WRAPPED = ("module", "_orig_mod")  # what DistributedDataParallel and its kin, and torch.compile, call the model inside
 
