@@ -1,4 +1,4 @@
-"""The taps of a convolution: which kernels have a spatial scaling, and at which displacements and with which padding they read."""
+"""The taps of a convolution: which kernels can be scaled, and where their taps lie on the input map."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 def two_ints(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    """A number or a pair of numbers (rows, columns), none below `least`."""
+    """Return (rows, columns) from a number or a pair of numbers, none below `least`."""
     try:
         pair = tuple(operator.index(v) for v in value) if isinstance(value, Iterable) else (operator.index(value),) * 2
     except TypeError:
@@ -30,7 +30,10 @@ def scalable_kernel(kernel_size: Sequence[int]) -> str | None:
 def resolve_padding(
     padding: int | str | Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, int]:
-    """A convolution's padding as (rows, columns); 'same' and 'valid' as torch.nn.Conv2d has them (odd kernels: equal on both sides)."""
+    """Return the padding of a convolution with an odd kernel as (rows, columns).
+
+    'same' and 'valid' mean what they mean in torch.nn.Conv2d. An odd kernel gets as much on one side as on the other.
+    """
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise ValueError(f"padding must be a number, a pair, 'same' or 'valid', got {padding!r}")
@@ -41,8 +44,13 @@ def resolve_padding(
 def half_displacements(kernel_size: Sequence[int], dilation: Sequence[int] = (1, 1)) -> list[tuple[int, int]]:
     """One of each pair ±d of the taps of an odd kernel, times the dilation: 4 for 3x3, 12 for 5x5, 24 for 7x7.
 
-    In the order of the taps after the centre, row by row. S is point-symmetric, so these are enough.
+    They are the taps after the centre, row by row. S is point-symmetric, so half of the taps are enough.
     """
     (kh, kw), (rows, columns) = kernel_size, dilation
     taps = [(i, j) for i in range(-(kh // 2), kh // 2 + 1) for j in range(-(kw // 2), kw // 2 + 1)]
     return [(i * rows, j * columns) for i, j in taps[len(taps) // 2 + 1 :]]
+
+
+def flat(displacements: Iterable[tuple[int, int]]) -> list[int]:
+    """[(i, j), ...] as [i, j, ...], which is how the ops take displacements."""
+    return [v for displacement in displacements for v in displacement]

@@ -86,6 +86,12 @@ def all_hooks(model):
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
 
+def live_tensors():
+    """The ids of all tensors that Python code holds."""
+    gc.collect()
+    return {id(thing) for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)}
+
+
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name in expected:
@@ -1142,16 +1148,22 @@ def test_the_maps_of_a_step_that_a_scaler_skips_pool_with_the_next(scale):
 
 
 def test_removed_between_forward_and_step_nothing_gathered_stays():
-    model, batches = small_model(), make_batches()
+    model = small_model().double()  # in float32 the bins would keep a copy of their ranges
+    batches = [batch.double() for batch in make_batches()]
     optimizer = sgd(model)
     sgs = gr.SpatialGradientScaling(model, optimizer, every_steps=1)
     train(model, optimizer, batches)
+    before, references = live_tensors(), [sys.getrefcount(model[0])]
     model(batches[0])
-    gathered = [weakref.ref(tensor) for layer in sgs._layers for tensor in (layer.ranges, layer.n, layer.table)]
+    gathered = live_tensors() - before
+    references.append(sys.getrefcount(model[0]))
     sgs.remove()
-    assert len(gathered) == 9
-    assert all(tensor() is None for tensor in gathered)
-    assert not sgs._seen
+    left = live_tensors() & gathered
+    references.append(sys.getrefcount(model[0]))
+    assert len(gathered) == 9  # ranges, n and counts of three layers
+    assert not left
+    assert references[1] == references[0] + 1  # it is remembered as called
+    assert references[2] <= references[0]
 
 
 def test_update_if_due_pauses_the_updates_during_warmup():
@@ -1193,11 +1205,12 @@ def test_copies_and_pickles_of_the_model_carry_no_controller():
     optimizer = sgd(model)
     sgs = gr.SpatialGradientScaling(model, optimizer, every_steps=1)
     twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.optim.swa_utils.AveragedModel(model).module]
+    before = live_tensors()
     for twin in twins:
         twin(make_batches()[0] * 100)
-    assert all(layer.n is None for layer in sgs._layers)
+    assert not live_tensors() - before
     for twin in twins:
-        assert all(hook.controller is None for module in twin.modules() for hook in module._forward_pre_hooks.values())
+        assert all(hook.updates is None for module in twin.modules() for hook in module._forward_pre_hooks.values())
     sgs.remove()
     assert all_hooks(model) == 0
 
@@ -1323,9 +1336,10 @@ def test_a_run_that_updates_every_n_steps_resumes_exactly(stop, kind):
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(change, message):
-    sgs, other = controller(small_model(), every_steps=1), controller(small_model(), every_steps=2)
-    train(sgs._model, sgs.optimizer, make_batches())
-    train(other._model, other.optimizer, make_batches(4, seed=2))
+    model, other_model = small_model(), small_model()
+    sgs, other = controller(model, every_steps=1), controller(other_model, every_steps=2)
+    train(model, sgs.optimizer, make_batches())
+    train(other_model, other.optimizer, make_batches(4, seed=2))
     before, state = sgs.state_dict(), other.state_dict()
     change(state)
     with pytest.raises(ValueError, match=message):
