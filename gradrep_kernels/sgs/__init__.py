@@ -1,4 +1,7 @@
-"""Spatial gradient scaling: how much each tap of a kernel learns, from the spatial dependence in its input (Detkov et al., 2023)."""
+"""Spatial gradient scaling (Detkov et al., 2023).
+
+The spatial dependence in the input of a convolution says how fast each tap of its kernel is to learn.
+"""
 
 from gradrep_kernels.sgs.controller import SpatialGradientScaling
 from gradrep_kernels.sgs.dependence import (

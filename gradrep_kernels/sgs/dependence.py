@@ -1,4 +1,4 @@
-"""From a feature map to a spatial gradient scaling: pairs -> counts -> dependence -> S -> G.
+"""The formulas from counts to a scaling: counts -> dependence -> S -> G.
 
 Source: Detkov et al., "Reparameterization through Spatial Gradient Scaling" (ICLR 2023), section 3.3, Eq. 6-8.
 """
@@ -15,14 +15,18 @@ from gradrep_kernels.ops.reference.pair_rule import padded, pair_views, sturges
 from gradrep_kernels.sgs.histograms import check_map, joint_histogram, pair_ranges
 from gradrep_kernels.sgs.taps import half_displacements, resolve_padding, scalable_kernel, two_ints
 
-_ROUNDING = 1e-12  # relative; sums of some thousand float64 terms are exact to about 1e-13
+_ROUNDING = 1e-12  # relative error allowed: sums of some thousand float64 terms are exact to about 1e-13
 
 
 def normalized_mutual_information(counts: Tensor) -> Tensor:
-    """(H(P) + H(Q) - H(P, Q)) / H(P, Q) of joint histograms (Eq. 7)  # [..., B, B] -> float64 [...], in [0, 1]
+    """(H(P) + H(Q) - H(P, Q)) / H(P, Q) of joint histograms (Eq. 7).
 
-    NaN where it is undefined: no counts, or all of them in one cell (H(P, Q) = 0). Values below 1e-12 are the rounding
-    error of the three sums and become 0.
+    Args:
+        counts: [..., B, B]
+
+    Returns:
+        float64 [...], in [0, 1]. NaN where it is undefined: no counts, or all of them in one cell (H(P, Q) = 0). Values
+        below 1e-12 are the rounding error of the three sums and become 0.
 
     Raises:
         TypeError, ValueError: not a Tensor, or the last two dimensions are not equal.
@@ -40,7 +44,10 @@ def normalized_mutual_information(counts: Tensor) -> Tensor:
 
 
 def pair_moments(x: Tensor, displacements: list[int], ranges: Tensor, padding: list[int], remove_near: bool) -> Tensor:
-    """n and the sums of p, q, p², q², pq over the pairs, p and q measured from the lower end of their range  # [C, D, 6] float64"""
+    """Sum 1, p, q, p², q² and pq over the pairs, with p and q measured from the lower end of their range.
+
+    Arguments are as the op `pair_ranges` takes and gives them.  # -> [C, D, 6] float64
+    """
     maps, sums = padded(x, padding), []
     for d, (di, dj) in enumerate(zip(displacements[::2], displacements[1::2])):
         p, q = pair_views(maps, di, dj)
@@ -53,7 +60,7 @@ def pair_moments(x: Tensor, displacements: list[int], ranges: Tensor, padding: l
 
 
 def absolute_correlation(moments: Tensor) -> Tensor:
-    """|Pearson's r| from `pair_moments`  # [..., 6] -> float64 [...], in [0, 1]; NaN where a side does not vary"""
+    """|Pearson's r| from `pair_moments`, NaN where a side does not vary.  # [..., 6] -> float64 [...], in [0, 1]"""
     _, p, q, pp, qq, pq = (moments / moments[..., :1]).unbind(-1)
     variances = []
     for mean, square in ((p, pp), (q, qq)):
@@ -63,15 +70,15 @@ def absolute_correlation(moments: Tensor) -> Tensor:
 
 
 def k_transform(dependence: Tensor, k: float) -> Tensor:
-    """Eq. 8: k s / ((k - 1) s + 1), element by element; 0 and 1 stay, k = 1 changes nothing."""
+    """Eq. 8: k s / ((k - 1) s + 1), element by element. 0 and 1 stay, and k = 1 changes nothing."""
     return k * dependence / ((k - 1) * dependence + 1)
 
 
 def spatial_dependence(dependence: Tensor, kernel_size: Sequence[int], k: float, remove_near: bool) -> Tensor | None:
-    """S of one layer from the dependence of its half displacements.
+    """Return S of one layer from the dependence at half of its displacements.
 
     Args:
-        dependence:  [C, D] in [0, 1], NaN where undefined; D as in `half_displacements`
+        dependence:  [C, D] in [0, 1], NaN where undefined; D displacements as in `half_displacements`
         kernel_size: (kh, kw), both odd
         remove_near: an undefined channel counts as 0 instead of being left out of the mean
 
@@ -88,11 +95,12 @@ def spatial_dependence(dependence: Tensor, kernel_size: Sequence[int], k: float,
 
 
 def normalize(s: Tensor) -> Tensor:
-    """G = S / mean(S)  # float32 [kh, kw]"""
+    """Return G = S / mean(S).  # float32 [kh, kw]"""
     return (s / s.mean()).float()
 
 
 def check_k(k: float) -> float:
+    """Return k as a float, or raise ValueError if it is not positive and finite."""
     k = float(k)
     if not 0 < k < float("inf"):
         raise ValueError(f"k must be positive and finite, got {k}")
@@ -100,7 +108,7 @@ def check_k(k: float) -> float:
 
 
 def not_finite(ranges: Tensor, n: Tensor) -> Tensor:
-    """Whether a value that is not finite is among the pairs  # bool []"""
+    """Whether a value that is not finite is among the pairs.  # bool []"""
     return (~torch.isfinite(ranges) & (n > 0)[..., None, None]).any()
 
 
@@ -113,7 +121,9 @@ def spatial_gradient_scaling(
     k: float = 5.0,
     remove_near: bool = False,
 ) -> Tensor:
-    """G of a convolution from one input map: its normalised mutual information at each tap's displacement, k-transformed.
+    """Return G of a convolution from one input map.
+
+    It is the normalised mutual information of the map at each tap's displacement, k-transformed, with mean 1.
 
     Args:
         x:           [N, C, H, W], the input of the convolution, float32, float64, bfloat16 or float16
@@ -124,8 +134,8 @@ def spatial_gradient_scaling(
         remove_near: the paper's ImageNet setting: pairs with a zero and pairs of equal bin numbers do not count
 
     Returns:
-        G float32 [kh, kw] with mean 1; ones where it is undefined (no pairs, constant maps, independent neighbours) and,
-        with a warning, where the map is not finite.
+        G float32 [kh, kw] with mean 1. It is ones where it is undefined (no pairs, constant maps, independent
+        neighbours) and, with a warning, where the map is not finite.
 
     Raises:
         TypeError, ValueError: as `pair_ranges`; kernels, padding, dilation or k that no convolution or Eq. 8 has.
@@ -148,7 +158,7 @@ def spatial_gradient_scaling(
 
 
 def alpha_beta_scaling(alpha: float, beta: float) -> Tensor:
-    """The 3 x 3 scaling of the paper's grid search (Figure 7), float32 [3, 3] with mean 1.
+    """Return the 3 x 3 scaling of the paper's grid search (Figure 7), float32 [3, 3] with mean 1.
 
     Args:
         alpha: centre over edges, positive

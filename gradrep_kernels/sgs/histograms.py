@@ -1,4 +1,4 @@
-"""Statistics of the pairs of pixels of a feature map: the public faces of the ops, which check their arguments."""
+"""Public faces of the ops `pair_ranges` and `joint_histogram`: they check arguments and give defaults."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _MAP_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_map(x: Tensor) -> Tensor:
+    """Return a feature map [N, C, H, W] without its history, or raise TypeError or ValueError if it is none."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor [N, C, H, W], got {type(x).__name__}")
     if x.dtype not in _MAP_DTYPES:
@@ -38,7 +39,7 @@ def _flat(displacements: Iterable[Sequence[int]]) -> list[int]:
 def pair_ranges(
     x: Tensor, displacements: Iterable[Sequence[int]], *, padding: int | Sequence[int] = 0, remove_near: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Range of both sides of all pairs (p, q = p + displacement) of each channel, pooled over the images.
+    """Return the range of both sides of all pairs (p, q = p + displacement) of each channel, over all images.
 
     Args:
         x:             [N, C, H, W], float32, float64, bfloat16 or float16, any strides; not changed
@@ -47,7 +48,7 @@ def pair_ranges(
         remove_near:   drop pairs with a zero on either side
 
     Returns:
-        ranges [C, D, 2, 2] = (p | q, lo | hi), float64 for a float64 map, else float32; (+inf, -inf) where no pair is
+        ranges [C, D, 2, 2] = (p | q, lo | hi), float64 for a float64 map, else float32. (+inf, -inf) where no pair is
                left, NaN where a NaN is among the values
         n      [C, D] int64, how many pairs
 
@@ -59,7 +60,7 @@ def pair_ranges(
 
 
 def _check_bins(bins: int | str | Tensor, channels: int, pairs: int, device: torch.device) -> Tensor | None:
-    """[C, D] int32, or None for 'sturges'."""
+    """Return bins as [C, D] int32, or None for 'sturges'."""
     if isinstance(bins, str):
         if bins != "sturges":
             raise ValueError(f"bins must be an int, 'sturges' or an integer Tensor [D] or [C, D], got {bins!r}")
@@ -89,17 +90,17 @@ def joint_histogram(
     remove_near: bool = False,
     ranges: Tensor | None = None,
 ) -> Tensor:
-    """How often a pixel in bin p has its displaced neighbour in bin q, for each channel and displacement.
+    """Count how often a pixel in bin p has its displaced neighbour in bin q, per channel and displacement.
 
     Args:
         x, displacements, padding: as in `pair_ranges`
         bins:        per side: an int, an integer Tensor [D] or [C, D], or 'sturges' for 1 + ceil(log2 n) of n pairs
         remove_near: drop pairs with a zero on either side, and pairs that fall into bins of the same number
-        ranges:      [C, D, 2, 2] as `pair_ranges` gives them, if the bins are to span other data than `x`; values outside
-                     fall into the end bins
+        ranges:      [C, D, 2, 2] as `pair_ranges` gives them, if the bins are to span other data than `x`. Values
+                     outside fall into the end bins
 
     Returns:
-        counts [C, D, B, B] int64 with B the largest number of bins; unused cells are 0. The top bin is closed, as in
+        counts [C, D, B, B] int64 with B the largest number of bins. Unused cells are 0. The top bin is closed, as in
         numpy.histogram2d. A NaN falls into bin 0. The rule in full: gradrep_kernels/ops/reference/pair_rule.py.
 
     Raises:
