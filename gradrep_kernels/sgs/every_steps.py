@@ -52,9 +52,11 @@ class TrainingUpdates:
 
     @property
     def due(self) -> bool:
-        """Whether the step that is under way, or whose forward is, is one of the n-th."""
+        """Whether the step that is under way, or whose forward is, is one of the n-th. Without layers none is."""
         every = self._options.every_steps
-        return every is not None and not self.paused and (self.steps + 1) % every == 0
+        if every is None or self.paused or not self._learning.layers:
+            return False
+        return (self.steps + 1) % every == 0
 
     def watch(self, layer: Layer, conv: nn.Conv2d, args: tuple, kwargs: dict) -> None:
         """Gather from one call of a convolution, if it is part of the training forward of a due step."""

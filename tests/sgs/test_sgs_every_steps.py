@@ -1,6 +1,7 @@
 """Updates from the training batches, at every n-th step."""
 
 import copy
+import gc
 import math
 import pickle
 import sys
@@ -9,14 +10,17 @@ import warnings
 import pytest
 import torch
 from sgs_controllers import (
+    TAPS,
     Named,
     WithScaling,
     all_hooks,
     assert_same,
     live_tensors,
     make_batches,
+    scaling_of,
     sgd,
     small_model,
+    sturges_bins,
     train,
 )
 from torch import nn
@@ -34,18 +38,12 @@ def test_every_n_steps_counts_within_the_ranges_of_the_update_before(closure):
     sgs = gr.SpatialGradientScaling(model, optimizer, every_steps=2)
     train(model, optimizer, batches[:2], closure)  # the second step finds ranges
     assert torch.equal(sgs.scalings["conv"], torch.ones(3, 3))
-    displacements = [(0, 1), (1, -1), (1, 0), (1, 1)]
     for last, now in ((1, 3), (3, 5)):
         train(model, optimizer, batches[now - 1 : now + 1], closure)
-        ranges, n = gr.pair_ranges(batches[last], displacements, padding=1)
-        bins = torch.tensor([[1 + (int(v) - 1).bit_length() for v in row] for row in n])
-        nmi = gr.normalized_mutual_information(
-            gr.joint_histogram(batches[now], displacements, bins, padding=1, ranges=ranges)
-        )
-        s = torch.ones(9, dtype=torch.float64)
-        s[5:] = (5 * nmi / (4 * nmi + 1)).mean(0)
-        s[:4] = s[5:].flip(0)
-        assert torch.allclose(sgs.scalings["conv"], (s / s.mean()).float().view(3, 3), atol=1e-6)
+        ranges, n = gr.pair_ranges(batches[last], TAPS, padding=1)
+        counts = gr.joint_histogram(batches[now], TAPS, sturges_bins(n), padding=1, ranges=ranges)
+        expected = scaling_of(gr.normalized_mutual_information(counts))
+        assert torch.allclose(sgs.scalings["conv"], expected, atol=1e-6)
 
 
 def test_a_convolution_that_a_due_step_does_not_call_keeps_its_ranges():
@@ -57,12 +55,10 @@ def test_a_convolution_that_a_due_step_does_not_call_keeps_its_ranges():
         (model[0](batch).sum() + (model[1](batch).sum() if step != 1 else 0)).backward()
         optimizer.step()
         assert torch.equal(sgs.scalings["1"], torch.ones(3, 3)) == (step < 2)
-    displacements = [(0, 1), (1, -1), (1, 0), (1, 1)]
-    ranges, n = gr.pair_ranges(batches[0], displacements)
-    bins = torch.tensor([[1 + (int(v) - 1).bit_length() for v in row] for row in n])
-    nmi = gr.normalized_mutual_information(gr.joint_histogram(batches[2], displacements, bins, ranges=ranges))
-    s = (5 * nmi / (4 * nmi + 1)).mean(0)
-    assert torch.allclose(sgs.scalings["1"].flatten()[5:] / sgs.scalings["1"][1, 1], s.float(), atol=1e-6)
+    ranges, n = gr.pair_ranges(batches[0], TAPS)
+    counts = gr.joint_histogram(batches[2], TAPS, sturges_bins(n), ranges=ranges)
+    expected = scaling_of(gr.normalized_mutual_information(counts))
+    assert torch.allclose(sgs.scalings["1"], expected, atol=1e-6)
 
 
 def test_a_due_step_uses_what_its_own_forward_showed():
@@ -128,7 +124,7 @@ def test_the_maps_of_a_step_that_a_scaler_skips_pool_with_the_next(scale):
             scaler.step(optimizer)
         scaler.update()
         warned.append(any("is not finite" in str(w.message) for w in caught))
-    state, n = sgs.state_dict(), gr.pair_ranges(batches[0], [(0, 1), (1, -1), (1, 0), (1, 1)], padding=1)[1]
+    state, n = sgs.state_dict(), gr.pair_ranges(batches[0], TAPS, padding=1)[1]
     assert state["steps"] == 2
     assert torch.equal(state["ranges"]["conv"][1], n * (1 if math.isnan(scale) else 2))
     assert torch.equal(sgs.scalings["conv"], torch.ones(3, 3)) == math.isnan(scale)
@@ -141,6 +137,7 @@ def test_removed_between_forward_and_step_nothing_gathered_stays():
     optimizer = sgd(model)
     sgs = gr.SpatialGradientScaling(model, optimizer, every_steps=1)
     train(model, optimizer, batches)
+    gc.collect()
     before, references = live_tensors(), [sys.getrefcount(model[0])]
     model(batches[0])
     gathered = live_tensors() - before
@@ -193,6 +190,7 @@ def test_copies_and_pickles_of_the_model_carry_no_controller():
     optimizer = sgd(model)
     sgs = gr.SpatialGradientScaling(model, optimizer, every_steps=1)
     twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.optim.swa_utils.AveragedModel(model).module]
+    gc.collect()
     before = live_tensors()
     for twin in twins:
         twin(make_batches()[0] * 100)
@@ -201,3 +199,36 @@ def test_copies_and_pickles_of_the_model_carry_no_controller():
         assert all(hook.updates is None for module in twin.modules() for hook in module._forward_pre_hooks.values())
     sgs.remove()
     assert all_hooks(model) == 0
+
+
+def test_models_that_were_pickled_before_the_hook_moved_can_be_loaded():
+    hook = pickle.loads(b"cgradrep_kernels.sgs.controller\n_Watch\n(NNtR.")
+    conv = nn.Conv2d(1, 1, 3)
+    conv.register_forward_pre_hook(hook, with_kwargs=True)
+    assert conv(torch.ones(1, 1, 3, 3)).shape == (1, 1, 1, 1)
+
+
+def test_a_due_step_without_a_convolution_to_scale():
+    model = nn.Conv2d(1, 1, 1)
+    optimizer = sgd(model)
+    with pytest.warns(UserWarning, match="found no convolution to scale"):
+        sgs = gr.SpatialGradientScaling(model, optimizer, every_steps=1)
+    train(model, optimizer, [torch.ones(1, 1, 4, 4)])
+    assert sgs.state_dict()["steps"] == 1
+
+
+@pytest.mark.parametrize("option", ["k", "remove_near", "every_steps"])
+def test_options_can_be_changed_between_updates(option):
+    def run(before, after):
+        model = Named()
+        optimizer = WithScaling(model.parameters(), lr=0.01)
+        sgs = gr.SpatialGradientScaling(model, optimizer, every_steps=1, **before)
+        train(model, optimizer, make_batches(1))
+        for name, value in after.items():
+            assert getattr(sgs, name) != value
+            setattr(sgs, name, value)
+        train(model, optimizer, make_batches(1))
+        return sgs.scalings["conv"]
+
+    changed = {"k": 2.0, "remove_near": True, "every_steps": None}[option]
+    assert not torch.equal(run({}, {option: changed}), run({}, {}))
