@@ -251,7 +251,10 @@ def test_update_scaling_is_the_papers_adagrad_star(name, dtype):
 
 
 class Centralized(torch.optim.SGD):
-    """Writes into the gradients and calls the step of its base class: torch runs the hooks twice, one pair within the other."""
+    """Writes into the gradients and calls the step of its base class.
+
+    torch runs the hooks twice then, one pair within the other.
+    """
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -3,13 +3,14 @@
 import logging
 import math
 import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import start_processes
 from sgs_controllers import controller, make_batches, sgd, train
 from torch import nn
 
@@ -17,6 +18,35 @@ import gradrep_kernels as gr
 from gradrep_kernels.sgs.ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@contextmanager
+def process_group(rank, ranks, meeting):
+    where = {"init_method": f"file://{meeting}", "timeout": timedelta(seconds=60)}
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, **where)
+    yield
+    dist.destroy_process_group()
+
+
+def on_rank(rank, folder):
+    """Four processes import torch once for both tests: first all of them are ranks, then the first two."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with process_group(rank, 4, folder / "four"):
+        torch.save(on_one_of_four(rank), folder / f"four {rank}")
+    if rank < 2:
+        with process_group(rank, 2, folder / "two"):
+            torch.save(on_one_of_two(rank), folder / f"two {rank}")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    start_processes(on_rank, (folder,), 4)
+    return {
+        name: [torch.load(folder / f"{name} {rank}", weights_only=False) for rank in range(ranks)]
+        for name, ranks in (("two", 2), ("four", 4))
+    }
 
 
 DEALT = {0: [0, 2], 1: [1]}  # which batches each rank gets
@@ -43,12 +73,7 @@ def rank_batches():
     return batches
 
 
-def on_rank(rank, address, results):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{address}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    warnings.simplefilter("ignore")
+def on_one_of_two(rank):
     found = {}
     batches = [rank_batches()[i] for i in DEALT[rank]]
     for key, options in OPTIONS.items():
@@ -90,18 +115,14 @@ def on_rank(rank, address, results):
         ranks.reduce([big // 2, big[:1] // 2], "sum", torch.device("cpu"), 2**31 - 1)[0].tolist(),
         ranks.bytes,
     ]
-    results[rank] = found
-    dist.destroy_process_group()
+    return found
 
 
 OPTIONS = {"plain": {}, "remove near": {"remove_near": True}, "autocorrelation": {"dependence": "autocorrelation"}}
 
 
-def test_two_ranks(tmp_path):
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.spawn(on_rank, args=(tmp_path / "store", results), nprocs=2)
-        first, second = results[0], results[1]
+def test_two_ranks(results):
+    first, second = results["two"]
 
     def one_process(batches, number, **options):
         sgs = controller(Uneven(), batches=number, **options)
@@ -167,11 +188,7 @@ def scalings_and_bytes(batches, **options):
     return {name: g.tolist() for name, g in sgs.scalings.items()}, int(records[-1].getMessage().split()[-5])
 
 
-def on_one_of_four(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4, timeout=timedelta(seconds=60)
-    )
+def on_one_of_four(rank):
     groups = {4: None, 2: dist.new_group([0, 1])}
     batches, found = unlike_batches(), {}
     for ranks, group in groups.items():
@@ -179,13 +196,10 @@ def on_one_of_four(rank, folder):
             if rank < ranks:
                 mine = [batches[i] for i in MANY_DEALT[ranks][rank]]
                 found[ranks, remove_near] = scalings_and_bytes(mine, remove_near=remove_near, process_group=group)
-    torch.save(found, folder / f"{rank}")
-    dist.destroy_process_group()
+    return found
 
 
-def test_the_same_batches_on_one_two_and_four_ranks(tmp_path):
-    mp.spawn(on_one_of_four, args=(tmp_path,), nprocs=4)
-    results = [torch.load(tmp_path / f"{rank}") for rank in range(4)]
+def test_the_same_batches_on_one_two_and_four_ranks(results):
     batches = unlike_batches()
     maps = {"always": [(batch, 3, 1) for batch in batches]}
     called = [batch for i, batch in enumerate(batches) if i != 1]
@@ -196,14 +210,18 @@ def test_the_same_batches_on_one_two_and_four_ranks(tmp_path):
         assert all(torch.tensor(g).ne(1).any() for g in expected.values())
         for ranks in (2, 4):
             for rank in range(ranks):
-                found, sent = results[rank][ranks, remove_near]
+                found, sent = results["four"][rank][ranks, remove_near]
                 assert found == expected, (ranks, rank)  # to the bit
                 if not remove_near:  # where n does not depend on the values
                     assert sent == bytes_of_an_update(maps)
 
 
 def bytes_of_an_update(maps):
-    """Of one rank: n and a flag of each layer and two numbers (int64), both ends of ranges (float64), tables and a flag (int32)."""
+    """How much one rank sends.
+
+    They are n and a flag of each layer and two numbers (int64), both ends of ranges (float64), tables and a flag
+    (int32).
+    """
     pairs, cells = 0, 0
     for calls in maps.values():
         channels, radius = calls[0][0].shape[1], calls[0][1] // 2

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import start_processes
 from sgs_controllers import Named, all_hooks, assert_same, controller, make_batches, maps_of, sgd, small_model
 from torch import nn
 
@@ -178,7 +178,7 @@ def status_bytes(key):
 
 def measure_memory(_, path):
     torch.set_num_threads(2)
-    found = {}
+    peaks = {}
 
     def update(images, dtype, memory_format, kernel, remove_near):
         gc.collect()  # the controller before, and its map
@@ -194,21 +194,21 @@ def measure_memory(_, path):
     for images in (1, 72):  # the first warms up
         for desc, form in MEMORY.items():
             for kernel, remove_near in ((5, False), (3, True)):
-                found[desc, kernel, remove_near] = update(images, *form, kernel, remove_near)
-    torch.save(found, path)
+                peaks[desc, kernel, remove_near] = update(images, *form, kernel, remove_near)
+    torch.save(peaks, path)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.skipif(any(row["serves"] != "cpp" for row in backends.report(("cpu",))), reason="a promise of the kernels")
 def test_an_update_takes_less_memory_than_the_largest_map(tmp_path):
-    """Peak of a process over what it held before, in maps of 75 (bf16: 38) MB, which malloc maps and unmaps: up to 0.08.
+    """The peak of a process over what it held before, in maps, is up to 0.08.
 
-    One padded copy would be 1, a map widened to float32 2.
+    Maps have 75 MB (bf16: 38), which malloc maps and unmaps. A padded copy would be 1, a map widened to float32 2.
     """
-    mp.spawn(measure_memory, args=(tmp_path / "found",))
-    found = torch.load(tmp_path / "found")
-    assert len(found) == 2 * len(MEMORY)
-    assert all(extra < 0.5 for extra in found.values()), found
+    start_processes(measure_memory, (tmp_path / "peaks",), 1)
+    peaks = torch.load(tmp_path / "peaks")
+    assert len(peaks) == 2 * len(MEMORY)
+    assert all(extra < 0.5 for extra in peaks.values()), peaks
 
 
 def test_no_autograd():
@@ -226,9 +226,10 @@ def test_no_autograd():
 
 
 def test_inside_autocast():
-    """Maps are what the convolutions are given: bf16 from one to another, float32 images although the first one casts them inside.
+    """Maps are what the convolutions are given.
 
-    And casts of weights that were cached without autograd do not lose the gradients (pytorch #112583).
+    That is bf16 from one to another, but float32 images, although the first convolution casts them inside. And casts of
+    weights that were cached without autograd do not lose the gradients (pytorch #112583).
     """
     model, batches = small_model(), make_batches()
     sgs = controller(model)
