@@ -60,7 +60,10 @@ def pair_moments(x: Tensor, displacements: list[int], ranges: Tensor, padding: l
 
 
 def absolute_correlation(moments: Tensor) -> Tensor:
-    """|Pearson's r| from `pair_moments`, NaN where a side does not vary.  # [..., 6] -> float64 [...], in [0, 1]"""
+    """|Pearson's r| from `pair_moments`, NaN where a side does not vary.
+
+    [..., 6] gives float64 [...], in [0, 1].
+    """
     _, p, q, pp, qq, pq = (moments / moments[..., :1]).unbind(-1)
     variances = []
     for mean, square in ((p, pp), (q, qq)):

@@ -1,7 +1,7 @@
-"""What is gathered from feature maps on one rank: `gather` shows a map to the statistics, which call the ops.
+"""Statistics of feature maps on one rank.
 
-The first pass gathers `Ranges`. They give a `Binning` per layer, within which the second pass gathers `Tables`. Nothing
-else keeps a result: statistics that are dropped are forgotten.
+`gather` shows a map to the statistics, which call the ops. The first pass gathers `Ranges`. They give a `Binning` per
+layer, within which the second pass gathers `Tables`. Nothing else keeps a result: statistics that are dropped are gone.
 """
 
 from __future__ import annotations

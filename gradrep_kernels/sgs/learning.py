@@ -1,4 +1,7 @@
-"""From gathered statistics to the scalings G: pool them over the ranks, evaluate them, set what is defined."""
+"""From gathered statistics to the scalings G.
+
+Statistics are pooled over the ranks and evaluated, and each G that they define is set.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +55,9 @@ class Learning:
     def bin(
         self, ranges: Ranges, drawn: int, failure: Exception | None = None
     ) -> tuple[dict[Layer, Binning], list[Layer]]:
-        """Pool the ranges. Return a binning for each layer that has pairs, and the layers whose maps are not finite.
+        """Pool the ranges, and return (binnings, layers whose maps are not finite).
 
-        Both are the same on every rank.
+        A layer has a binning if it has pairs. Both results are the same on every rank.
 
         Args:
             drawn:   how many batches this rank has

@@ -1,4 +1,7 @@
-"""Reductions over the processes that pool their statistics, and transfers of many small tensors to the host at once."""
+"""Reductions over the ranks that pool their statistics, and transfers to the host.
+
+Many small tensors travel as one.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,10 @@ def _split(flat: Tensor, parts: list[Tensor]) -> list[Tensor]:
 
 
 def attempt(action: Callable[[], None]) -> Exception | None:
-    """Return what `action` raises. The other ranks wait in the next reduction, and must hear of the failure there."""
+    """Return what `action` raises, or None.
+
+    The other ranks wait in the next reduction, and must hear of the failure there.
+    """
     try:
         action()
     except Exception as failure:

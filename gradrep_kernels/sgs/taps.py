@@ -42,9 +42,10 @@ def resolve_padding(
 
 
 def half_displacements(kernel_size: Sequence[int], dilation: Sequence[int] = (1, 1)) -> list[tuple[int, int]]:
-    """One of each pair ±d of the taps of an odd kernel, times the dilation: 4 for 3x3, 12 for 5x5, 24 for 7x7.
+    """Return one of each pair ±d of the taps of an odd kernel, times the dilation.
 
-    They are the taps after the centre, row by row. S is point-symmetric, so half of the taps are enough.
+    That makes 4 for 3x3, 12 for 5x5 and 24 for 7x7. They are the taps after the centre, row by row. S is
+    point-symmetric, so half of the taps are enough.
     """
     (kh, kw), (rows, columns) = kernel_size, dilation
     taps = [(i, j) for i in range(-(kh // 2), kh // 2 + 1) for j in range(-(kw // 2), kw // 2 + 1)]
