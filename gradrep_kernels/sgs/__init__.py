@@ -1,13 +1,15 @@
-"""Spatial gradient scaling: how much each tap of a kernel learns, from the spatial dependence in its input (Detkov et al., 2023)."""
+"""Spatial gradient scaling (Detkov et al., 2023).
+
+The spatial dependence in the input of a convolution says how fast each tap of its kernel is to learn.
+"""
 
 from gradrep_kernels.sgs.controller import SpatialGradientScaling
 from gradrep_kernels.sgs.dependence import (
     alpha_beta_scaling,
-    joint_histogram,
     normalized_mutual_information,
-    pair_ranges,
     spatial_gradient_scaling,
 )
+from gradrep_kernels.sgs.histograms import joint_histogram, pair_ranges
 
 __all__ = [
     "SpatialGradientScaling",

@@ -1,27 +1,83 @@
-"""Scalings for any torch optimizer: what its step hooks do to gradients, or to the change of the weights."""
+"""Scalings for any torch optimizer: step hooks that scale the gradients, or the change of the weights."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+
+class StepHooks:
+    """Calls `before(args, kwargs)` and `after(args, kwargs)` around each step of an optimizer.
+
+    args and kwargs are those of the step, and `before` may return others, as a step pre-hook may.
+
+    An optimizer whose step calls super().step() runs its hooks within its hooks, because torch hooks each class. Only
+    the outermost ones count.
+    """
+
+    def __init__(
+        self,
+        before: Callable[[tuple, dict], tuple[tuple, dict] | None],
+        after: Callable[[tuple, dict], None],
+    ):
+        self._before, self._after = before, after
+        self._frame: FrameType | None = None  # of the step that is under way, or that raised
+        self._steps_inside = 0
+
+    def register(self, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
+        return [
+            optimizer.register_step_pre_hook(self.before_step),
+            optimizer.register_step_post_hook(self.after_step),
+        ]
+
+    def before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if _is_running(self._frame):
+            self._steps_inside += 1
+            return None
+        self._frame, self._steps_inside = sys._getframe(1), 0
+        return self._before(args, kwargs)
+
+    def after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if self._steps_inside > 0:
+            self._steps_inside -= 1
+            return
+        self._frame = None
+        self._after(args, kwargs)
+
+
+def _is_running(frame: FrameType | None) -> bool:
+    """Whether the call of `frame` has not ended.
+
+    A step that raised got no post-hook, so the next step looks like one within it. Only the stack tells them apart.
+    """
+    caller = sys._getframe(1)
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return frame is not None and caller is frame
 
 
 class GradientScaling:
     """Puts a scaled copy into `.grad` before the step and the caller's tensor back after it (SGS paper, Eq. 2).
 
-    The product is rounded once to the gradient's dtype. With a closure the gradients are the caller's while it runs and
-    scaled after it. A step that raises gets no post-hook: the copies then stay in `.grad` until the next step, which puts
-    the caller's tensors back first, except where the copy has been written to since (zeroed, or accumulated into).
+    The product is rounded once to the gradient's dtype. With a closure, the gradients are the caller's while it runs
+    and scaled after it. A step that raises gets no post-hook, so the copies stay in `.grad` until the next step. That
+    one puts the caller's tensors back first, except where the copy has been written to since (zeroed, or accumulated
+    into).
     """
 
     def __init__(self):
-        self.scalings: dict[Parameter, Tensor] = {}  # G, float32 [kh, kw]
-        self._swapped: list[
-            tuple[Parameter, Tensor, Tensor, int]
-        ] = []  # parameter, the caller's gradient, copy, its version
+        self._scalings: dict[Parameter, Tensor] = {}  # G, float32 [kh, kw]
+        # For each gradient that is swapped: parameter, the caller's gradient, the copy, and the copy's version.
+        self._swapped: list[tuple[Parameter, Tensor, Tensor, int]] = []
+
+    def set_spatial_scaling(self, parameter: Parameter, g: Tensor | None) -> None:
+        _set_or_remove(self._scalings, parameter, g)
 
     def before_step(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._put_back(unless_written=True)
@@ -40,7 +96,7 @@ class GradientScaling:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for parameter, g in self.scalings.items():
+        for parameter, g in self._scalings.items():
             grad = parameter.grad
             if grad is not None:
                 copy = (grad * g.to(grad.device)).to(grad.dtype)
@@ -55,30 +111,40 @@ class GradientScaling:
 
 
 class UpdateScaling:
-    """Scales the change that a step makes to the weight, whatever the optimizer (the paper's Adagrad*, appendix A.2).
+    """Scales the change that a step makes to the weight (the paper's Adagrad*, appendix A.2).
 
-    W <- W_before + G * (W_after - W_before), in float32 at least, rounded once; the optimizer's own weight decay is part of
-    the change. A step that raises leaves the weights as it left them.
+    W <- W_before + G * (W_after - W_before), in float32 at least and rounded once. The optimizer's own weight decay is
+    part of the change. A step that raises leaves the weights as it left them.
     """
 
     def __init__(self):
-        self.scalings: dict[Parameter, Tensor] = {}  # G, float32 [kh, kw]
+        self._scalings: dict[Parameter, Tensor] = {}  # G, float32 [kh, kw]
         self._before: list[tuple[Parameter, Tensor]] = []
 
+    def set_spatial_scaling(self, parameter: Parameter, g: Tensor | None) -> None:
+        _set_or_remove(self._scalings, parameter, g)
+
     def before_step(self, args: tuple, kwargs: dict) -> None:
-        self._before = [(parameter, parameter.detach().clone()) for parameter in self.scalings]
+        self._before = [(parameter, parameter.detach().clone()) for parameter in self._scalings]
 
     @torch.no_grad()
     def after_step(self) -> None:
         for parameter, before in self._before:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             before = before.to(dtype)
-            parameter.copy_(before + (parameter.to(dtype) - before) * self.scalings[parameter].to(parameter.device))
+            parameter.copy_(before + (parameter.to(dtype) - before) * self._scalings[parameter].to(parameter.device))
         self._before = []
 
 
+def _set_or_remove(scalings: dict[Parameter, Tensor], parameter: Parameter, g: Tensor | None) -> None:
+    if g is None:
+        scalings.pop(parameter, None)
+    else:
+        scalings[parameter] = g
+
+
 def closure_of(args: tuple, kwargs: dict) -> Callable | None:
-    """The closure among the arguments of `step`; args[0] is the optimizer."""
+    """Return the closure among the arguments of `step`, where args[0] is the optimizer."""
     return kwargs.get("closure", args[1] if len(args) > 1 else None)
 
 

@@ -1,4 +1,4 @@
-"""Running a model for its feature maps alone, with nothing left behind."""
+"""Runs a model for its feature maps alone, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def undisturbed(model: nn.Module, loader: object) -> Iterator[None]:
-    """Eval mode, no autograd; modes, buffers and random states as before, whatever happens.
+    """Put the model into eval mode without autograd, then restore modes, buffers and random states.
 
-    Modes are set as attributes: `.eval()` and `.train()` may be overridden, and merge weights, say.
+    They are restored after an exception too. Modes are set as attributes, because `.eval()` and `.train()` may be
+    overridden, for example to merge weights.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
@@ -41,7 +42,7 @@ def undisturbed(model: nn.Module, loader: object) -> Iterator[None]:
             module.training = training
         for module, name, buffer, value in buffers:
             module._buffers[name] = buffer
-            buffer.data.copy_(value)  # batch norm writes without a trace in the version counter; so do we
+            buffer.data.copy_(value)  # leaves the version counter alone, as batch norm does when it writes
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         for generator, state in states:
@@ -49,12 +50,15 @@ def undisturbed(model: nn.Module, loader: object) -> Iterator[None]:
 
 
 def _eager() -> AbstractContextManager:
-    """Compiled code does not see hooks that came after it. Only torch.compile imports torch._dynamo (which takes seconds)."""
+    """Switch compiled code off, because it does not see hooks that came after it.
+
+    The switch imports torch._dynamo, which takes seconds. If it is not yet imported, nothing is compiled.
+    """
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def run(model: nn.Module, batches: list, forward: Callable | None, hooks: list[tuple[nn.Module, Callable]]) -> None:
-    """One pass over the batches, with forward pre-hooks (module, args, kwargs) that are gone afterwards."""
+    """Call the model on each batch, with forward pre-hooks (module, args, kwargs) that are gone afterwards."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with ExitStack() as handles:
         for module, hook in hooks:
@@ -69,12 +73,13 @@ def _call(model: nn.Module, batch: object) -> object:
     if isinstance(batch, Tensor):
         return model(batch)
     raise TypeError(
-        f"a batch must be a Tensor, a tuple or list that starts with one, or a dict; got {type(batch).__name__} (or give forward=)"
+        "a batch must be a Tensor, a tuple or list that starts with one, or a dict; "
+        f"got {type(batch).__name__} (or give forward=)"
     )
 
 
 def _copied(item: object, device: torch.device) -> object:
-    """A copy on `device`: a model may write into its input, and both passes must see the same."""
+    """Return a copy on `device`. A model may write into its input, and both passes must see the same."""
     if isinstance(item, Tensor):
         return item.to(device, copy=True)
     if isinstance(item, Mapping):

@@ -1,6 +1,11 @@
-"""Reductions over the processes that pool their statistics, and moves to the host, many small tensors at a time."""
+"""Reductions over the ranks that pool their statistics, and transfers to the host.
+
+Many small tensors travel as one.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -8,20 +13,21 @@ from torch import Tensor
 
 
 class Ranks:
-    """The ranks of a process group (None: the default group, if there is one); one alone reduces nothing."""
+    """The ranks of a process group (None: the default group, if there is one). A single rank reduces nothing."""
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.group = group
-        self.bytes = 0  # brought to reductions by this rank since somebody set it to 0
+        self.bytes = 0  # that this rank brought to reductions; the caller sets it back to 0
 
     @property
     def many(self) -> bool:
         return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1
 
     def reduce(self, parts: list[Tensor], how: str, device: torch.device, largest: int | None = None) -> list[Tensor]:
-        """Element by element over the ranks, 'sum' or 'min'; all parts (of one dtype) travel as one tensor.
+        """Reduce each part over the ranks, element by element, by 'sum' or 'min'.
 
-        Integers of which no sum exceeds `largest` travel as int32 where that is enough.
+        All parts have one dtype and travel as one tensor. Integers of which no sum exceeds `largest` travel as int32
+        where that is enough.
         """
         if not self.many:
             return parts
@@ -36,7 +42,7 @@ class Ranks:
 
 
 def on_host(parts: list[Tensor]) -> list[Tensor]:
-    """All parts (of one dtype) on the CPU, with one transfer where they share a device."""
+    """Return all parts, which have one dtype, on the CPU. Parts that share a device take one transfer."""
     if not parts or parts[0].is_cpu or len({part.device for part in parts}) > 1:
         return [part.cpu() for part in parts]
     return _split(torch.cat([part.reshape(-1) for part in parts]).cpu(), parts)
@@ -44,3 +50,23 @@ def on_host(parts: list[Tensor]) -> list[Tensor]:
 
 def _split(flat: Tensor, parts: list[Tensor]) -> list[Tensor]:
     return [piece.view(part.shape) for piece, part in zip(flat.split([part.numel() for part in parts]), parts)]
+
+
+def attempt(action: Callable[[], None]) -> Exception | None:
+    """Return what `action` raises, or None.
+
+    The other ranks wait in the next reduction, and must hear of the failure there.
+    """
+    try:
+        action()
+    except Exception as failure:
+        return failure
+    return None
+
+
+def raise_together(failure: Exception | None, failures: int) -> None:
+    """Raise on every rank if an update failed on one: its own failure there, a RuntimeError elsewhere."""
+    if failure is not None:
+        raise failure
+    if failures:
+        raise RuntimeError(f"the update of the spatial gradient scalings failed on {failures} other rank(s)")

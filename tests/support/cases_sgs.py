@@ -1,4 +1,7 @@
-"""Feature maps for spatial gradient scaling, and a float64 numpy oracle that shares no code and no shortcut with the package."""
+"""Feature maps for spatial gradient scaling, and a numpy oracle in float64.
+
+The oracle shares no code and no shortcut with the package.
+"""
 
 from __future__ import annotations
 
@@ -75,13 +78,13 @@ def oracle_pairs(
     i, j = (grid.ravel() for grid in np.mgrid[:rows, :columns])
     i2, j2 = i + displacement[0], j + displacement[1]
     inside = (i2 >= 0) & (i2 < rows) & (j2 >= 0) & (j2 < columns)
-    found = []
+    pairs = []
     for c in range(x.shape[1]):
         p, q = x[:, c, i[inside], j[inside]].ravel(), x[:, c, i2[inside], j2[inside]].ravel()
         if remove_near:
             p, q = p[(p != 0) & (q != 0)], q[(p != 0) & (q != 0)]
-        found.append((p, q))
-    return found
+        pairs.append((p, q))
+    return pairs
 
 
 def oracle_bins(values: np.ndarray, bins: int) -> np.ndarray:

@@ -1,0 +1,105 @@
+"""Checks of the controller's arguments, and of a state that it is to load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gradrep_kernels.sgs.gathering import Binning
+from gradrep_kernels.sgs.layers import Layer
+
+
+def check_objects(model: object, optimizer: object, process_group: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+        kind = type(process_group).__name__
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {kind}")
+
+
+def check_int(name: str, value: object, least: int) -> None:
+    if not _is_int(value, least):
+        raise ValueError(f"{name} must be an int, {least} or more, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def saved_scalings(state_dict: Mapping, live: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the scalings in a state, after a comparison with those of the controller by name and shape.
+
+    Raises:
+        ValueError: they do not fit, are negative or are not finite.
+    """
+    if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("scalings"), Mapping):
+        raise ValueError("state_dict must be what state_dict() gave: it has no 'scalings'")
+    saved = state_dict["scalings"]
+    for what, names in (("missing", live.keys() - saved.keys()), ("unexpected", saved.keys() - live.keys())):
+        if names:
+            raise ValueError(f"scalings do not fit the model: {what} {_first_few(names)}")
+    for name, g in saved.items():
+        _check_tensor(f"scalings: {name}", g, live[name].shape, torch.is_floating_point, "floating point")
+        if not bool(torch.isfinite(g).all() and (g >= 0).all()):
+            raise ValueError(f"scalings: {name} must be finite and not negative, got {g.tolist()}")
+    return saved
+
+
+def saved_binnings(state_dict: Mapping, layers: Iterable[Layer]) -> dict[Layer, Binning]:
+    """Return the binnings in a state, which holds them as (ranges, n) by the layer's name, as copies.
+
+    Raises:
+        ValueError: they do not fit the layers.
+    """
+    ranges = state_dict.get("ranges", {})
+    if not isinstance(ranges, Mapping):
+        raise ValueError(f"ranges must be a dict by layer, got {type(ranges).__name__}")
+    by_name, binnings = {layer.name: layer for layer in layers}, {}
+    if ranges.keys() - by_name.keys():
+        raise ValueError(f"ranges do not fit the model: unexpected {_first_few(ranges.keys() - by_name.keys())}")
+    for name, parts in ranges.items():
+        if not isinstance(parts, (tuple, list)) or len(parts) != 2:
+            raise ValueError(f"ranges: {name} must be a pair (ranges, n), got {type(parts).__name__}")
+        shape = by_name[name].statistics_shape
+        _check_tensor(f"ranges: {name}", parts[0], (*shape, 2, 2), torch.is_floating_point, "floating point")
+        _check_tensor(f"ranges: n of {name}", parts[1], shape, lambda n: n.dtype == torch.int64, "int64")
+        if (parts[1] < 0).any():
+            raise ValueError(f"ranges: n of {name} must not be negative")
+        binnings[by_name[name]] = Binning(*(part.detach().to("cpu", copy=True) for part in parts))
+    return binnings
+
+
+def saved_steps(state_dict: Mapping) -> tuple[int, bool]:
+    """Return (steps, paused) of a state.
+
+    Raises:
+        ValueError: no int that is 0 or more, or no bool.
+    """
+    steps, paused = state_dict.get("steps", 0), state_dict.get("paused", False)
+    if not _is_int(steps, 0) or not isinstance(paused, bool):
+        raise ValueError(f"steps must be an int, 0 or more, and paused a bool, got {steps!r} and {paused!r}")
+    return steps, paused
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_tensor(name: str, value: object, shape: tuple[int, ...], fits: Callable[[Tensor], bool], dtype: str) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {list(shape)}, got {list(value.shape)}")
+    if not fits(value):
+        raise ValueError(f"{name} must be {dtype}, got {value.dtype}")
+
+
+def _first_few(names: Iterable[str]) -> str:
+    names = sorted(map(str, names))
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,141 @@
+"""From gathered statistics to the scalings G.
+
+Statistics are pooled over the ranks and evaluated, and each G that they define is set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gradrep_kernels.sgs.dependence import normalize, not_finite, spatial_dependence
+from gradrep_kernels.sgs.gathering import Binning, Dependence, Ranges, Tables
+from gradrep_kernels.sgs.layers import Layer
+from gradrep_kernels.sgs.ranks import Ranks, on_host, raise_together
+
+
+@dataclass
+class Options:
+    """Options of the controller that its parts read too. A caller may change them between updates."""
+
+    k: float
+    remove_near: bool
+    every_steps: int | None
+
+
+class ScalingTarget(Protocol):
+    """Receives the scalings: an optimizer that scales by itself, or the hooks that do it for another one."""
+
+    def set_spatial_scaling(self, parameter: nn.Parameter, g: Tensor | None) -> None: ...
+
+
+class Learning:
+    """Learns the scalings of some layers.
+
+    Args:
+        layers:     in the same order on every rank
+        dependence: the kind of table and what it is evaluated to
+        ranks:      pool their statistics; all of them must call `bin` and `learn` at the same time
+        target:     is told each scaling that is set
+    """
+
+    def __init__(
+        self, layers: list[Layer], dependence: Dependence, options: Options, ranks: Ranks, target: ScalingTarget
+    ):
+        self.layers, self.ranks = layers, ranks
+        self._dependence, self._options, self._target = dependence, options, target
+
+    def new_tables(self, binnings: dict[Layer, Binning]) -> Tables:
+        """Return empty tables for maps that are binned by `binnings`."""
+        return Tables(self._dependence, binnings)
+
+    def bin(
+        self, ranges: Ranges, drawn: int, failure: Exception | None = None
+    ) -> tuple[dict[Layer, Binning], list[Layer]]:
+        """Pool the ranges, and return (binnings, layers whose maps are not finite).
+
+        A layer has a binning if it has pairs. Both results are the same on every rank.
+
+        Args:
+            drawn:   how many batches this rank has
+            failure: what went wrong on this rank; the update then fails on all of them
+
+        Raises:
+            ValueError:   no batch on any rank.
+            RuntimeError: another rank failed.
+        """
+        device = self._device
+        pairs, flags, ends = [], [], []
+        for layer in self.layers:
+            own_ranges, n = ranges.of(layer, device)
+            pairs.append(n)
+            flags.append(not_finite(own_ranges, n).long())
+            # The upper end is negated, so that one minimum finds both ends.
+            ends.append(torch.stack((own_ranges[..., 0], -own_ranges[..., 1]), dim=-1).double())
+        status = torch.tensor([drawn, failure is not None], device=device)
+        *sums, status = on_host(self.ranks.reduce([*pairs, *flags, status], "sum", device))
+        total_drawn, failures = status.tolist()
+        raise_together(failure, failures)
+        if total_drawn == 0:
+            raise ValueError("batches is empty: an update needs at least one")
+        ends = on_host(self.ranks.reduce(ends, "min", device))
+        binnings, not_finite_layers = {}, []
+        for layer, n, flag, lows in zip(self.layers, sums, sums[len(pairs) :], ends):
+            if flag:
+                not_finite_layers.append(layer)
+            elif (n > 0).any():
+                binnings[layer] = Binning(torch.stack((lows[..., 0], -lows[..., 1]), dim=-1), n)
+        return binnings, not_finite_layers
+
+    def learn(self, tables: Tables, binnings: dict[Layer, Binning], failure: Exception | None = None) -> None:
+        """Pool the tables, set each G that they define, and leave `tables` empty.
+
+        Args:
+            binnings: as `bin` returned them for the maps in `tables`; layers without one are passed over
+            failure:  what went wrong on this rank; the update then fails on all of them
+
+        Raises:
+            RuntimeError: another rank failed.
+        """
+        device = self._device
+        layers = [layer for layer in binnings if layer in tables.binnings]
+        most_pairs = max((int(binning.n.max()) for binning in binnings.values()), default=0)
+        own = tables.take(layers, device)
+        own.append(torch.tensor([failure is not None], device=device).to(self._dependence.dtype))
+        *pooled, failures = self.ranks.reduce(own, "sum", device, most_pairs)
+        del own  # up to 100 MB where several ranks pool
+        raise_together(failure, int(failures))
+        for layer, dependence in zip(layers, self._evaluate(pooled)):
+            s = spatial_dependence(dependence, layer.kernel_size, self._options.k, self._options.remove_near)
+            if s is not None:
+                self.set(layer, normalize(s))
+
+    def set(self, layer: Layer, g: Tensor | None) -> None:
+        """Give G [kh, kw] to the layer and to the optimizer. None: not scaled."""
+        layer.g = g
+        self._target.set_spatial_scaling(layer.weight, None if g is None else g.to(layer.weight.device))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.layers[0].weight.device
+
+    def _evaluate(self, tables: list[Tensor]) -> list[Tensor]:
+        """Return the dependence [C, D] of each table, on the CPU.
+
+        Tables of one size are computed together, which saves calls. Large ones on the CPU are computed alone: together
+        their temporaries would leave the cache, which takes 1.8 to 2.2 times as long for VGG-16.
+        """
+        groups: dict[tuple, list[int]] = {}
+        for i, table in enumerate(tables):
+            alone = table.is_cpu and table.numel() > 2**16
+            groups.setdefault((i if alone else table.device, table.shape[2:]), []).append(i)
+        parts = [[tables[i].flatten(0, 1) for i in group] for group in groups.values()]
+        values = on_host([self._dependence.evaluate(torch.cat(part) if len(part) > 1 else part[0]) for part in parts])
+        by_table = {}
+        for group, together in zip(groups.values(), values):
+            for i, part in zip(group, together.split([tables[i].shape[:2].numel() for i in group])):
+                by_table[i] = part.view(tables[i].shape[:2])
+        return [by_table[i] for i in range(len(tables))]

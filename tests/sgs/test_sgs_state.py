@@ -1,0 +1,153 @@
+"""state_dict and load_state_dict."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from sgs_controllers import WithScaling, assert_same, controller, make_batches, small_model, train
+from torch import nn
+
+import gradrep_kernels as gr
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def through_disk(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_state_dict_restores_the_scalings_and_tells_the_optimizer():
+    model, batches = small_model(), make_batches()
+    sgs = controller(model)
+    sgs.update(batches)
+    other = small_model(seed=9)
+    optimizer = WithScaling(other.parameters(), lr=0.1)
+    restored = gr.SpatialGradientScaling(other, optimizer)
+    restored.load_state_dict(through_disk(sgs.state_dict()))
+    assert_same(restored.scalings, sgs.scalings)
+    assert_same({n: g for n, (_, g) in zip(("0", "3", "6"), optimizer.told)}, sgs.scalings)
+    optimizer.told.clear()
+    restored.load_state_dict(
+        controller(small_model()).state_dict()
+    )  # before any update: ones, which need no multiplication
+    assert [g for _, g in optimizer.told] == [None] * 3
+
+
+def test_the_state_is_a_copy():
+    model = small_model()
+    sgs = controller(model)
+    sgs.update(make_batches())
+    before = sgs.scalings
+    sgs.state_dict()["scalings"]["0"].zero_()
+    sgs.scalings["0"].zero_()
+    state = sgs.state_dict()
+    sgs.load_state_dict(state)
+    state["scalings"]["0"].zero_()
+    assert_same(sgs.scalings, before)
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5])
+@pytest.mark.parametrize("kind", [WithScaling, torch.optim.SGD])
+def test_a_run_that_updates_every_n_steps_resumes_exactly(stop, kind):
+    class Applied(kind):  # WithScaling only listens; scale here what it was told
+        def step(self, closure=None):
+            told = {id(p): g for p, g in getattr(self, "told", []) if g is not None}
+            for p in self.param_groups[0]["params"]:
+                if id(p) in told:
+                    p.grad.mul_(told[id(p)])
+            return super().step(closure)
+
+    batches = make_batches(8)
+
+    def start(model):
+        optimizer = Applied(model.parameters(), lr=0.01, momentum=0.9)
+        return optimizer, gr.SpatialGradientScaling(model, optimizer, every_steps=2)
+
+    model = small_model().eval()
+    for module in model:
+        module.training = isinstance(module, nn.Conv2d)  # no dropout
+    optimizer, sgs = start(model)
+    train(model, optimizer, batches[:stop])
+    saved = through_disk({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sgs": sgs.state_dict()})
+    train(model, optimizer, batches[stop:])
+    other = copy.deepcopy(small_model())
+    for module in other:
+        module.training = isinstance(module, nn.Conv2d)
+    optimizer, resumed = start(other)
+    other.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    resumed.load_state_dict(saved["sgs"])
+    train(other, optimizer, batches[stop:])
+    assert_same(resumed.scalings, sgs.scalings)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.clear(), "it has no 'scalings'"),
+        (lambda s: s["scalings"].pop("3"), "missing 3"),
+        (lambda s: s["scalings"].update({"stem": torch.ones(3, 3)}), "unexpected stem"),
+        (lambda s: s["scalings"].update({"3": torch.ones(3, 3)}), r"scalings: 3 must be \[3, 5\], got \[3, 3\]"),
+        (lambda s: s["scalings"].update({"0": -torch.ones(3, 3)}), r"0 must be finite and not negative, got \[\[-1"),
+        (lambda s: s["scalings"].update({"0": torch.full((3, 3), math.nan)}), "0 must be finite"),
+        (lambda s: s["scalings"].update({"0": [[1.0] * 3] * 3}), "scalings: 0 must be a Tensor, got list"),
+        (
+            lambda s: s["scalings"].update({"0": torch.ones(3, 3, dtype=torch.int64)}),
+            "scalings: 0 must be floating point, got torch.int64",
+        ),
+        (lambda s: s["scalings"].update({7: torch.ones(3, 3), "stem": torch.ones(3, 3)}), "unexpected 7, stem"),
+        (lambda s: s.update(ranges=3), "ranges must be a dict by layer, got int"),
+        (lambda s: s["ranges"].update(stem=s["ranges"]["0"]), "ranges do not fit the model: unexpected stem"),
+        (
+            lambda s: s["ranges"].update({"0": torch.zeros(2, 4, 2, 2)}),
+            r"ranges: 0 must be a pair \(ranges, n\), got Tensor",
+        ),
+        (
+            lambda s: s["ranges"].update({"0": (torch.zeros(2, 4, 2), s["ranges"]["0"][1])}),
+            r"ranges: 0 must be \[2, 4, 2, 2\], got \[2, 4, 2\]",
+        ),
+        (
+            lambda s: s["ranges"].update({"0": (s["ranges"]["0"][0].long(), s["ranges"]["0"][1])}),
+            "ranges: 0 must be floating point, got torch.int64",
+        ),
+        (
+            lambda s: s["ranges"].update({"0": (s["ranges"]["0"][0], torch.ones(5, 4))}),
+            r"ranges: n of 0 must be \[2, 4\], got \[5, 4\]",
+        ),
+        (
+            lambda s: s["ranges"].update({"0": (s["ranges"]["0"][0], torch.ones(2, 4))}),
+            "ranges: n of 0 must be int64, got torch.float32",
+        ),
+        (
+            lambda s: s["ranges"].update({"6": (s["ranges"]["6"][0], -s["ranges"]["6"][1])}),
+            "ranges: n of 6 must not be negative",
+        ),
+        (lambda s: s.update(steps=None), "steps must be an int, 0 or more, and paused a bool, got None and False"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change, message):
+    model, other_model = small_model(), small_model()
+    sgs, other = controller(model, every_steps=1), controller(other_model, every_steps=2)
+    train(model, sgs.optimizer, make_batches())
+    train(other_model, other.optimizer, make_batches(4, seed=2))
+    before, state = sgs.state_dict(), other.state_dict()
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        sgs.load_state_dict(state)
+    after = sgs.state_dict()
+    assert_same(after["scalings"], before["scalings"])
+    assert (after["steps"], after["paused"]) == (before["steps"], before["paused"])
+    for part in (0, 1):
+        assert_same(*({name: pair[part] for name, pair in found["ranges"].items()} for found in (after, before)))
+
+
+@pytest.mark.parametrize("state", [None, 3, [("scalings", {})]])
+def test_a_state_that_is_no_dict(state):
+    with pytest.raises(ValueError, match="state_dict must be what state_dict"):
+        controller(small_model()).load_state_dict(state)
