@@ -1,7 +1,6 @@
-// One SGD-momentum update of all parameters of all groups with M ⊙ g in place of g: reference/rep_sgd_step.py, in one
-// pass.
-//
-// The rule is in rep_sgd_update.h, the work in step_plan.h; here are the ops' arguments and their registration.
+// The ops of SGD with M ⊙ g in place of g, in one pass over the parameters of all groups: the twin of
+// reference/rep_sgd_step.py. The update rule is in rep_sgd_update.h, and step_plan.h runs it over the parameters. This
+// file takes the ops' arguments and registers the ops.
 #include "rep_sgd_update.h"
 #include "step_plan.h"
 

@@ -1,4 +1,7 @@
-// An update of the elements [begin, end) of one parameter, with M read along its memory by the loop that suits it best.
+// The step of one chunk: the elements [begin, end) of one parameter. Each way in which M runs through memory has a
+// loop.
+//
+// Reads downwards: the loops by instruction set and variant -> a chunk with M read in place -> any chunk.
 #pragma once
 
 #include "bins.h"
@@ -60,7 +63,7 @@ struct StepTable<Update, T, std::index_sequence<state...>> {
   }
 };
 
-// The arrays of one parameter, at the same place each, in the dtype that is computed in.
+// The arrays of one parameter, in the dtype that is computed in. A loop runs over the same elements of each.
 template <typename Update, typename T, typename = std::make_index_sequence<Update::kStates>>
 struct StepArrays;
 
@@ -80,16 +83,16 @@ struct StepArrays<Update, T, std::index_sequence<state...>> {
   }
 };
 
-// What every dtype knows of a chunk.
+// A chunk of a parameter of any dtype.
 struct Chunk {
   void *params, *grads;
   void* const* states;      // those that the update uses
-  const float* grad_scale;  // the gradients are divided by it in place; null: they are as they should be
+  const float* grad_scale;  // the gradients are first divided by it, in place; null: they are not
   bool first;               // the parameter has no state yet
   int64_t begin, end;
 };
 
-// M times `sign`, read where it lies. Returns false, and has done nothing, where M has to be written out.
+// Steps a chunk with M read in place. Returns false, and has done nothing, where M must be written out instead.
 template <typename Update, typename T>
 bool step_in_place(const StepArrays<Update, T>& arrays, int variant, const Multiplier<T>& mult, T sign, int64_t begin,
                    int64_t end) {
@@ -113,7 +116,7 @@ bool step_in_place(const StepArrays<Update, T>& arrays, int variant, const Multi
     arrays.run(constant, &m, begin, end - begin);
     return true;
   }
-  // Two tiles: shorter rows are not worth one.
+  // Rows of fewer than two tiles are not worth the tile.
   if (taps != 0 && Update::is_frequent(variant) && mult.row_length() >= 32 * taps) {
     const auto loop = loops.taps(taps, variant);
     mult.each_row(begin, end, [&](const T* row, int64_t at, int64_t n) {
@@ -154,7 +157,7 @@ bool step_in_place(const StepArrays<Update, T>& arrays, int variant, const Multi
   return false;
 }
 
-// S is the stored dtype, T the one that is computed in.
+// Steps a chunk that is stored as S and computed in T.
 template <typename Update, typename S, typename T>
 void step_chunk(const Chunk& chunk, const typename Update::Hyper& hyper, const Multiplier<T>& mult) {
   constexpr int64_t kBlock = 1024;  // elements that a scratch array holds: 4 arrays of 4 KiB stay in L1
