@@ -1,5 +1,5 @@
-// The rule of binning, the twin of gradrep_kernels/ops/reference/pair_rule.py, which states it in words. No torch here: the CPU
-// loops, the CUDA kernels and the sanitizers' driver share it.
+// The rule of binning, the twin of gradrep_kernels/ops/reference/pair_rule.py, which states it in words. No torch here:
+// the CPU loops, the CUDA kernels and the sanitizers' driver share it.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,13 @@
 #define GRADREP_HD __host__ __device__
 #else
 #define GRADREP_HD
+#endif
+// Always inlined, so that it may be called from loops that are compiled for another instruction set
+// (for_each_target.h).
+#if defined(__GNUC__)
+#define GRADREP_INLINE [[gnu::always_inline]] inline
+#else
+#define GRADREP_INLINE inline
 #endif
 
 namespace gradrep {
@@ -41,7 +48,7 @@ GRADREP_HD inline Binning<T> binning(T lo, T hi, int32_t bins) {
 }
 
 template <typename T>
-GRADREP_HD inline int32_t bin_number(T v, const Binning<T>& b) {
+GRADREP_HD GRADREP_INLINE int32_t bin_number(T v, const Binning<T>& b) {
   T t = (v - b.lo) * b.inv;
   t = t > 0 ? t : T(0);  // NaN too
   t = t < b.top ? t : b.top;
@@ -51,12 +58,12 @@ GRADREP_HD inline int32_t bin_number(T v, const Binning<T>& b) {
 // ---- ranges: the lesser (greater) of two, NaN if either is
 
 template <typename T>
-GRADREP_HD inline T lesser(T so_far, T v) {
+GRADREP_HD GRADREP_INLINE T lesser(T so_far, T v) {
   return v < so_far || v != v ? v : so_far;
 }
 
 template <typename T>
-GRADREP_HD inline T greater(T so_far, T v) {
+GRADREP_HD GRADREP_INLINE T greater(T so_far, T v) {
   return v > so_far || v != v ? v : so_far;
 }
 

@@ -1,4 +1,4 @@
-// What the kernels share: run-time choice of the instruction set, argument checks, dtypes, splitting of work.
+// Checks of tensors and their dtypes, shared by the kernels.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -13,14 +13,6 @@
 #include <cstdint>
 #include <optional>
 #include <vector>
-
-// One body, three machine codes, chosen when the library is loaded: at -O3 this reaches -march=native.
-// Sanitizers cannot intercept the ifunc resolver, so their builds define GRADREP_NO_CLONES.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(GRADREP_NO_CLONES)
-#define GRADREP_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define GRADREP_CLONES
-#endif
 
 namespace gradrep {
 
@@ -55,7 +47,8 @@ inline bool is_dense(const std::vector<int64_t>& sizes, const std::vector<int64_
 
 // The one element of a float32 CPU tensor (grad_scale, found_inf).
 inline float one_float(const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu() && dtype_of(t) == aoti_torch_dtype_float32() && t.numel() == 1, "grad_scale and found_inf must be one float32 number on the CPU");
+  STD_TORCH_CHECK(t.is_cpu() && dtype_of(t) == aoti_torch_dtype_float32() && t.numel() == 1,
+                  "grad_scale and found_inf must be one float32 number on the CPU");
   return *static_cast<const float*>(t.const_data_ptr());
 }
 

@@ -1,13 +1,15 @@
-// Pairs of pixels dealt to blocks of threads, for the CUDA kernels. No torch here, and nothing that a host compiler does not
-// know: a block is a sequence of phases, each a function of the thread, so that the tests can run blocks on the CPU.
+// Pairs of pixels dealt to blocks of threads, for the CUDA kernels. No torch here, and nothing that a host compiler
+// does not know: a block is a sequence of phases, each a function of the thread, so that the tests can run blocks on
+// the CPU.
 #pragma once
 
 #include "feature_map.h"
 
 namespace gradrep {
 
-constexpr int kThreads = 256;            // of a block
-constexpr int kMostDisplacements = 128;  // of a launch: they are among the kernel's arguments, which have room for 4 KiB
+constexpr int kThreads = 256;  // of a block
+// Displacements of a launch. They are among the kernel's arguments, which have room for 4 KiB.
+constexpr int kMostDisplacements = 128;
 constexpr int64_t kMostBlocks = INT32_MAX;
 
 // ---- threads: N is uint32_t or unsigned long long, which CUDA has atomics for
@@ -51,7 +53,9 @@ struct Division {
     while (int64_t{1} << shift < divisor) ++shift;
     magic = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - by)) / by + 1);
   }
-  GRADREP_HD uint32_t quotient(uint32_t n) const { return (static_cast<uint32_t>(static_cast<uint64_t>(n) * magic >> 32) + n) >> shift; }
+  GRADREP_HD uint32_t quotient(uint32_t n) const {
+    return (static_cast<uint32_t>(static_cast<uint64_t>(n) * magic >> 32) + n) >> shift;
+  }
 };
 
 // ---- the work: channels in blocks, displacements in groups, images in tiles, and tiles in slabs
@@ -65,9 +69,9 @@ struct PairWork {
   using T = Arithmetic<S>;
   FeatureMap<S> map;
   bool remove_near;
-  int32_t pad_rows, pad_columns;  // 0 with remove_near, which drops the padding with all other zeros
-  int32_t rows, columns;          // of a padded plane
-  int32_t channels_together;      // of a block: a power of 2, at most kThreads
+  int32_t pad_rows, pad_columns;                  // 0 with remove_near, which drops the padding with all other zeros
+  int32_t rows, columns;                          // of a padded plane
+  int32_t channels_together;                      // of a block: a power of 2, at most kThreads
   int32_t images_together, rows_together, bands;  // a tile: some images, or one of the bands of an image
   int32_t displacements, group, groups;
   int64_t all_displacements, channel_blocks, tiles, slabs;
@@ -86,7 +90,9 @@ struct PairWork {
     // Channels closer in memory than a sector of a cache line (channels_last, tiny planes) are read together.
     const int64_t apart = x.channel_stride * static_cast<int64_t>(sizeof(S));
     int64_t together = 1;
-    while (apart > 0 && 2 * together * apart <= kSector && together < x.channels && 2 * together * columns <= kTilePlaces) together *= 2;
+    while (apart > 0 && 2 * together * apart <= kSector && together < x.channels &&
+           2 * together * columns <= kTilePlaces)
+      together *= 2;
     take_channels(together);
     take_lines(std::max<int64_t>(1, kTilePlaces / (together * columns)));
   }
@@ -112,7 +118,8 @@ struct PairWork {
     displacements = 0;
     for (; from < all_displacements && displacements < kMostDisplacements; ++from)
       if (pairs(all[from].rows, all[from].columns) > 0)
-        list[displacements++] = {static_cast<int32_t>(all[from].rows), static_cast<int32_t>(all[from].columns), static_cast<int32_t>(from)};
+        list[displacements++] = {static_cast<int32_t>(all[from].rows), static_cast<int32_t>(all[from].columns),
+                                 static_cast<int32_t>(from)};
     return from;
   }
   void take_groups(int64_t most) {  // as even as they can be
@@ -123,15 +130,21 @@ struct PairWork {
   // Slabs to keep `blocks_at_once` blocks busy and no more (each adds to the result once), of fewer than 2^31 pixels.
   void take_slabs(int64_t blocks_at_once) {
     const int64_t pixels = int64_t{images_together} * rows_together * columns;
-    const int64_t wanted = std::max(blocks_at_once / (channel_blocks * groups), tiles / std::max<int64_t>(1, INT32_MAX / pixels) + 1);
+    const int64_t wanted =
+        std::max(blocks_at_once / (channel_blocks * groups), tiles / std::max<int64_t>(1, INT32_MAX / pixels) + 1);
     slabs = std::clamp<int64_t>(wanted, 1, tiles);
   }
   int64_t blocks() const { return channel_blocks * groups * slabs; }
 
-  GRADREP_HD int64_t pairs(int64_t d_rows, int64_t d_columns) const { return pairs_along(rows, d_rows) * pairs_along(columns, d_columns); }
-  GRADREP_HD int64_t row(int64_t channel, int32_t listed) const { return channel * all_displacements + list[listed].number; }  // of the result
+  GRADREP_HD int64_t pairs(int64_t d_rows, int64_t d_columns) const {
+    return pairs_along(rows, d_rows) * pairs_along(columns, d_columns);
+  }
+  // The row of the result.
+  GRADREP_HD int64_t row(int64_t channel, int32_t listed) const {
+    return channel * all_displacements + list[listed].number;
+  }
 
-  static constexpr int64_t kSector = 32;       // bytes
+  static constexpr int64_t kSector = 32;  // bytes
   static constexpr int64_t kTilePlaces = 8192;
 };
 
@@ -153,7 +166,10 @@ void each_launch(const Work& work, const std::vector<Displacement>& displacement
 // ---- a block's part of it
 
 GRADREP_HD GRADREP_INLINE int32_t lesser_of(int32_t a, int64_t b) { return a < b ? a : static_cast<int32_t>(b); }
-GRADREP_HD GRADREP_INLINE bool within(int32_t n, int64_t size) { return static_cast<uint32_t>(n) < static_cast<uint32_t>(size); }  // 0 <= n < size
+// 0 <= n < size
+GRADREP_HD GRADREP_INLINE bool within(int32_t n, int64_t size) {
+  return static_cast<uint32_t>(n) < static_cast<uint32_t>(size);
+}
 
 struct Tile {
   int64_t image;
@@ -172,7 +188,8 @@ struct Share {
   int32_t channels, first, count;  // count displacements from the first on
 
   GRADREP_HD Share(const PairWork<S>& w, int64_t block) : work(w) {
-    channel = block % w.channel_blocks * w.channels_together;  // neighbouring blocks, neighbouring channels: they share cache lines
+    // Neighbouring blocks have neighbouring channels, which share cache lines.
+    channel = block % w.channel_blocks * w.channels_together;
     block /= w.channel_blocks;
     first = static_cast<int32_t>(block % w.groups) * w.group;
     slab = block / w.groups;
@@ -185,11 +202,14 @@ struct Share {
   GRADREP_HD Tile tile_at(int64_t n) const {
     const int64_t image = n / work.bands * work.images_together;
     const auto row = static_cast<int32_t>(n % work.bands) * work.rows_together;
-    return {image, lesser_of(work.images_together, work.map.images - image), row, lesser_of(work.rows_together, work.rows - row)};
+    return {image, lesser_of(work.images_together, work.map.images - image), row,
+            lesser_of(work.rows_together, work.rows - row)};
   }
 
   // Neighbouring threads take neighbouring channels, then neighbouring columns.
-  GRADREP_HD uint32_t places(int32_t lines) const { return static_cast<uint32_t>(lines) * work.columns * work.channels_together; }
+  GRADREP_HD uint32_t places(int32_t lines) const {
+    return static_cast<uint32_t>(lines) * work.columns * work.channels_together;
+  }
   GRADREP_HD Place place(uint32_t n) const {
     const uint32_t pixel = work.by_channels.quotient(n), line = work.by_columns.quotient(pixel);
     const uint32_t c = n - pixel * work.by_channels.by, column = pixel - line * work.by_columns.by;
@@ -207,8 +227,9 @@ struct Share {
     return widen(plane[row * work.map.row_stride + column * work.map.column_stride]);
   }
 
-  // visit(channel of the block, number in the group, p, q) for a thread's part of the pairs of a tile that are left. Groups of
-  // at most `most` displacements are unrolled, so that arrays over them can stay in registers; 0: of any number.
+  // visit(channel of the block, number in the group, p, q) for a thread's part of the pairs of a tile that are left.
+  // Groups of at most `most` displacements are unrolled, so that arrays over them can stay in registers; 0: of any
+  // number.
   template <int most, typename Visit>
   GRADREP_HD GRADREP_INLINE void each_pair(const Tile& tile, int thread, const Visit& visit) const {
     const uint32_t all = places(tile.images * tile.rows);

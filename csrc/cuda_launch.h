@@ -21,12 +21,15 @@ class Launcher {
   }
 
   int64_t most_shared() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
-  int64_t threads_at_once() const { return int64_t{attribute(cudaDevAttrMultiProcessorCount)} * attribute(cudaDevAttrMaxThreadsPerMultiProcessor); }
+  int64_t threads_at_once() const {
+    return int64_t{attribute(cudaDevAttrMultiProcessorCount)} * attribute(cudaDevAttrMaxThreadsPerMultiProcessor);
+  }
 
   // Memory until the launcher ends; torch keeps it for this stream's later work.
   template <typename T>
   T* scratch(int64_t n) const {
-    scratch_ = torch::stable::new_empty(x_, {n}, sizeof(T) == 8 ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float);
+    scratch_ = torch::stable::new_empty(
+        x_, {n}, sizeof(T) == 8 ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float);
     return static_cast<T*>(scratch_->mutable_data_ptr());
   }
 
@@ -42,7 +45,8 @@ class Launcher {
 
   template <typename Work>
   void run(void (*kernel)(Work), const Work& work, int64_t blocks, int64_t shared = 0) const {
-    STD_TORCH_CHECK(blocks <= kMostBlocks, "gradrep_kernels: x has too many channels for one launch: " + std::to_string(blocks) + " blocks");
+    STD_TORCH_CHECK(blocks <= kMostBlocks,
+                    "gradrep_kernels: x has too many channels for one launch: " + std::to_string(blocks) + " blocks");
     kernel<<<static_cast<unsigned>(blocks), kThreads, shared, stream_>>>(work);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

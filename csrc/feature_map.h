@@ -9,14 +9,6 @@
 #include <type_traits>
 #include <vector>
 
-#ifndef GRADREP_CLONES  // common.h gives it a meaning
-#define GRADREP_CLONES
-#endif
-#if defined(__GNUC__)
-#define GRADREP_INLINE [[gnu::always_inline]] inline
-#else
-#define GRADREP_INLINE inline
-#endif
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define GRADREP_HAS_SHUFFLE 1
@@ -45,7 +37,8 @@ GRADREP_HD GRADREP_INLINE float widen(BFloat16 v) { return from_bits(static_cast
 GRADREP_HD GRADREP_INLINE float widen(Half v) {
   const uint32_t sign = (v.bits & 0x8000u) << 16, rest = v.bits & 0x7fffu;
   const float denormal = static_cast<float>(static_cast<int32_t>(rest)) * 0x1p-24f;
-  const float normal = from_bits((rest << 13) + (rest >= 0x7c00u ? 0x70000000u : 0x38000000u));  // inf and NaN keep the largest exponent
+  // inf and NaN keep the largest exponent.
+  const float normal = from_bits((rest << 13) + (rest >= 0x7c00u ? 0x70000000u : 0x38000000u));
   const float magnitude = rest < 0x400u ? denormal : normal;
   return sign != 0 ? -magnitude : magnitude;
 }
@@ -81,7 +74,8 @@ struct FeatureMap {  // [N, C, H, W], strides in elements
   int64_t image_stride, channel_stride, row_stride, column_stride;
 };
 
-constexpr int64_t kSmall = 64;  // planes of fewer pixels are worked on many at a time: a call for each would cost more than its work
+// Planes of fewer pixels are worked on many at a time: a call for each would cost more than its work.
+constexpr int64_t kSmall = 64;
 
 // Rows of the planes of some channels of one image as contiguous arrays: in place where they lie so, else copied (and
 // transposed) into a scratch array of this reader. Copied small planes follow one another.
@@ -95,12 +89,17 @@ class PlaneReader {
   }
 
   // Whether the planes of one image follow one another.
-  static bool planes_follow(const FeatureMap<S>& map) { return reads_in_place(map) && map.channel_stride == map.height * map.width; }
+  static bool planes_follow(const FeatureMap<S>& map) {
+    return reads_in_place(map) && map.channel_stride == map.height * map.width;
+  }
 
-  // How many channels are best read together: `bytes` in a row where planes follow one another, else a few lines of each pixel.
+  // How many channels are best read together: `bytes` in a row where planes follow one another, else a few lines of
+  // each pixel.
   static int64_t channels_together(const FeatureMap<S>& map, int64_t bytes) {
     const int64_t plane_bytes = map.height * map.width * sizeof(S), four_lines = 4 * kLine / sizeof(S);
-    const int64_t best = reads_in_place(map) ? std::clamp<int64_t>(bytes / plane_bytes, 1, 64) : map.channel_stride == 1 ? four_lines : 1;
+    const int64_t best = reads_in_place(map)       ? std::clamp<int64_t>(bytes / plane_bytes, 1, 64)
+                         : map.channel_stride == 1 ? four_lines
+                                                   : 1;
     return std::min(best, map.channels);
   }
 
@@ -134,10 +133,12 @@ class PlaneReader {
     for (int64_t k = 0; k < channels; ++k)
       for (int64_t y = 0; y < rows; ++y)
         for (int64_t x = 0; x < map_.width; ++x)
-          copy_[k * pitch_ + y * map_.width + x] = from[k * map_.channel_stride + y * map_.row_stride + x * map_.column_stride];
+          copy_[k * pitch_ + y * map_.width + x] =
+              from[k * map_.channel_stride + y * map_.row_stride + x * map_.column_stride];
   }
 
-  // Channels lie side by side (channels_last): pixels x channels -> channels x pixels. Asks for pixels ahead: 2x faster.
+  // Channels lie side by side (channels_last): pixels x channels -> channels x pixels. Asks for pixels ahead: 2x
+  // faster.
   void transpose(const S* from, int64_t channels, int64_t rows) {
     const bool rows_follow = map_.row_stride == map_.width * map_.column_stride;
     const int64_t runs = rows_follow ? 1 : rows, pixels = rows_follow ? rows * map_.width : map_.width;
@@ -193,15 +194,18 @@ class PlaneReader {
 // Between the rows and between the images lie gaps as wide as the displacements reach, filled with what says "no pixel
 // here". So q = p + displacement is one flat offset, valid everywhere, and loops over pairs need no boundary test.
 struct ImageStack {
-  int64_t height, width;           // of an image
+  int64_t height, width;  // of an image
   int64_t gap_rows, gap_columns;
 
   int64_t pitch() const { return width + gap_columns; }
   int64_t image() const { return (height + gap_rows) * pitch(); }
   int64_t reach() const { return gap_rows * pitch() + gap_columns; }  // no offset is larger
-  int64_t margin() const { return 2 * reach(); }                      // before the first image and after the last: loops may start and end in a gap
+  // Before the first image and after the last: loops may start and end in a gap.
+  int64_t margin() const { return 2 * reach(); }
   int64_t size(int64_t images) const { return images * image() + 2 * margin(); }
-  int64_t at(int64_t image_number, int64_t row, int64_t column) const { return margin() + image_number * image() + row * pitch() + column; }
+  int64_t at(int64_t image_number, int64_t row, int64_t column) const {
+    return margin() + image_number * image() + row * pitch() + column;
+  }
   int64_t offset(const Displacement& d) const { return d.rows * pitch() + d.columns; }
 };
 
@@ -215,10 +219,11 @@ inline ImageStack make_stack(int64_t height, int64_t width, const std::vector<Di
   return stack;
 }
 
-// Planes of rows that follow one another -> rows `pitch` apart in planes `plane_pitch` apart, n elements at a time (n <= width).
-// Rows are short: a call of memcpy for each would cost more than the copy.
+// Planes of rows that follow one another -> rows `pitch` apart in planes `plane_pitch` apart, n elements at a time (n
+// <= width). Rows are short: a call of memcpy for each would cost more than the copy.
 template <int n, typename E>
-void spread_planes_by(const E* from, int64_t planes, int64_t rows, int64_t width, E* to, int64_t plane_pitch, int64_t pitch) {
+void spread_planes_by(const E* from, int64_t planes, int64_t rows, int64_t width, E* to, int64_t plane_pitch,
+                      int64_t pitch) {
   for (int64_t plane = 0; plane < planes; ++plane, to += plane_pitch) {
     E* row = to;
     for (int64_t y = 0; y < rows; ++y, from += width, row += pitch) {
@@ -230,9 +235,13 @@ void spread_planes_by(const E* from, int64_t planes, int64_t rows, int64_t width
 }
 
 template <typename E>
-void spread_planes(const E* from, int64_t planes, int64_t rows, int64_t width, E* to, int64_t plane_pitch, int64_t pitch) {
-  const auto by = width >= 16 ? spread_planes_by<16, E> : width >= 8 ? spread_planes_by<8, E> : width >= 4 ? spread_planes_by<4, E>
-                  : width >= 2 ? spread_planes_by<2, E> : spread_planes_by<1, E>;
+void spread_planes(const E* from, int64_t planes, int64_t rows, int64_t width, E* to, int64_t plane_pitch,
+                   int64_t pitch) {
+  const auto by = width >= 16  ? spread_planes_by<16, E>
+                  : width >= 8 ? spread_planes_by<8, E>
+                  : width >= 4 ? spread_planes_by<4, E>
+                  : width >= 2 ? spread_planes_by<2, E>
+                               : spread_planes_by<1, E>;
   by(from, planes, rows, width, to, plane_pitch, pitch);
 }
 
@@ -256,8 +265,8 @@ inline Split split_work(int64_t images, int64_t channels, int64_t channels_per_b
   return {channels_per_block, blocks, slabs, images, channels, std::min(threads, blocks * slabs)};
 }
 
-// Runs worker(next) on up to `threads` threads; next() gives each of them its next task until it returns `tasks` or more.
-// `parallel(n, f)` calls f() about n times at once.
+// Runs worker(next) on up to `threads` threads; next() gives each of them its next task until it returns `tasks` or
+// more. `parallel(n, f)` calls f() about n times at once.
 template <typename Parallel, typename Worker>
 void share_out(int64_t tasks, int64_t threads, const Parallel& parallel, const Worker& worker) {
   std::atomic<int64_t> taken{0};

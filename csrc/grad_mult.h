@@ -13,8 +13,8 @@ class Multiplier {
   Multiplier& operator=(Multiplier&&) = default;
 
   // `strides` is the order in which the (dense) parameter lies in memory; scale broadcasts to `sizes`.
-  Multiplier(const std::optional<Tensor>& scale, const std::optional<Tensor>& identity, const std::vector<int64_t>& sizes,
-             const std::vector<int64_t>& strides) {
+  Multiplier(const std::optional<Tensor>& scale, const std::optional<Tensor>& identity,
+             const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
     if (!scale) return;
     const int64_t dim = sizes.size(), lacking = dim - scale->dim();
     STD_TORCH_CHECK(scale->is_cpu() && lacking >= 0, "a Grad Mult must lie on the CPU and broadcast to its parameter");
@@ -31,7 +31,9 @@ class Multiplier {
 
   // ---- the course of M through memory
 
-  bool is_constant() const { return diagonal_.empty() && (dims_.empty() || (dims_.size() == 1 && dims_[0].stride == 0)); }
+  bool is_constant() const {
+    return diagonal_.empty() && (dims_.empty() || (dims_.size() == 1 && dims_[0].stride == 0));
+  }
   T constant() const { return scale_.data == nullptr ? T(1) : scale_.data[0]; }
 
   // K where M repeats K taps that lie side by side, for the K that the loops are compiled for; else 0.
@@ -51,7 +53,8 @@ class Multiplier {
   // Elements over which M repeats the same taps.
   int64_t row_length() const { return dims_.back().size * (dims_.size() > 1 ? dims_[dims_.size() - 2].size : 1); }
 
-  // f(M's values, position, n) for the stretches of [begin, end) in which M repeats its taps, stays the same, or lies in memory.
+  // f(M's values, position, n) for the stretches of [begin, end) in which M repeats its taps, stays the same, or lies
+  // in memory.
   template <typename F>
   void each_row(int64_t begin, int64_t end, const F& f) const {
     const bool repeats = taps() != 0 && dims_.size() > 1;
@@ -84,7 +87,8 @@ class Multiplier {
         int64_t index = (at + done) / last.size;
         const int64_t inside = at + done - index * last.size, run = std::min(last.size - inside, n - done);
         const T* values = scale_.data + inside * last.stride;
-        for (size_t d = dims_.size() - 1; d-- > 0; index /= dims_[d].size) values += index % dims_[d].size * dims_[d].stride;
+        for (size_t d = dims_.size() - 1; d-- > 0; index /= dims_[d].size)
+          values += index % dims_[d].size * dims_[d].stride;
         for (int64_t i = 0; i < run; ++i) out[done + i] = values[i * last.stride];
         done += run;
       }
@@ -104,7 +108,7 @@ class Multiplier {
     dims_ = {{numel, 1}};
   }
 
-  struct Tap {  // of the identity
+  struct Tap {   // of the identity
     int64_t at;  // position in the parameter's memory
     T m, scale;  // M there, and M without the identity
   };
@@ -123,7 +127,8 @@ class Multiplier {
   };
 
   Cursor diagonal_from(int64_t begin) const {
-    const auto first = std::lower_bound(diagonal_.begin(), diagonal_.end(), begin, [](const Tap& t, int64_t at) { return t.at < at; });
+    const auto first =
+        std::lower_bound(diagonal_.begin(), diagonal_.end(), begin, [](const Tap& t, int64_t at) { return t.at < at; });
     return {diagonal_.data() + (first - diagonal_.begin()), diagonal_.data() + diagonal_.size()};
   }
 
@@ -154,8 +159,9 @@ class Multiplier {
       v.data = static_cast<const T*>(t.const_data_ptr());
       return v;
     }
-    STD_TORCH_CHECK(t.is_contiguous() && (dtype_of(t) == aoti_torch_dtype_float32() || dtype_of(t) == aoti_torch_dtype_float64()),
-                    "a Grad Mult must be contiguous, float32 or float64");
+    STD_TORCH_CHECK(
+        t.is_contiguous() && (dtype_of(t) == aoti_torch_dtype_float32() || dtype_of(t) == aoti_torch_dtype_float64()),
+        "a Grad Mult must be contiguous, float32 or float64");
     v.copy.resize(t.numel());
     if (sizeof(T) == 4)
       std::copy_n(static_cast<const double*>(t.const_data_ptr()), t.numel(), v.copy.begin());
@@ -166,7 +172,8 @@ class Multiplier {
   }
 
   // Dimensions from outermost to innermost in memory, neighbours that scale walks through evenly made one.
-  void order_dimensions(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const std::vector<int64_t>& scale_strides) {
+  void order_dimensions(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                        const std::vector<int64_t>& scale_strides) {
     std::vector<size_t> order;
     for (size_t d = 0; d < sizes.size(); ++d)
       if (sizes[d] != 1) order.push_back(d);
@@ -181,7 +188,8 @@ class Multiplier {
 
   void find_diagonal(const Tensor& identity, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      const std::vector<int64_t>& scale_strides) {
-    STD_TORCH_CHECK(sizes.size() == 4 && sizes[2] % 2 == 1 && sizes[3] % 2 == 1 && identity.dim() == 1 && identity.size(0) == sizes[0] && identity.is_cpu(),
+    STD_TORCH_CHECK(sizes.size() == 4 && sizes[2] % 2 == 1 && sizes[3] % 2 == 1 && identity.dim() == 1 &&
+                        identity.size(0) == sizes[0] && identity.is_cpu(),
                     "an identity needs a 4-D parameter with an odd kernel, and one number per output channel");
     const Values ones = values(identity);
     const int64_t step = identity.stride(0);
@@ -197,6 +205,21 @@ class Multiplier {
   Values scale_;
   std::vector<Dimension> dims_;
   std::vector<Tap> diagonal_;  // in the order of memory
+};
+
+// The Grad Mults of all parameters, as the ops take them.
+struct GradMults {
+  template <typename T>
+  using One = Multiplier<T>;
+
+  std::vector<std::optional<Tensor>> scales, identities;
+
+  bool count_is(size_t count) const { return scales.size() == count && identities.size() == count; }
+
+  template <typename T>
+  Multiplier<T> of(size_t k, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) const {
+    return Multiplier<T>(scales[k], identities[k], sizes, strides);
+  }
 };
 
 }  // namespace gradrep

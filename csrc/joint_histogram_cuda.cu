@@ -1,4 +1,5 @@
-// The ops `joint_histogram` and `joint_histogram_` on CUDA: kernels, launches, arguments, registration; the blocks are in joint_histogram_cuda.h.
+// The ops `joint_histogram` and `joint_histogram_` on CUDA: kernels, launches, arguments, registration; the blocks are
+// in joint_histogram_cuda.h.
 #include "cuda_launch.h"
 #include "joint_histogram_cuda.h"
 #include "pair_arguments.h"
@@ -23,8 +24,8 @@ struct HistogramLauncher : Launcher {
   }
 };
 
-void joint_histogram_add_cuda(Tensor counts, Tensor x, std::vector<int64_t> displacements, Tensor ranges, Tensor bins, std::vector<int64_t> padding,
-                              bool remove_near) {
+void joint_histogram_add_cuda(Tensor counts, Tensor x, std::vector<int64_t> displacements, Tensor ranges, Tensor bins,
+                              std::vector<int64_t> padding, bool remove_near) {
   const auto pairs = check_pairs("joint_histogram_", x, displacements, padding);
   check_counts(x, pairs.size(), counts);
   check_binning(x, pairs.size(), ranges, bins);
@@ -34,15 +35,17 @@ void joint_histogram_add_cuda(Tensor counts, Tensor x, std::vector<int64_t> disp
   visit_dtype("joint_histogram", x, [&](auto stored) {
     using S = decltype(stored);
     joint_histogram_launches(feature_map<S>(x), pairs, static_cast<const Arithmetic<S>*>(ranges.const_data_ptr()),
-                             static_cast<const int32_t*>(bins.const_data_ptr()), counts.size(3), padding[0], padding[1], remove_near,
-                             static_cast<int64_t*>(counts.mutable_data_ptr()), launch.most_shared(), launch);
+                             static_cast<const int32_t*>(bins.const_data_ptr()), counts.size(3), padding[0], padding[1],
+                             remove_near, static_cast<int64_t*>(counts.mutable_data_ptr()), launch.most_shared(),
+                             launch);
   });
 }
 
-Tensor joint_histogram_cuda(Tensor x, std::vector<int64_t> displacements, Tensor ranges, Tensor bins, int64_t max_bins, std::vector<int64_t> padding,
-                            bool remove_near) {
+Tensor joint_histogram_cuda(Tensor x, std::vector<int64_t> displacements, Tensor ranges, Tensor bins, int64_t max_bins,
+                            std::vector<int64_t> padding, bool remove_near) {
   const auto pairs = check_pairs("joint_histogram", x, displacements, padding);
-  Tensor counts = torch::stable::new_zeros(x, counts_sizes(x, pairs.size(), max_bins), torch::headeronly::ScalarType::Long);
+  Tensor counts =
+      torch::stable::new_zeros(x, counts_sizes(x, pairs.size(), max_bins), torch::headeronly::ScalarType::Long);
   joint_histogram_add_cuda(counts, x, displacements, ranges, bins, padding, remove_near);
   return counts;
 }

@@ -10,43 +10,55 @@
 namespace gradrep {
 
 // A map [N, C, H, W], displacements (di0, dj0, di1, dj1, ...) and padding (rows, columns) that the kernels can take.
-inline std::vector<Displacement> check_pairs(const std::string& op, const Tensor& x, const std::vector<int64_t>& displacements, const std::vector<int64_t>& padding) {
+inline std::vector<Displacement> check_pairs(const std::string& op, const Tensor& x,
+                                             const std::vector<int64_t>& displacements,
+                                             const std::vector<int64_t>& padding) {
   STD_TORCH_CHECK(x.dim() == 4, op + ": x must be a map [N, C, H, W]");
   STD_TORCH_CHECK(displacements.size() % 2 == 0, op + ": displacements must be pairs (rows, columns)");
-  STD_TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, op + ": padding must be two numbers, none below 0");
+  STD_TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0,
+                  op + ": padding must be two numbers, none below 0");
   constexpr int64_t most = int64_t{1} << 30;  // pixels of a padded plane
   const int64_t height = x.size(2) + 2 * std::min(padding[0], most), width = x.size(3) + 2 * std::min(padding[1], most);
-  STD_TORCH_CHECK(height < most && width < most && height * width < most, op + ": x must have fewer than 2^30 pixels in a padded plane");
+  STD_TORCH_CHECK(height < most && width < most && height * width < most,
+                  op + ": x must have fewer than 2^30 pixels in a padded plane");
   std::vector<Displacement> pairs;
   for (size_t i = 0; i < displacements.size(); i += 2) pairs.push_back({displacements[i], displacements[i + 1]});
   return pairs;
 }
 
 inline torch::headeronly::ScalarType arithmetic_dtype(const Tensor& x) {
-  return dtype_of(x) == aoti_torch_dtype_float64() ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+  return dtype_of(x) == aoti_torch_dtype_float64() ? torch::headeronly::ScalarType::Double
+                                                   : torch::headeronly::ScalarType::Float;
 }
 
-inline bool on_one_device(const Tensor& a, const Tensor& b) { return a.is_cpu() == b.is_cpu() && a.get_device() == b.get_device(); }
+inline bool on_one_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device() == b.get_device();
+}
 
 // ranges [C, D, 2, 2] in the arithmetic dtype, bins [C, D] int32, both where x is.
 inline void check_binning(const Tensor& x, int64_t displacements, const Tensor& ranges, const Tensor& bins) {
   const bool wide = dtype_of(x) == aoti_torch_dtype_float64();
-  STD_TORCH_CHECK(dtype_of(ranges) == (wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()) && equal(ranges.sizes(), {x.size(1), displacements, 2, 2}),
+  STD_TORCH_CHECK(dtype_of(ranges) == (wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()) &&
+                      equal(ranges.sizes(), {x.size(1), displacements, 2, 2}),
                   "joint_histogram: ranges must be [C, D, 2, 2], float64 for a float64 map, else float32");
-  STD_TORCH_CHECK(dtype_of(bins) == aoti_torch_dtype_int32() && equal(bins.sizes(), {x.size(1), displacements}), "joint_histogram: bins must be int32 [C, D]");
-  STD_TORCH_CHECK(on_one_device(x, ranges) && on_one_device(x, bins), "joint_histogram: x, ranges and bins must be on one device");
+  STD_TORCH_CHECK(dtype_of(bins) == aoti_torch_dtype_int32() && equal(bins.sizes(), {x.size(1), displacements}),
+                  "joint_histogram: bins must be int32 [C, D]");
+  STD_TORCH_CHECK(on_one_device(x, ranges) && on_one_device(x, bins),
+                  "joint_histogram: x, ranges and bins must be on one device");
 }
 
 // Of the counts, [C, D, max_bins, max_bins].
 inline std::vector<int64_t> counts_sizes(const Tensor& x, int64_t displacements, int64_t max_bins) {
-  STD_TORCH_CHECK(max_bins >= 1 && max_bins <= kMaxBins, "joint_histogram: max_bins must be between 1 and " + std::to_string(kMaxBins));
+  STD_TORCH_CHECK(max_bins >= 1 && max_bins <= kMaxBins,
+                  "joint_histogram: max_bins must be between 1 and " + std::to_string(kMaxBins));
   return {x.size(1), displacements, max_bins, max_bins};
 }
 
 // Counts that are written through a pointer.
 inline void check_counts(const Tensor& x, int64_t displacements, const Tensor& counts) {
-  STD_TORCH_CHECK(counts.dim() == 4 && equal(counts.sizes(), counts_sizes(x, displacements, counts.size(3))) && counts.is_contiguous() &&
-                      dtype_of(counts) == aoti_torch_dtype_int64() && on_one_device(x, counts),
+  STD_TORCH_CHECK(counts.dim() == 4 && equal(counts.sizes(), counts_sizes(x, displacements, counts.size(3))) &&
+                      counts.is_contiguous() && dtype_of(counts) == aoti_torch_dtype_int64() &&
+                      on_one_device(x, counts),
                   "joint_histogram_: counts must be contiguous int64 [C, D, B, B], where x is");
 }
 
@@ -63,7 +75,15 @@ void visit_dtype(const std::string& op, const Tensor& x, const Visit& visit) {
 
 template <typename S>
 FeatureMap<S> feature_map(const Tensor& x) {
-  return {static_cast<const S*>(x.const_data_ptr()), x.size(0), x.size(1), x.size(2), x.size(3), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  return {static_cast<const S*>(x.const_data_ptr()),
+          x.size(0),
+          x.size(1),
+          x.size(2),
+          x.size(3),
+          x.stride(0),
+          x.stride(1),
+          x.stride(2),
+          x.stride(3)};
 }
 
 // f() about n times at once.

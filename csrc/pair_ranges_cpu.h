@@ -4,6 +4,7 @@
 #pragma once
 
 #include "feature_map.h"
+#include "targets.h"
 
 #include <limits>
 #include <mutex>
@@ -22,91 +23,47 @@ struct RangeArguments {  // of the op, checked: see reference/pair_ranges.py
   int64_t* n;  // [C, D]
 };
 
-// ---- loops
+// ---- loops, which deal what they read to lanes
 
-// least[i] and greatest[i] over values[i], values[i + stride], ... for i < n.
-template <typename S, typename T>
-GRADREP_INLINE void merge_rows_loop(const S* __restrict values, int64_t rows, int64_t stride, int64_t n, T* __restrict least, T* __restrict greatest) {
-  for (int64_t row = 0; row < rows; ++row, values += stride)
-    for (int64_t i = 0; i < n; ++i) {
-      const T v = widen(values[i]);
-      least[i] = lesser(least[i], v);
-      greatest[i] = greater(greatest[i], v);
-    }
-}
+constexpr int kLanes = 64;      // that few running extrema stay in registers
+constexpr int kNearLanes = 16;  // of pairs without a zero
 
-// The same for n = kLanes: that few running extrema stay in registers. Asks for the values that come `ahead` in pace with the
-// reading: without, planes of 4 KiB end before the hardware has noticed a stream (2x slower).
-constexpr int kLanes = 64;
-template <typename S, typename T>
-GRADREP_INLINE void merge_lanes_loop(const S* __restrict values, int64_t rows, int64_t stride, const S* ahead, T* __restrict least, T* __restrict greatest) {
-  T low[kLanes], high[kLanes];
-  std::copy_n(least, kLanes, low);
-  std::copy_n(greatest, kLanes, high);
-  for (int64_t at = 0; at < rows * stride; at += stride) {
-    prefetch_all(ahead + at, kLanes);
-    for (int j = 0; j < kLanes; ++j) {
-      const T v = widen(values[at + j]);
-      low[j] = lesser(low[j], v);
-      high[j] = greater(high[j], v);
-    }
-  }
-  std::copy_n(low, kLanes, least);
-  std::copy_n(high, kLanes, greatest);
-}
-
-// Pairs (p[i], q[i]) without a zero, dealt to lanes likewise.
-constexpr int kNearLanes = 16;
 template <typename T>
 struct NearExtrema {
   T least_p[kNearLanes], greatest_p[kNearLanes], least_q[kNearLanes], greatest_q[kNearLanes];  // of numbers
-  int32_t nan_p[kNearLanes], nan_q[kNearLanes];                                                 // 1 where a NaN was met
+  int32_t nan_p[kNearLanes], nan_q[kNearLanes];                                                // 1 where a NaN was met
 };
 
-// Returns how many pairs have none. Arrays end in zeros, so that there are only whole steps.
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+}  // namespace gradrep
+
+#define GRADREP_LOOPS "pair_ranges_loops.h"
+#include "for_each_target.h"
+
+namespace gradrep {
+
+using RangeLoops = PerTarget<base::RangeLoops, avx2::RangeLoops, avx512::RangeLoops>;
+
 template <typename S, typename T>
-GRADREP_INLINE int64_t merge_near_loop(const S* p, const S* q, int64_t n, NearExtrema<T>& extrema) {
-  constexpr T infinity = std::numeric_limits<T>::infinity();
-  NearExtrema<T> e = extrema;
-  int32_t kept[kNearLanes] = {};
-  for (int64_t i = 0; i < n; i += kNearLanes)
-    for (int j = 0; j < kNearLanes; ++j) {
-      const T a = widen(p[i + j]), b = widen(q[i + j]);
-      const int32_t keep = (a != 0 ? 1 : 0) & (b != 0 ? 1 : 0);  // as integers it is vectorised: 2x faster than as bool
-      kept[j] += keep;
-      e.nan_p[j] |= keep & (a != a ? 1 : 0);
-      e.nan_q[j] |= keep & (b != b ? 1 : 0);
-      const T low_a = keep ? a : infinity, high_a = keep ? a : -infinity, low_b = keep ? b : infinity, high_b = keep ? b : -infinity;
-      e.least_p[j] = low_a < e.least_p[j] ? low_a : e.least_p[j];
-      e.greatest_p[j] = high_a > e.greatest_p[j] ? high_a : e.greatest_p[j];
-      e.least_q[j] = low_b < e.least_q[j] ? low_b : e.least_q[j];
-      e.greatest_q[j] = high_b > e.greatest_q[j] ? high_b : e.greatest_q[j];
-    }
-  extrema = e;
-  int64_t total = 0;
-  for (const int32_t lane : kept) total += lane;
-  return total;
+void merge_rows(const S* values, int64_t rows, int64_t stride, int64_t n, T* least, T* greatest) {
+  RangeLoops::on_best([&](auto loops) { loops.merge_rows(values, rows, stride, n, least, greatest); });
+}
+template <typename S, typename T>
+void merge_lanes(const S* values, int64_t rows, int64_t stride, const S* ahead, T* least, T* greatest) {
+  RangeLoops::on_best([&](auto loops) { loops.merge_lanes(values, rows, stride, ahead, least, greatest); });
+}
+template <typename S, typename T>
+int64_t merge_near(const S* p, const S* q, int64_t n, NearExtrema<T>& extrema) {
+  return RangeLoops::on_best([&](auto loops) { return loops.merge_near(p, q, n, extrema); });
 }
 
-// target_clones does not work on templates, so each loop is stamped out as a plain function.
-#define GRADREP_STAMP_RANGES(S, T)                                                                                                      \
-  GRADREP_CLONES inline void merge_rows(const S* __restrict values, int64_t rows, int64_t stride, int64_t n, T* __restrict least,       \
-                                        T* __restrict greatest) {                                                                       \
-    merge_rows_loop(values, rows, stride, n, least, greatest);                                                                          \
-  }                                                                                                                                     \
-  GRADREP_CLONES inline void merge_lanes(const S* __restrict values, int64_t rows, int64_t stride, const S* ahead, T* __restrict least, \
-                                         T* __restrict greatest) {                                                                      \
-    merge_lanes_loop(values, rows, stride, ahead, least, greatest);                                                                     \
-  }                                                                                                                                     \
-  GRADREP_CLONES inline int64_t merge_near(const S* p, const S* q, int64_t n, NearExtrema<T>& extrema) { return merge_near_loop(p, q, n, extrema); }
-GRADREP_STAMP_RANGES(float, float)
-GRADREP_STAMP_RANGES(double, double)
-GRADREP_STAMP_RANGES(BFloat16, float)
-GRADREP_STAMP_RANGES(Half, float)
+// ---- one task
 
 template <typename T>
 struct Extrema {
-  T least = std::numeric_limits<T>::infinity(), greatest = -std::numeric_limits<T>::infinity();
+  T least = kInfinity<T>, greatest = -kInfinity<T>;
 
   void take(T low, T high) {
     least = lesser(least, low);
@@ -116,8 +73,6 @@ struct Extrema {
     for (int64_t i = 0; i < n; ++i) take(low[i], high[i]);
   }
 };
-
-// ---- one task
 
 template <typename S>
 class RangeWorker {
@@ -129,9 +84,11 @@ class RangeWorker {
         split_(split),
         result_in_use_(result_in_use),
         reader_(arguments.map),
-        in_row_(arguments.remove_near ? 0 : arguments.pad_rows),  // zeros around the image are dropped with all the others
+        in_row_(arguments.remove_near ? 0
+                                      : arguments.pad_rows),  // zeros around the image are dropped with all the others
         in_column_(arguments.remove_near ? 0 : arguments.pad_columns),
-        stack_(make_stack(arguments.map.height + 2 * in_row_, arguments.map.width + 2 * in_column_, arguments.displacements)) {}
+        stack_(make_stack(arguments.map.height + 2 * in_row_, arguments.map.width + 2 * in_column_,
+                          arguments.displacements)) {}
 
   void run(int64_t task) {
     channel_ = split_.channel(task);
@@ -148,7 +105,8 @@ class RangeWorker {
   // ---- all pixels take part: which are on a side depends on their place alone, so extrema over the images come first
 
   void by_place() {
-    // With enough padding every pixel of the image is on both sides of every displacement, and places need not be kept apart.
+    // With enough padding every pixel of the image is on both sides of every displacement, and places need not be kept
+    // apart.
     const bool one_range = stack_.gap_rows <= in_row_ && stack_.gap_columns <= in_column_;
     merge_images(one_range);
     for (int64_t c = 0; c < channels_; ++c) {
@@ -164,7 +122,8 @@ class RangeWorker {
     }
   }
 
-  // Fills least(c) and greatest(c), arrays of places_: one for each pixel, or fewer where places need not be kept apart.
+  // Fills least(c) and greatest(c), arrays of places_: one for each pixel, or fewer where places need not be kept
+  // apart.
   void merge_images(bool places_are_one) {
     const FeatureMap<S>& map = a_.map;
     const int64_t plane = map.height * map.width, images = image_end_ - image_;
@@ -178,7 +137,8 @@ class RangeWorker {
         for (int64_t y = 0; y < map.height; ++y) {
           const S* row = first + image * map.image_stride + y * map.row_stride;
           int64_t c = 0;
-          for (; c + kLanes <= channels_; c += kLanes) merge_lanes(row + c, map.width, map.column_stride, row + c + map.row_stride, least(c), greatest(c));
+          for (; c + kLanes <= channels_; c += kLanes)
+            merge_lanes(row + c, map.width, map.column_stride, row + c + map.row_stride, least(c), greatest(c));
           merge_rows(row + c, map.width, map.column_stride, channels_ - c, least(c), greatest(c));
         }
     } else if (places_are_one) {
@@ -209,16 +169,17 @@ class RangeWorker {
     return range;
   }
 
-  // ---- zeros drop their pairs: each displacement looks at all pairs. Zeros between the images drop those that are none.
+  // ---- zeros drop their pairs: each displacement looks at all pairs. Zeros between the images drop those that are
+  // none.
 
   void by_pair() {
-    const int64_t tile = std::clamp<int64_t>(4096 / stack_.image(), 1, images()), displacements = a_.displacements.size();
+    const int64_t tile = std::clamp<int64_t>(4096 / stack_.image(), 1, images()),
+                  displacements = a_.displacements.size();
     const int64_t steps = (tile * stack_.image() + kNearLanes - 1) / kNearLanes * kNearLanes;
     const int64_t pitch = odd_lines<S>(stack_.size(tile) + kNearLanes);
     NearExtrema<T> none{};
-    constexpr T infinity = std::numeric_limits<T>::infinity();
-    for (T* least : {none.least_p, none.least_q}) std::fill_n(least, kNearLanes, infinity);
-    for (T* greatest : {none.greatest_p, none.greatest_q}) std::fill_n(greatest, kNearLanes, -infinity);
+    for (T* least : {none.least_p, none.least_q}) std::fill_n(least, kNearLanes, kInfinity<T>);
+    for (T* greatest : {none.greatest_p, none.greatest_q}) std::fill_n(greatest, kNearLanes, -kInfinity<T>);
     near_.assign(channels_ * displacements, none);
     kept_.assign(channels_ * displacements, 0);
     pixels_.assign(channels_ * pitch, S{});
@@ -226,18 +187,21 @@ class RangeWorker {
       if (image_end_ - image < tile) pixels_.assign(channels_ * pitch, S{});
       for (int64_t i = 0; i < std::min(tile, image_end_ - image); ++i)
         each_piece_of(image + i, [&](int64_t c, int64_t row, const S* values, int64_t n) {
-          spread_planes(values, 1, n / a_.map.width, a_.map.width, pixels_.data() + c * pitch + stack_.at(i, row, 0), pitch, stack_.pitch());
+          spread_planes(values, 1, n / a_.map.width, a_.map.width, pixels_.data() + c * pitch + stack_.at(i, row, 0),
+                        pitch, stack_.pitch());
         });
       for (int64_t c = 0; c < channels_; ++c)
         each_displacement([&](int64_t d) {
           const S* p = pixels_.data() + c * pitch + stack_.margin();
-          kept_[c * displacements + d] += merge_near(p, p + stack_.offset(a_.displacements[d]), steps, near_[c * displacements + d]);
+          kept_[c * displacements + d] +=
+              merge_near(p, p + stack_.offset(a_.displacements[d]), steps, near_[c * displacements + d]);
         });
     }
     for (int64_t c = 0; c < channels_; ++c)
       each_displacement([&](int64_t d) {
         const NearExtrema<T>& e = near_[c * displacements + d];
-        give(c, d, over_lanes(e.least_p, e.greatest_p, e.nan_p), over_lanes(e.least_q, e.greatest_q, e.nan_q), kept_[c * displacements + d]);
+        give(c, d, over_lanes(e.least_p, e.greatest_p, e.nan_p), over_lanes(e.least_q, e.greatest_q, e.nan_q),
+             kept_[c * displacements + d]);
       });
   }
 
@@ -245,13 +209,15 @@ class RangeWorker {
     Extrema<T> range;
     range.take(least, greatest, kNearLanes);
     constexpr T not_a_number = std::numeric_limits<T>::quiet_NaN();
-    if (std::any_of(nan, nan + kNearLanes, [](int32_t met) { return met != 0; })) range.take(not_a_number, not_a_number);
+    if (std::any_of(nan, nan + kNearLanes, [](int32_t met) { return met != 0; }))
+      range.take(not_a_number, not_a_number);
     return range;
   }
 
   // ---- walking and giving
 
-  // visit(channel of the block, first row, values, how many) for every piece of every plane, image by image: the order of memory.
+  // visit(channel of the block, first row, values, how many) for every piece of every plane, image by image: the order
+  // of memory.
   template <typename Visit>
   void each_piece(const Visit& visit) {
     for (int64_t image = image_; image < image_end_; ++image) each_piece_of(image, visit);
@@ -272,12 +238,14 @@ class RangeWorker {
   }
 
   int64_t images() const { return image_end_ - image_; }
-  int64_t pairs(const Displacement& d) const { return pairs_along(stack_.height, d.rows) * pairs_along(stack_.width, d.columns); }
+  int64_t pairs(const Displacement& d) const {
+    return pairs_along(stack_.height, d.rows) * pairs_along(stack_.width, d.columns);
+  }
 
   void start(int64_t places) {
     places_ = places;
-    least_.assign(channels_ * places, std::numeric_limits<T>::infinity());
-    greatest_.assign(channels_ * places, -std::numeric_limits<T>::infinity());
+    least_.assign(channels_ * places, kInfinity<T>);
+    greatest_.assign(channels_ * places, -kInfinity<T>);
   }
   T* least(int64_t c) { return least_.data() + c * places_; }
   T* greatest(int64_t c) { return greatest_.data() + c * places_; }
@@ -315,14 +283,15 @@ void pair_ranges(const RangeArguments<S>& arguments, int64_t threads, const Para
   using T = Arithmetic<S>;
   const auto& map = arguments.map;
   const int64_t rows = map.channels * static_cast<int64_t>(arguments.displacements.size());
-  constexpr T infinity = std::numeric_limits<T>::infinity();
   std::fill_n(arguments.n, rows, 0);
   for (int64_t side = 0; side < 2 * rows; ++side) {
-    arguments.ranges[2 * side] = infinity;
-    arguments.ranges[2 * side + 1] = -infinity;
+    arguments.ranges[2 * side] = kInfinity<T>;
+    arguments.ranges[2 * side + 1] = -kInfinity<T>;
   }
   if (map.images == 0 || map.channels == 0 || map.height == 0 || map.width == 0) return;
-  const Split split = split_work(map.images, map.channels, PlaneReader<S>::channels_together(map, arguments.remove_near ? 1 << 12 : 1 << 16), threads);
+  const Split split =
+      split_work(map.images, map.channels,
+                 PlaneReader<S>::channels_together(map, arguments.remove_near ? 1 << 12 : 1 << 16), threads);
   std::mutex result_in_use;
   share_out(split.tasks(), threads, parallel, [&](const auto& next) {
     RangeWorker<S> worker(arguments, split, result_in_use);

@@ -1,4 +1,5 @@
-// The op `pair_ranges` on CUDA: kernels, launches, arguments and registration; what a block does is in pair_ranges_cuda.h.
+// The op `pair_ranges` on CUDA: kernels, launches, arguments and registration; what a block does is in
+// pair_ranges_cuda.h.
 #include "cuda_launch.h"
 #include "pair_arguments.h"
 #include "pair_ranges_cuda.h"
@@ -40,7 +41,8 @@ struct RangeLauncher : Launcher {
   }
 };
 
-std::tuple<Tensor, Tensor> pair_ranges_cuda(Tensor x, std::vector<int64_t> displacements, std::vector<int64_t> padding, bool remove_near) {
+std::tuple<Tensor, Tensor> pair_ranges_cuda(Tensor x, std::vector<int64_t> displacements, std::vector<int64_t> padding,
+                                            bool remove_near) {
   const auto pairs = check_pairs("pair_ranges", x, displacements, padding);
   const auto count = static_cast<int64_t>(pairs.size());
   Tensor ranges = torch::stable::new_zeros(x, {x.size(1), count, 2, 2}, arithmetic_dtype(x));
@@ -48,7 +50,8 @@ std::tuple<Tensor, Tensor> pair_ranges_cuda(Tensor x, std::vector<int64_t> displ
   const RangeLauncher launch(x);
   visit_dtype("pair_ranges", x, [&](auto stored) {
     using S = decltype(stored);
-    pair_ranges_launches(feature_map<S>(x), pairs, padding[0], padding[1], remove_near, static_cast<Arithmetic<S>*>(ranges.mutable_data_ptr()),
+    pair_ranges_launches(feature_map<S>(x), pairs, padding[0], padding[1], remove_near,
+                         static_cast<Arithmetic<S>*>(ranges.mutable_data_ptr()),
                          static_cast<int64_t*>(n.mutable_data_ptr()), launch);
   });
   return {ranges, n};

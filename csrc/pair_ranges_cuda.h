@@ -1,8 +1,8 @@
 // Ranges of both sides of the pairs, and how many pairs, in blocks of threads. No torch here (see cuda_blocks.h).
 //
-// Reads downwards: keys -> extrema over the images -> extrema over the pairs, one block -> keys to ranges -> all launches.
-// Which pixels take part depends on their place alone, unless zeros drop: so extrema over the images come first, in one read
-// at the speed of memory, and the pairs are those of a small map of extrema.
+// Reads downwards: keys -> extrema over the images -> extrema over the pairs, one block -> keys to ranges -> all
+// launches. Which pixels take part depends on their place alone, unless zeros drop: so extrema over the images come
+// first, in one read at the speed of memory, and the pairs are those of a small map of extrema.
 #pragma once
 
 #include "cuda_blocks.h"
@@ -11,7 +11,8 @@
 
 namespace gradrep {
 
-// ---- keys: whole numbers in the order of the numbers they stand for, for atomic maxima; 0 is no number, and NaN above all
+// ---- keys: whole numbers in the order of the numbers they stand for, for atomic maxima; 0 is no number, and NaN above
+// all
 
 template <typename T>
 using Key = std::conditional_t<sizeof(T) == 8, Count, uint32_t>;
@@ -57,8 +58,10 @@ struct ExtremaWork {
         images(map.images),
         image_stride(map.image_stride),
         places(map.channels * map.height * map.width),
-        dimensions{{map.width, map.column_stride, 2}, {map.height, map.row_stride, 1}, {map.channels, map.channel_stride, 0}} {
-    std::stable_sort(dimensions, dimensions + 3, [](const Dimension& a, const Dimension& b) { return a.stride < b.stride; });
+        dimensions{
+            {map.width, map.column_stride, 2}, {map.height, map.row_stride, 1}, {map.channels, map.channel_stride, 0}} {
+    std::stable_sort(dimensions, dimensions + 3,
+                     [](const Dimension& a, const Dimension& b) { return a.stride < b.stride; });
   }
 
   bool worth_while() const { return images >= kFewImages && places <= INT32_MAX; }
@@ -91,7 +94,8 @@ GRADREP_HD void image_extrema(const ExtremaWork<S>& work, int64_t block, int thr
   const uint32_t outer = work.by_first.quotient(n), outermost = work.by_second.quotient(outer);
   const int64_t image = work.images * slab / work.slabs, end = work.images * (slab + 1) / work.slabs;
   const S* at = work.data + image * work.image_stride + (n - outer * work.by_first.by) * work.dimensions[0].stride +
-                (outer - outermost * work.by_second.by) * work.dimensions[1].stride + outermost * work.dimensions[2].stride;
+                (outer - outermost * work.by_second.by) * work.dimensions[1].stride +
+                outermost * work.dimensions[2].stride;
   T least = widen(*at), greatest = least;
 #pragma unroll 8
   for (int64_t i = image + 1; i < end; ++i) {
@@ -116,7 +120,9 @@ struct RangeWork : PairWork<S> {
 
   using PairWork<S>::PairWork;
 
-  int64_t shared_bytes() const { return this->channels_together * kGroup * static_cast<int64_t>(4 * sizeof(Key<T>) + sizeof(uint32_t)); }
+  int64_t shared_bytes() const {
+    return this->channels_together * kGroup * static_cast<int64_t>(4 * sizeof(Key<T>) + sizeof(uint32_t));
+  }
 };
 
 template <typename S>
@@ -210,8 +216,9 @@ GRADREP_HD void keys_to_ranges(const KeyWork<T>& work, int64_t block, int thread
 // `ranges` and `n` hold zeros. launch(work) runs the blocks; launch.threads_at_once() of them run at once, and
 // launch.template scratch<T>(n) is memory for n numbers.
 template <typename S, typename Launch>
-void pair_ranges_launches(const FeatureMap<S>& map, const std::vector<Displacement>& displacements, int64_t pad_rows, int64_t pad_columns, bool remove_near,
-                          Arithmetic<S>* ranges, int64_t* n, const Launch& launch) {
+void pair_ranges_launches(const FeatureMap<S>& map, const std::vector<Displacement>& displacements, int64_t pad_rows,
+                          int64_t pad_columns, bool remove_near, Arithmetic<S>* ranges, int64_t* n,
+                          const Launch& launch) {
   using T = Arithmetic<S>;
   auto* ends = reinterpret_cast<Key<T>*>(ranges);
   const auto ranges_of = [&](const auto& of) {
@@ -236,7 +243,8 @@ void pair_ranges_launches(const FeatureMap<S>& map, const std::vector<Displaceme
       ranges_of(first.map_of_extrema(map));
     }
   }
-  if (const KeyWork<T> last{ends, map.channels * static_cast<int64_t>(displacements.size()) * 4}; last.count > 0) launch(last);
+  if (const KeyWork<T> last{ends, map.channels * static_cast<int64_t>(displacements.size()) * 4}; last.count > 0)
+    launch(last);
 }
 
 }  // namespace gradrep

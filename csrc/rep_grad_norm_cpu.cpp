@@ -3,41 +3,31 @@
 // Every chunk has its own sum in double, and the sums are added in order: the result does not depend on the threads.
 #include "common.h"
 #include "grad_mult.h"
+#include "targets.h"
 
 #include <cmath>
 
+#define GRADREP_LOOPS "rep_grad_norm_loops.h"
+#include "for_each_target.h"
+
 namespace gradrep {
+
+using GradNormLoops = PerTarget<base::GradNormLoops, avx2::GradNormLoops, avx512::GradNormLoops>;
+
 namespace {
 
-constexpr int kLanes = 16;
 constexpr int64_t kChunk = 32768, kBlock = 1024;
 
-// Independent sums per lane let the compiler use vectors without reordering anything.
-template <typename S, typename T>
-[[gnu::always_inline]] inline double weighted_sum(const S* __restrict g, const T* __restrict m, int64_t n) {
-  double lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const double x = static_cast<T>(g[i + lane]);
-      lanes[lane] += x * x * static_cast<double>(m[i + lane]);
-    }
-  for (; i < n; ++i) {
-    const double x = static_cast<T>(g[i]);
-    lanes[0] += x * x * static_cast<double>(m[i]);
-  }
-  double sum = 0;
-  for (const double lane : lanes) sum += lane;
-  return sum;
+double sum_of(const float* g, const float* m, int64_t n) {
+  return GradNormLoops::on_best([&](auto loops) { return loops.weighted_sum(g, m, n); });
 }
-
-GRADREP_CLONES double sum_float(const float* __restrict g, const float* __restrict m, int64_t n) { return weighted_sum(g, m, n); }
-GRADREP_CLONES double sum_double(const double* __restrict g, const double* __restrict m, int64_t n) { return weighted_sum(g, m, n); }
-double sum_of(const float* g, const float* m, int64_t n) { return sum_float(g, m, n); }
-double sum_of(const double* g, const double* m, int64_t n) { return sum_double(g, m, n); }
+double sum_of(const double* g, const double* m, int64_t n) {
+  return GradNormLoops::on_best([&](auto loops) { return loops.weighted_sum(g, m, n); });
+}
+// Torch's 16-bit types convert with functions of their own, which no loop of another instruction set may call.
 template <typename S>
 double sum_of(const S* g, const float* m, int64_t n) {
-  return weighted_sum<S, float>(g, m, n);
+  return base::GradNormLoops::weighted_sum(g, m, n);
 }
 
 // Σ M ⊙ g² over elements [begin, end) of one gradient.
@@ -80,7 +70,8 @@ struct Gradient {
   double sum(int64_t begin, int64_t end) const {
     if (dtype == aoti_torch_dtype_float32()) return sum_chunk(static_cast<const float*>(g), mult32, begin, end);
     if (dtype == aoti_torch_dtype_float64()) return sum_chunk(static_cast<const double*>(g), mult64, begin, end);
-    if (dtype == aoti_torch_dtype_bfloat16()) return sum_chunk(static_cast<const c10::BFloat16*>(g), mult32, begin, end);
+    if (dtype == aoti_torch_dtype_bfloat16())
+      return sum_chunk(static_cast<const c10::BFloat16*>(g), mult32, begin, end);
     return sum_chunk(static_cast<const c10::Half*>(g), mult32, begin, end);
   }
 };
@@ -91,8 +82,10 @@ struct Piece {
   double sum;
 };
 
-Tensor rep_grad_norm_cpu(std::vector<Tensor> grads, std::vector<std::optional<Tensor>> scales, std::vector<std::optional<Tensor>> identities) {
-  STD_TORCH_CHECK(!grads.empty() && scales.size() == grads.size() && identities.size() == grads.size(), "rep_grad_norm: the lists must have one entry per gradient");
+Tensor rep_grad_norm_cpu(std::vector<Tensor> grads, std::vector<std::optional<Tensor>> scales,
+                         std::vector<std::optional<Tensor>> identities) {
+  STD_TORCH_CHECK(!grads.empty() && scales.size() == grads.size() && identities.size() == grads.size(),
+                  "rep_grad_norm: the lists must have one entry per gradient");
   std::vector<Gradient> rows(grads.size());
   std::vector<Piece> pieces;
   bool wide = false;
@@ -103,8 +96,8 @@ Tensor rep_grad_norm_cpu(std::vector<Tensor> grads, std::vector<std::optional<Te
     Gradient& row = rows[k];
     row.dtype = dtype_of(grads[k]);
     STD_TORCH_CHECK(grads[k].is_cpu() && is_dense(sizes, strides) &&
-                        (row.dtype == aoti_torch_dtype_float32() || row.dtype == aoti_torch_dtype_float64() || row.dtype == aoti_torch_dtype_bfloat16() ||
-                         row.dtype == aoti_torch_dtype_float16()),
+                        (row.dtype == aoti_torch_dtype_float32() || row.dtype == aoti_torch_dtype_float64() ||
+                         row.dtype == aoti_torch_dtype_bfloat16() || row.dtype == aoti_torch_dtype_float16()),
                     "rep_grad_norm: gradients must be dense float32, float64, bfloat16 or float16 tensors on the CPU");
     row.g = grads[k].const_data_ptr();
     const bool is_double = row.dtype == aoti_torch_dtype_float64();
@@ -113,8 +106,10 @@ Tensor rep_grad_norm_cpu(std::vector<Tensor> grads, std::vector<std::optional<Te
       row.mult64 = Multiplier<double>(scales[k], identities[k], sizes, strides);
     else
       row.mult32 = Multiplier<float>(scales[k], identities[k], sizes, strides);
-    const int64_t period = is_double ? row.mult64.period() : row.mult32.period(), step = kChunk / period * period, numel = grads[k].numel();
-    for (int64_t begin = 0; begin < numel; begin += step) pieces.push_back({k, begin, std::min(numel, begin + step), 0});
+    const int64_t period = is_double ? row.mult64.period() : row.mult32.period(), step = kChunk / period * period,
+                  numel = grads[k].numel();
+    for (int64_t begin = 0; begin < numel; begin += step)
+      pieces.push_back({k, begin, std::min(numel, begin + step), 0});
     total += numel;
   }
   const auto run = [&](int64_t from, int64_t to) {
@@ -126,7 +121,8 @@ Tensor rep_grad_norm_cpu(std::vector<Tensor> grads, std::vector<std::optional<Te
     torch::stable::parallel_for(0, pieces.size(), 1, run);
   double sum = 0;
   for (const Piece& piece : pieces) sum += piece.sum;
-  Tensor norm = torch::stable::new_empty(grads[0], {}, wide ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float);
+  Tensor norm = torch::stable::new_empty(
+      grads[0], {}, wide ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float);
   if (wide)
     *static_cast<double*>(norm.mutable_data_ptr()) = std::sqrt(sum);
   else

@@ -1,5 +1,8 @@
-"""The C++ under sanitizers. AddressSanitizer and UBSan: no wild read or write, no undefined arithmetic in the kernel tests.
-ThreadSanitizer: no data race in the torch-free loops (tests/support/race_driver.cpp)."""
+"""Run the C++ under sanitizers.
+
+AddressSanitizer and UBSan find no wild read or write and no undefined arithmetic in the kernel tests. ThreadSanitizer
+finds no data race in the torch-free loops (tests/support/race_driver.cpp).
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-NO_CLONES = "-DGRADREP_NO_CLONES"  # the run-time choice of machine code resolves before a sanitizer is ready
 
-# What covers every loop and every form of M at the sizes that break things, and takes under a minute.
+# These tests reach every loop and every form of M at the sizes that break things, and take under a minute.
 SELECTED = {
-    "ops/test_rep_sgd_step.py": "(references_bits and (float32 or bfloat16) and (repopt or dense or per_input)) or test_unscaling or zeros_infinities",
+    "ops/test_rep_sgd_step.py": (
+        "(references_bits and (float32 or bfloat16) and (repopt or dense or per_input))"
+        " or test_unscaling or zeros_infinities"
+    ),
     "ops/test_rep_grad_norm.py": "test_kernel_agrees_with_the_reference and float32 and (repopt or dense or per_input)",
-    "optim/test_optim_contract.py": "auto and (memory_has_moved or share_memory or bumps_the_version or lazy_clone)",  # the cached plan
+    # The cached plan.
+    "optim/test_optim_contract.py": "auto and (memory_has_moved or share_memory or bumps_the_version or lazy_clone)",
     "ops/test_cpp_joint_histogram.py": "not test_drawn_cases",  # pair_ranges too; the named cases take 14 s
 }
 
@@ -40,8 +46,9 @@ def sanitized(tmp_path_factory) -> Path:
         copy,
         ignore=shutil.ignore_patterns("*.so", "__pycache__", ".git", ".venv", "build", "*.egg-info", "runs", "bench"),
     )
-    # Scratch arrays are vectors, and a task may find one larger than it needs: libstdc++ then marks the rest as out of bounds.
-    flags = f"{FLAGS} {NO_CLONES} -D_GLIBCXX_SANITIZE_VECTOR -g1 -O1"
+    # Scratch arrays are vectors, and a task may find one larger than it needs. With this define, libstdc++ marks the
+    # rest as out of bounds.
+    flags = f"{FLAGS} -D_GLIBCXX_SANITIZE_VECTOR -g1 -O1"
     env = {**os.environ, "GRADREP_BUILD": "require", "GRADREP_CUDA": "0", "CFLAGS": flags, "LDFLAGS": FLAGS}
     built = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], env=env, cwd=copy, capture_output=True, text=True
@@ -81,7 +88,7 @@ def test_kernels_under_sanitizers(sanitized, file):
 @pytest.mark.skipif(runtime("libtsan.so") is None, reason="no g++ with ThreadSanitizer on this machine")
 def test_loops_over_pairs_under_thread_sanitizer(tmp_path):
     driver = tmp_path / "race_driver"
-    flags = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-pthread", NO_CLONES, f"-I{ROOT / 'csrc'}"]
+    flags = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-pthread", f"-I{ROOT / 'csrc'}"]
     built = subprocess.run(
         ["g++", *flags, ROOT / "tests" / "support" / "race_driver.cpp", "-o", driver], capture_output=True, text=True
     )

@@ -8,7 +8,7 @@ import torch
 
 from gradrep_kernels import GradMult
 
-CHUNK = 32768  # elements of one piece of work in the C++ step (csrc/rep_sgd_step_cpu.cpp)
+CHUNK = 32768  # elements of one piece of work in the C++ step (csrc/step_plan.h)
 
 # Sizes that break things: nothing, one, around the vector tile (16 K) and the chunk, primes, non-square and even kernels.
 SHAPES = {

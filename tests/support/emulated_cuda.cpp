@@ -1,5 +1,6 @@
-// The blocks of the CUDA kernels, run on the CPU: for each block its phases, for each phase all threads, one after another.
-// Odd blocks run their threads backwards: a phase in which one thread needs what another does gives other results there.
+// The blocks of the CUDA kernels, run on the CPU: for each block its phases, for each phase all threads, one after
+// another. Odd blocks run their threads backwards: a phase in which one thread needs what another does gives other
+// results there.
 #include "joint_histogram_cuda.h"
 #include "pair_ranges_cuda.h"
 
@@ -60,7 +61,8 @@ struct Emulator {
       char* own = reinterpret_cast<char*>(shared.data()) + kGuard;
       run(work, block, own);
       const auto touched = [](char c) { return c != kUntouched; };
-      facts.wild_writes += std::count_if(own - kGuard, own, touched) + std::count_if(own + bytes, own + bytes + kGuard, touched);
+      facts.wild_writes +=
+          std::count_if(own - kGuard, own, touched) + std::count_if(own + bytes, own + bytes + kGuard, touched);
     }
   }
 
@@ -105,12 +107,21 @@ template <typename S>
 void emulate_as(const Arguments& a, const Emulator& emulator) {
   std::vector<Displacement> displacements;
   for (int64_t d = 0; d < a.count; ++d) displacements.push_back({a.displacements[2 * d], a.displacements[2 * d + 1]});
-  const FeatureMap<S> map{static_cast<const S*>(a.x), a.sizes[0],   a.sizes[1],   a.sizes[2],  a.sizes[3],
-                          a.strides[0],               a.strides[1], a.strides[2], a.strides[3]};
+  const FeatureMap<S> map{static_cast<const S*>(a.x),
+                          a.sizes[0],
+                          a.sizes[1],
+                          a.sizes[2],
+                          a.sizes[3],
+                          a.strides[0],
+                          a.strides[1],
+                          a.strides[2],
+                          a.strides[3]};
   auto* ranges = static_cast<Arithmetic<S>*>(a.ranges);
-  if (a.bins == nullptr) return pair_ranges_launches(map, displacements, a.pad_rows, a.pad_columns, a.remove_near, ranges, a.result, emulator);
-  joint_histogram_launches(map, displacements, ranges, a.bins, a.max_bins, a.pad_rows, a.pad_columns, a.remove_near, a.result, emulator.facts.most_shared,
-                           emulator);
+  if (a.bins == nullptr)
+    return pair_ranges_launches(map, displacements, a.pad_rows, a.pad_columns, a.remove_near, ranges, a.result,
+                                emulator);
+  joint_histogram_launches(map, displacements, ranges, a.bins, a.max_bins, a.pad_rows, a.pad_columns, a.remove_near,
+                           a.result, emulator.facts.most_shared, emulator);
 }
 
 }  // namespace
@@ -128,7 +139,9 @@ extern "C" void emulate(const Arguments* arguments, Facts* facts) {
 extern "C" int64_t quotients_that_differ(int64_t divisor) {
   const Division division(divisor);
   int64_t differ = 0;
-  for (int64_t multiple = 0; multiple <= INT32_MAX; multiple += std::max<int64_t>(1, (INT32_MAX / divisor / 1000)) * divisor)
-    for (int64_t n = std::max<int64_t>(0, multiple - 2); n < multiple + 2 && n <= INT32_MAX; ++n) differ += division.quotient(n) != n / divisor;
+  for (int64_t multiple = 0; multiple <= INT32_MAX;
+       multiple += std::max<int64_t>(1, (INT32_MAX / divisor / 1000)) * divisor)
+    for (int64_t n = std::max<int64_t>(0, multiple - 2); n < multiple + 2 && n <= INT32_MAX; ++n)
+      differ += division.quotient(n) != n / divisor;
   return differ;
 }

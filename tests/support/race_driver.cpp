@@ -1,5 +1,6 @@
-// The torch-free loops of pair_ranges and joint_histogram on several std::threads, against one thread: test_sanitizers.py
-// builds this with ThreadSanitizer, which through Python, OpenMP and a libtorch without it would drown in false reports.
+// The torch-free loops of pair_ranges and joint_histogram on several std::threads, against one thread:
+// test_sanitizers.py builds this with ThreadSanitizer, which through Python, OpenMP and a libtorch without it would
+// drown in false reports.
 #include "joint_histogram_cpu.h"
 #include "pair_ranges_cpu.h"
 
@@ -64,14 +65,19 @@ struct Found {
 };
 
 template <typename S>
-Found<S> run(const Case& c, const FeatureMap<S>& map, const std::vector<Displacement>& displacements, bool remove_near, int64_t threads) {
+Found<S> run(const Case& c, const FeatureMap<S>& map, const std::vector<Displacement>& displacements, bool remove_near,
+             int64_t threads) {
   const int64_t rows = map.channels * displacements.size(), most = c.bins == 0 ? 20 : c.bins;
   std::vector<int32_t> bins(rows);
   for (int64_t row = 0; row < rows; ++row) bins[row] = c.bins == 0 ? 1 + row % most : c.bins;
-  Found<S> found{std::vector<Arithmetic<S>>(rows * 4), std::vector<int64_t>(rows), std::vector<int64_t>(rows * most * most)};
-  pair_ranges(RangeArguments<S>{map, displacements, c.padding, c.padding, remove_near, found.ranges.data(), found.n.data()}, threads, parallel);
+  Found<S> found{std::vector<Arithmetic<S>>(rows * 4), std::vector<int64_t>(rows),
+                 std::vector<int64_t>(rows * most * most)};
+  pair_ranges(
+      RangeArguments<S>{map, displacements, c.padding, c.padding, remove_near, found.ranges.data(), found.n.data()},
+      threads, parallel);
   for (const bool add : {false, true})
-    joint_histogram(HistogramArguments<S>{map, displacements, found.ranges.data(), bins.data(), most, c.padding, c.padding, remove_near, found.counts.data(), add},
+    joint_histogram(HistogramArguments<S>{map, displacements, found.ranges.data(), bins.data(), most, c.padding,
+                                          c.padding, remove_near, found.counts.data(), add},
                     threads, parallel);
   return found;
 }
@@ -82,12 +88,15 @@ int check(const Case& c, const char* dtype, bool channels_last, bool remove_near
   std::vector<S> values(c.images * c.channels * c.height * c.width);
   for (S& v : values) v = stored<S>(std::max(0.0f, static_cast<float>(random()) / random.max() - 0.4f));
   const int64_t pixels = c.height * c.width, across = channels_last ? c.channels : 1;
-  const FeatureMap<S> map{values.data(), c.images, c.channels, c.height, c.width, c.channels * pixels, channels_last ? 1 : pixels, c.width * across, across};
+  const FeatureMap<S> map{
+      values.data(),    c.images, c.channels, c.height, c.width, c.channels * pixels, channels_last ? 1 : pixels,
+      c.width * across, across};
   std::vector<Displacement> displacements;
   for (int64_t i = 0; i <= c.radius; ++i)
     for (int64_t j = -c.radius; j <= c.radius; ++j)
       if (i > 0 || j > 0) displacements.push_back({i, j});
-  const Found<S> one = run(c, map, displacements, remove_near, 1), many = run(c, map, displacements, remove_near, kThreads);
+  const Found<S> one = run(c, map, displacements, remove_near, 1),
+                 many = run(c, map, displacements, remove_near, kThreads);
   const bool shared = most_at_once > c.channels;
   if (one == many && (shared || !c.threads_share_a_channel)) return 0;
   std::printf("%s, %s, channels_last %d, remove_near %d: %s\n", c.desc, dtype, channels_last, remove_near,

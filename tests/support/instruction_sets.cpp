@@ -1,0 +1,274 @@
+// Every loop as it was compiled for each instruction set of this machine, against the base: the results must have the
+// same bits. Prints how many results it compared for each set.
+#include "bin_stacks.h"
+#include "pair_counting.h"
+#include "pair_ranges_cpu.h"
+#include "rep_sgd_update.h"
+
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <string>
+#include <utility>
+
+#define GRADREP_LOOPS "rep_grad_norm_loops.h"
+#include "for_each_target.h"
+#define GRADREP_LOOPS "step_loops.h"
+#include "for_each_target.h"
+
+using namespace gradrep;
+
+namespace {
+
+using GradNormLoops = PerTarget<base::GradNormLoops, avx2::GradNormLoops, avx512::GradNormLoops>;
+
+constexpr int64_t kSizes[] = {
+    0, 1, 15, 16, 33, 64, 127, 1000, 16 * 49 * 2 + 5};  // tails and whole vectors of any width
+constexpr int64_t kMost = 2000, kPitch = 9;
+
+int compared[3], failures;
+
+// Numbers with everything that rounds or compares in a way of its own.
+template <typename S>
+std::vector<S> values(int64_t n, int seed, bool finite = false) {
+  std::minstd_rand random(seed);
+  std::vector<S> made(n);
+  for (S& value : made) {
+    float v = static_cast<float>(random()) / random.max() * 4 - 2;
+    const auto kind = random() % 16;
+    if (kind == 0) v = 0;
+    if (kind == 1) v = -0.0f;
+    if (kind == 2) v *= 1e-30f * 1e-10f;
+    if (kind == 3 && !finite) v = INFINITY;
+    if (kind == 4 && !finite) v = NAN;
+    if constexpr (std::is_same_v<S, BFloat16> || std::is_same_v<S, Half>) {
+      uint32_t bits;
+      std::memcpy(&bits, &v, sizeof bits);
+      value.bits = static_cast<uint16_t>(bits >> 16);
+    } else {
+      value = static_cast<S>(v) * (1 + static_cast<S>(random()) * static_cast<S>(1e-12));
+    }
+  }
+  return made;
+}
+
+std::vector<uint8_t> bin_numbers(int64_t n, int seed) {
+  std::minstd_rand random(seed);
+  std::vector<uint8_t> made(n);
+  for (uint8_t& number : made) number = static_cast<uint8_t>(random() % kPitch);
+  return made;
+}
+
+template <typename E>
+bool same(E a, E b) {
+  return (a != a && b != b) || std::memcmp(&a, &b, sizeof a) == 0;  // which NaN it is depends on the order of operands
+}
+
+// result(target) runs a loop on data of its own and returns arrays.
+template <typename Result>
+void check(const std::string& desc, const Result& result) {
+  const auto expected = result(Target::kBase);
+  for (const Target target : {Target::kAvx2, Target::kAvx512}) {
+    if (!supports(target)) continue;
+    const auto given = result(target);
+    bool equal = given.size() == expected.size();
+    for (size_t i = 0; equal && i < given.size(); ++i) equal = same(given[i], expected[i]);
+    ++compared[static_cast<int>(target)];
+    if (equal) continue;
+    ++failures;
+    std::printf("%s, %s: not the bits of the base\n", desc.c_str(), target == Target::kAvx2 ? "avx2" : "avx512");
+  }
+}
+
+template <typename T>
+std::vector<T> joined(std::vector<T> a, const std::vector<T>& b) {
+  a.insert(a.end(), b.begin(), b.end());
+  return a;
+}
+
+// One loop of a step, by instruction set. Without `taps`, the loops are those for one number or for an array.
+template <typename T>
+struct StepLoop {
+  using Loop = void (*)(T*, const T*, const T*, int64_t, SgdUpdate::Numbers<T>, T*);
+  using TapsLoop = void (*)(T*, const T*, const T*, int64_t, SgdUpdate::Numbers<T>, int64_t, T, T*);
+  Loop loop[3] = {};
+  TapsLoop taps[3] = {};
+};
+
+template <typename T>
+void check_step(const char* desc, const StepLoop<T>& loops) {
+  static const auto g = values<T>(kMost, 3), m = values<T>(kMost, 4);
+  const SgdUpdate::Numbers<T> h{T(0.1), T(0.9), T(0.8), T(1e-4)};
+  for (const int64_t n : kSizes)
+    for (const int64_t odd : {-1, 3, 500, 999}) {
+      if (odd >= n || (odd >= 0 && loops.taps[0] == nullptr)) continue;
+      check(desc, [&](Target target) {
+        const auto set = static_cast<int>(target);
+        auto p = values<T>(kMost, 1), buffer = values<T>(kMost, 2);
+        if (loops.taps[0] == nullptr)
+          loops.loop[set](p.data(), g.data(), m.data(), n, h, buffer.data());
+        else
+          loops.taps[set](p.data(), g.data(), m.data(), n, h, odd, T(1.5), buffer.data());
+        return joined(p, buffer);
+      });
+    }
+}
+
+template <typename T, int variant>
+void check_variant() {
+  using Base = base::StepLoops::Of<SgdUpdate, variant, T, T>;
+  using Avx2 = avx2::StepLoops::Of<SgdUpdate, variant, T, T>;
+  using Avx512 = avx512::StepLoops::Of<SgdUpdate, variant, T, T>;
+  check_step<T>("constant", {{Base::constant, Avx2::constant, Avx512::constant}, {}});
+  check_step<T>("array", {{Base::array, Avx2::array, Avx512::array}, {}});
+  if constexpr (SgdUpdate::is_frequent(variant))
+    check_step<T>("9 taps", {{}, {Base::template taps<9>, Avx2::template taps<9>, Avx512::template taps<9>}});
+}
+
+// With weight decay: without, every variant does the same but for one product and one sum.
+template <typename T>
+void check_steps() {
+  check_variant<T, 2 * SgdUpdate::kNone + 1>();
+  check_variant<T, 2 * SgdUpdate::kPlain + 1>();
+  check_variant<T, 2 * SgdUpdate::kNesterov + 1>();
+  check_variant<T, 2 * SgdUpdate::kFirst + 1>();
+  check_variant<T, 2 * SgdUpdate::kFirstNesterov + 1>();
+  using Base = base::StepLoops::Of<SgdUpdate, 2 * SgdUpdate::kPlain, T, T>;
+  using Avx2 = avx2::StepLoops::Of<SgdUpdate, 2 * SgdUpdate::kPlain, T, T>;
+  using Avx512 = avx512::StepLoops::Of<SgdUpdate, 2 * SgdUpdate::kPlain, T, T>;
+  check_step<T>("25 taps", {{}, {Base::template taps<25>, Avx2::template taps<25>, Avx512::template taps<25>}});
+  check_step<T>("49 taps", {{}, {Base::template taps<49>, Avx2::template taps<49>, Avx512::template taps<49>}});
+}
+
+template <typename T>
+void check_norm(const std::string& dtype) {
+  const auto g = values<T>(kMost, 5, true), m = values<T>(kMost, 6, true);
+  for (const int64_t n : kSizes)
+    check("weighted_sum " + dtype, [&](Target target) {
+      const auto sum = [&](auto loops) { return loops.weighted_sum(g.data(), m.data(), n); };
+      return std::vector<double>{GradNormLoops::on(target, sum)};
+    });
+}
+
+template <typename S>
+void check_ranges(const std::string& dtype) {
+  using T = Arithmetic<S>;
+  const auto p = values<S>(kMost, 7), q = values<S>(kMost, 8);
+  for (const int64_t n : kSizes) {
+    check("merge_rows " + dtype, [&](Target target) {
+      auto least = values<T>(kMost, 9), greatest = values<T>(kMost, 10);
+      RangeLoops::on(target, [&](auto loops) {
+        loops.merge_rows(p.data(), n == 0 ? 0 : kMost / n, n, n, least.data(), greatest.data());
+      });
+      return joined(least, greatest);
+    });
+    check("merge_lanes " + dtype, [&](Target target) {
+      auto least = values<T>(kLanes, 11), greatest = values<T>(kLanes, 12);
+      RangeLoops::on(target, [&](auto loops) {
+        loops.merge_lanes(p.data(), n / kLanes, kLanes, q.data(), least.data(), greatest.data());
+      });
+      return joined(least, greatest);
+    });
+    check("merge_near " + dtype, [&](Target target) {
+      NearExtrema<T> e{};
+      const int64_t whole = n / kNearLanes * kNearLanes;
+      const auto merge = [&](auto loops) { return loops.merge_near(p.data(), q.data(), whole, e); };
+      std::vector<T> result{static_cast<T>(RangeLoops::on(target, merge))};
+      for (int j = 0; j < kNearLanes; ++j)
+        for (const T number :
+             {e.least_p[j], e.greatest_p[j], e.least_q[j], e.greatest_q[j], T(e.nan_p[j]), T(e.nan_q[j])})
+          result.push_back(number);
+      return result;
+    });
+  }
+}
+
+template <typename S, typename Bin, bool zeros_drop>
+void check_quantise(const std::string& dtype) {
+  using T = Arithmetic<S>;
+  const auto x = values<S>(kMost, 13);
+  const auto lo = values<T>(kMost, 14, true), inv = values<T>(kMost, 15, true);
+  const std::vector<T> top(kMost, T(sizeof(Bin) == 1 ? 200 : 5000));
+  for (const int64_t n : kSizes)
+    for (const bool each : {false, true})
+      check("quantise " + dtype, [&](Target target) {
+        std::vector<Bin> numbers(kMost);
+        QuantiseLoops::on(target, [&](auto loops) {
+          if (each)
+            loops.template quantise<zeros_drop>(x.data(), n, Binnings<T>{lo.data(), inv.data(), top.data()},
+                                                numbers.data());
+          else
+            loops.template quantise<zeros_drop>(x.data(), n, binning(T(-1.25), T(1.5), top[0]), numbers.data());
+        });
+        return numbers;
+      });
+}
+
+template <typename S>
+void check_pairs_of(const std::string& dtype) {
+  check_ranges<S>(dtype);
+  check_quantise<S, uint8_t, false>(dtype);
+  check_quantise<S, uint8_t, true>(dtype);
+  check_quantise<S, uint16_t, false>(dtype);
+  check_quantise<S, uint16_t, true>(dtype);
+}
+
+void check_counting() {
+  const auto a = bin_numbers(kMost, 16), b = bin_numbers(kMost, 17), c = bin_numbers(kMost, 18);
+  for (const int64_t n : kSizes) {
+    check("pair_cells", [&](Target target) {
+      std::vector<uint16_t> cells(kMost);
+      CountingLoops::on(target, [&](auto loops) { loops.pair_cells(a.data(), b.data(), n, kPitch, cells.data()); });
+      return cells;
+    });
+    check("triangle_cells", [&](Target target) {
+      std::vector<uint16_t> cells(kMost);
+      CountingLoops::on(
+          target, [&](auto loops) { loops.triangle_cells(a.data(), b.data(), c.data(), n, kPitch, cells.data()); });
+      return cells;
+    });
+  }
+  for (const int64_t pitch : {1, 2, 9, 24, 32}) {
+    const Tables layout(pitch);
+    const Cube cube(pitch);
+    check("move_cubes", [&](Target target) {
+      std::vector<uint16_t> cubes(2 * cube.size);
+      for (size_t i = 0; i < cubes.size(); ++i) cubes[i] = static_cast<uint16_t>(i * 31);
+      std::vector<uint32_t> tables(3 * layout.size, 5);
+      uint32_t* first = tables.data();
+      CountingLoops::on(target, [&](auto loops) {
+        loops.move_cubes(cubes.data(), cube, layout, first, first + layout.size, first + 2 * layout.size);
+      });
+      for (const uint16_t cell : cubes) tables.push_back(cell);
+      return tables;
+    });
+    for (const bool remove_near : {false, true})
+      check("move_tables", [&](Target target) {
+        std::vector<uint32_t> tables(layout.cells(1));
+        for (size_t i = 0; i < tables.size(); ++i) tables[i] = static_cast<uint32_t>(i * 2654435761u);
+        std::vector<int64_t> counts(40 * 40, 7);
+        CountingLoops::on(target, [&](auto loops) {
+          loops.move_tables(tables.data(), layout, pitch, remove_near, counts.data(), 40);
+        });
+        for (const uint32_t cell : tables) counts.push_back(cell);
+        return counts;
+      });
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_steps<float>();
+  check_steps<double>();
+  check_norm<float>("float32");
+  check_norm<double>("float64");
+  check_pairs_of<float>("float32");
+  check_pairs_of<double>("float64");
+  check_pairs_of<BFloat16>("bfloat16");
+  check_pairs_of<Half>("float16");
+  check_counting();
+  for (const auto& [target, name] : {std::pair{Target::kAvx2, "avx2"}, std::pair{Target::kAvx512, "avx512"}})
+    if (supports(target)) std::printf("%s %d\n", name, compared[static_cast<int>(target)]);
+  return failures == 0 ? 0 : 1;
+}
