@@ -14,10 +14,11 @@ from typing import Any
 from gradrep_kernels.csla import load_scales, save_scales
 from gradrep_kernels.recipes.environment import environment, environment_text
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.job import SCALES, open_run, run_job
+from gradrep_kernels.recipes.job import run_job
 from gradrep_kernels.recipes.options import ABLATIONS, DEFAULTS, MODELS, RECIPES, flag
 from gradrep_kernels.recipes.progress import Reporter
 from gradrep_kernels.recipes.report import check_line, scales_line, table
+from gradrep_kernels.recipes.runs import SCALES, open_run
 
 __all__ = ["main"]
 

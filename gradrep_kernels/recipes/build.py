@@ -10,7 +10,8 @@ from torch import nn
 from gradrep_kernels import csla, models
 from gradrep_kernels.branch_scales import BranchScales
 from gradrep_kernels.optim import FusedRepSGD, param_groups
-from gradrep_kernels.recipes.data import Data, derived_seed
+from gradrep_kernels.recipes.data import Data
+from gradrep_kernels.recipes.loader import derived_seed
 from gradrep_kernels.recipes.options import MODELS, Options
 from gradrep_kernels.sgs import SpatialGradientScaling
 

@@ -7,7 +7,7 @@ random comes from a generator of its own that is seeded per epoch, so that an ep
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +20,10 @@ from torch.nn import functional as F
 from gradrep_kernels.recipes.errors import InputError, extra
 
 __all__ = [
-    "AUGMENTATIONS",
     "KINDS",
     "Data",
     "Images",
-    "Loader",
-    "cutout",
-    "derived_seed",
-    "flip",
     "load_data",
-    "pad_and_crop",
     "split_source",
 ]
 
@@ -281,94 +275,3 @@ def _image_files(image, root: Path, classes: list[str], side: int) -> Images:
 
 def _one_line(reason: Exception) -> str:
     return " ".join(str(reason).split()) or type(reason).__name__
-
-
-def flip(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image of x  # [n, C, H, W]  mirrored left to right with probability 1/2."""
-    mirrored = torch.rand(len(x), generator=generator) < 0.5
-    return torch.where(mirrored.reshape(-1, 1, 1, 1), x.flip(3), x)
-
-
-def pad_and_crop(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image of x  # [n, C, H, W]  padded with zeros (black) by an eighth of its side and cropped back at random."""
-    n, channels, height, width = x.shape
-    by = max(1, height // 8)
-    top, left = torch.randint(0, 2 * by + 1, (2, n), generator=generator)
-    rows = (top[:, None] + torch.arange(height)).reshape(n, 1, height, 1)
-    columns = (left[:, None] + torch.arange(width)).reshape(n, 1, 1, width)
-    padded = F.pad(x, (by, by, by, by))
-    return padded[torch.arange(n).reshape(n, 1, 1, 1), torch.arange(channels).reshape(1, channels, 1, 1), rows, columns]
-
-
-def cutout(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A square of half the side set to 0 in each image of x  # [n, C, H, W], its centre anywhere, cut off at the border."""
-    n, _, height, width = x.shape
-    half = height // 4
-    row = torch.randint(0, height, (n, 1), generator=generator)
-    column = torch.randint(0, width, (n, 1), generator=generator)
-    rows = (torch.arange(height) >= row - half) & (torch.arange(height) < row + half)
-    columns = (torch.arange(width) >= column - half) & (torch.arange(width) < column + half)
-    return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
-
-
-AUGMENTATIONS = ("flip", "crop", "cutout")
-
-
-def derived_seed(*parts: int) -> int:
-    """A seed for one purpose from (seed, purpose, epoch, ...); neighbours share nothing."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)  # torch takes 63 bits without sign
-
-
-class Loader:
-    """Batches (x [n, C, H, W] standardised, labels [n]) of one epoch; iterating again gives the same batches.
-
-    With a seed: shuffled and augmented from it, and the incomplete last batch left out (it would weigh its images more;
-    a set smaller than one batch is one batch). Without: all images in order, as they are.
-    """
-
-    def __init__(
-        self,
-        data: Data,
-        images: Images,
-        batch_size: int,
-        *,
-        seed: int | None = None,
-        augment: tuple[str, ...] = (),
-        device: str = "cpu",
-    ):
-        self.data, self.images, self.seed, self.augment, self.device = data, images, seed, augment, device
-        self.batch_size = min(batch_size, len(images))
-
-    def __len__(self) -> int:
-        whole, rest = divmod(len(self.images), self.batch_size)
-        return whole + (self.seed is None and rest > 0)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator()
-        order = torch.arange(len(self.images))
-        if self.seed is not None:
-            generator.manual_seed(self.seed)
-            order = order[torch.randperm(len(order), generator=generator)]
-        chosen = order.split(self.batch_size)[: len(self)]
-        for indices, x in zip(chosen, self._read(chosen)):
-            yield self._prepared(x, generator).to(self.device), self.images.labels[indices].to(self.device)
-
-    def _read(self, chosen: tuple[Tensor, ...]) -> Iterator[Tensor]:
-        if not self.images.lazy:
-            yield from map(self.images.read, chosen)
-            return
-        with ThreadPoolExecutor(1) as reader:  # the next batch is read while this one is used
-            pending = reader.submit(self.images.read, chosen[0])
-            for following in chosen[1:]:
-                x = pending.result()
-                pending = reader.submit(self.images.read, following)
-                yield x
-            yield pending.result()
-
-    def _prepared(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        if "crop" in self.augment:
-            x = pad_and_crop(x, generator)
-        if "flip" in self.augment:
-            x = flip(x, generator)
-        x = self.data.standardise(x)
-        return cutout(x, generator) if "cutout" in self.augment else x

@@ -13,7 +13,8 @@ from gradrep_kernels import csla
 from gradrep_kernels.branch_scales import BranchScales
 from gradrep_kernels.optim import FusedRepSGD, param_groups
 from gradrep_kernels.recipes.build import plain_model
-from gradrep_kernels.recipes.data import Data, Loader, derived_seed
+from gradrep_kernels.recipes.data import Data
+from gradrep_kernels.recipes.loader import Loader, derived_seed
 from gradrep_kernels.recipes.options import Options
 
 __all__ = ["TOLERANCE", "csla_equals_gr"]

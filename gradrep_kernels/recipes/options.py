@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from gradrep_kernels import models
-from gradrep_kernels.recipes.data import AUGMENTATIONS, split_source
+from gradrep_kernels.recipes.augmentation import AUGMENTATIONS
+from gradrep_kernels.recipes.data import split_source
 from gradrep_kernels.recipes.errors import InputError
 
 __all__ = ["ABLATIONS", "DEFAULTS", "MODELS", "RECIPES", "Options", "flag", "resolve"]

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from gradrep_kernels.optim import FusedRepSGD
 from gradrep_kernels.recipes.build import Trainee
-from gradrep_kernels.recipes.data import Data, Loader, derived_seed
+from gradrep_kernels.recipes.data import Data
+from gradrep_kernels.recipes.loader import Loader, derived_seed
 from gradrep_kernels.recipes.options import Options
 from gradrep_kernels.recipes.schedules import learning_rate
 

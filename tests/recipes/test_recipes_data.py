@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from gradrep_kernels.recipes.data import Loader, cutout, derived_seed, flip, load_data, pad_and_crop, split_source
+from gradrep_kernels.recipes.augmentation import cutout, flip, pad_and_crop
+from gradrep_kernels.recipes.data import load_data, split_source
 from gradrep_kernels.recipes.errors import InputError
+from gradrep_kernels.recipes.loader import Loader, derived_seed
 from gradrep_kernels.recipes.schedules import learning_rate
 
 CIFAR = {
