@@ -1,57 +1,15 @@
-"""Data for the commands: what is read, what is refused, what is drawn."""
+"""Data sets for the commands: what is read and what is refused."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from cases_recipes import CIFAR, record, write_cifar, write_folder, write_image
 
-from gradrep_kernels.recipes.augmentation import cutout, flip, pad_and_crop
 from gradrep_kernels.recipes.data import load_data, split_source
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.loader import Loader, derived_seed
-from gradrep_kernels.recipes.schedules import learning_rate
-
-CIFAR = {
-    "cifar10": [f"data_batch_{n}.bin" for n in range(1, 6)] + ["test_batch.bin"],
-    "cifar100": ["train.bin", "test.bin"],
-}
-
-
-def record(kind: str, label: int, seed: int) -> bytes:
-    """One record by the format's words: label byte (cifar100: coarse and fine), then red, green, blue, row by row."""
-    pixels = np.random.default_rng(seed).integers(0, 256, 3 * 32 * 32, dtype=np.uint8)
-    labels = bytes([label]) if kind == "cifar10" else bytes([label % 20, label])
-    return labels + pixels.tobytes()
-
-
-def write_cifar(folder, kind: str, per_file: int = 4):
-    folder.mkdir(parents=True, exist_ok=True)
-    for n, name in enumerate(CIFAR[kind]):
-        (folder / name).write_bytes(
-            b"".join(
-                record(kind, (37 * n + 23 * i) % (10 if kind == "cifar10" else 100), 100 * n + i)
-                for i in range(per_file)
-            )
-        )
-    return folder
-
-
-def write_image(path, size, colour, mode="RGB"):
-    image = pytest.importorskip("PIL.Image")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.new(mode, size, colour).save(path)
-
-
-def write_folder(root, classes=("ant", "bee"), per_class=3, size=(20, 12)):
-    for part in ("train", "val"):
-        for c, name in enumerate(classes):
-            for n in range(per_class):
-                write_image(root / part / name / f"{n}.png", size, (40 * c, 10 * n, 255 if part == "val" else 0))
-    return root
-
-
-# ---- digits
+from gradrep_kernels.recipes.loader import Loader
 
 
 def test_digits_are_split_by_class_and_complete():
@@ -70,9 +28,6 @@ def test_digits_are_standardised_by_the_training_set_alone():
     torch.testing.assert_close(torch.stack([x.mean(), x.std()]), torch.tensor([0.0, 1.0]), atol=1e-3, rtol=0)
     y = torch.cat([x for x, _ in Loader(data, data.test, 500)])
     assert abs(float(y.mean())) > 1e-3 or abs(float(y.std()) - 1) > 1e-3
-
-
-# ---- CIFAR
 
 
 @pytest.mark.parametrize("kind", CIFAR)
@@ -179,9 +134,6 @@ def test_a_missing_folder_is_named(tmp_path, kind):
         load_data(f"{kind}:{tmp_path / 'nowhere'}")
 
 
-# ---- folders
-
-
 def test_folders_give_sorted_classes_and_square_images(tmp_path):
     write_folder(tmp_path)
     write_image(tmp_path / "train" / "bee" / "grey.png", (9, 30), 77, mode="L")
@@ -273,140 +225,3 @@ def test_an_image_with_a_damaged_body_is_named_when_it_is_read(tmp_path):
     data = load_data(f"folder:{tmp_path}", 8)
     with pytest.raises(InputError, match=r"train/ant/1\.png: not a readable image"):
         list(Loader(data, data.train, 6))
-
-
-# ---- augmentation
-
-
-def some_images(n: int = 64, channels: int = 3, side: int = 16) -> torch.Tensor:
-    return torch.rand((n, channels, side, side), generator=torch.Generator().manual_seed(1)) + 0.01
-
-
-def test_flip_mirrors_about_half_of_the_images():
-    x = some_images()
-    y = flip(x, torch.Generator().manual_seed(0))
-    mirrored = [bool(torch.equal(b, a.flip(2))) for a, b in zip(x, y)]
-    kept = [bool(torch.equal(b, a)) for a, b in zip(x, y)]
-    assert all(m != k for m, k in zip(mirrored, kept))
-    assert 16 < sum(mirrored) < 48
-
-
-def test_pad_and_crop_gives_every_window_of_the_padded_image():
-    x = some_images(300)
-    y = pad_and_crop(x, torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(x, (2, 2, 2, 2))
-    found = set()
-    for a, b in zip(padded, y):
-        windows = [(i, j) for i in range(5) for j in range(5) if torch.equal(b, a[:, i : i + 16, j : j + 16])]
-        assert len(windows) == 1
-        found.update(windows)
-    assert len(found) == 25
-
-
-def test_cutout_clears_one_square_that_the_border_may_cut():
-    x = some_images(300)
-    y = cutout(x, torch.Generator().manual_seed(0))
-    areas = set()
-    for a, b in zip(x, y):
-        gone = b[0] == 0
-        rows, columns = gone.any(1).nonzero().flatten(), gone.any(0).nonzero().flatten()
-        expected = a.clone()
-        expected[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = 0
-        assert torch.equal(b, expected)
-        areas.add((len(rows), len(columns)))
-    assert max(areas) == (8, 8)
-    assert min(min(area) for area in areas) == 4
-
-
-@pytest.mark.parametrize("augment", [flip, pad_and_crop, cutout])
-def test_augmentation_draws_from_its_own_generator_and_leaves_its_input(augment):
-    x = some_images(8)
-    before, state = x.clone(), torch.get_rng_state()
-    first, again, other = (augment(x, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
-    assert torch.equal(x, before)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-# ---- batches
-
-
-def test_shuffled_batches_hold_each_image_once_and_leave_the_rest_out():
-    data = load_data("digits")
-    loader = Loader(data, data.train, 100, seed=3)
-    batches = list(loader)
-    assert len(loader) == len(batches) == 14
-    assert all(len(x) == len(labels) == 100 for x, labels in batches)
-    images = torch.cat([x for x, _ in batches]).flatten(1)
-    assert len(torch.unique(images, dim=0)) == 1400
-    of_image = {
-        x.numpy().tobytes(): int(label)
-        for x, label in zip(data.standardise(data.train.read(torch.arange(1437))), data.train.labels)
-    }
-    assert all(of_image[x.numpy().tobytes()] == int(label) for batch in batches for x, label in zip(*batch))
-
-
-def test_an_epoch_comes_again_from_its_seed_and_from_nothing_else():
-    data = load_data("digits")
-
-    def epoch(seed):
-        return torch.cat([x for x, _ in Loader(data, data.train, 300, seed=seed, augment=("flip", "crop", "cutout"))])
-
-    torch.manual_seed(1)
-    first, state = epoch(9), torch.get_rng_state()
-    torch.manual_seed(2)
-    assert torch.equal(first, epoch(9))
-    assert not torch.equal(first, epoch(10))
-    torch.manual_seed(1)
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_the_test_set_comes_whole_and_in_order():
-    data = load_data("digits")
-    loader = Loader(data, data.test, 100)
-    assert len(loader) == 4
-    assert torch.equal(torch.cat([labels for _, labels in loader]), data.test.labels)
-
-
-def test_a_set_smaller_than_a_batch_is_one_batch(tmp_path):
-    data = load_data(f"cifar100:{write_cifar(tmp_path, 'cifar100')}")
-    assert [len(x) for x, _ in Loader(data, data.train, 64, seed=0)] == [4]
-
-
-def test_derived_seeds_differ_and_stay():
-    found = {derived_seed(seed, purpose, epoch) for seed in range(5) for purpose in range(4) for epoch in range(20)}
-    assert len(found) == 400
-    assert all(0 <= seed < 2**63 for seed in found)
-    assert derived_seed(0, 1) == derived_seed(0, 1) != derived_seed(1, 0)
-
-
-# ---- schedule
-
-
-@pytest.mark.parametrize("warmup", [0, 1, 7, 40])
-def test_the_learning_rate_is_that_of_torchs_schedulers(warmup):
-    steps, base = 40, 0.3
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=base)
-    schedulers, milestones = [], []
-    if warmup:
-        schedulers.append(torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, 1.0, max(warmup - 1, 1)))
-    if warmup and warmup < steps:
-        milestones.append(warmup)
-    if warmup < steps:
-        schedulers.append(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warmup))
-    scheduler = (
-        torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, milestones)
-        if len(schedulers) > 1
-        else schedulers[0]
-    )
-    for step in range(steps):
-        assert learning_rate(step, steps, warmup, base) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
-        optimizer.step()
-        scheduler.step()
-
-
-@pytest.mark.parametrize(("step", "steps", "warmup"), [(-1, 10, 0), (10, 10, 0), (0, 10, 11), (0, 10, -1)])
-def test_steps_outside_the_schedule_are_refused(step, steps, warmup):
-    with pytest.raises(ValueError, match="must lie in"):
-        learning_rate(step, steps, warmup, 0.1)
