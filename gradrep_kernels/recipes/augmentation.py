@@ -12,13 +12,16 @@ AUGMENTATIONS = ("flip", "crop", "cutout")
 
 
 def flip(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image of x  # [n, C, H, W]  mirrored left to right with probability 1/2."""
+    """Mirror each image of x [n, C, H, W] left to right with probability 1/2."""
     mirrored = torch.rand(len(x), generator=generator) < 0.5
     return torch.where(mirrored.reshape(-1, 1, 1, 1), x.flip(3), x)
 
 
 def pad_and_crop(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image of x  # [n, C, H, W]  padded with zeros (black) by an eighth of its side and cropped back at random."""
+    """Shift each image of x [n, C, H, W] at random.
+
+    It is padded with zeros (black) by an eighth of its side and cropped back.
+    """
     n, channels, height, width = x.shape
     by = max(1, height // 8)
     top, left = torch.randint(0, 2 * by + 1, (2, n), generator=generator)
@@ -29,7 +32,10 @@ def pad_and_crop(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def cutout(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A square of half the side set to 0 in each image of x  # [n, C, H, W], its centre anywhere, cut off at the border."""
+    """Set a square of half the side to 0 in each image of x [n, C, H, W].
+
+    Its centre lies anywhere in the image, and the border cuts off what lies outside.
+    """
     n, _, height, width = x.shape
     half = height // 4
     row = torch.randint(0, height, (n, 1), generator=generator)

@@ -1,4 +1,7 @@
-"""Batches of one epoch, shuffled and augmented from a seed."""
+"""Batches of one epoch, shuffled and augmented from a seed.
+
+Every random number comes from a generator of the epoch's own, so that an epoch can be replayed.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,20 @@ __all__ = ["Loader", "derived_seed"]
 
 
 def derived_seed(*parts: int) -> int:
-    """A seed for one purpose from (seed, purpose, epoch, ...); neighbours share nothing."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)  # torch takes 63 bits without sign
+    """Return a seed for one purpose from (seed, purpose, epoch, ...).
+
+    Seeds of neighbours are independent.
+    """
+    # torch takes seeds of 63 bits without a sign.
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Loader:
-    """Batches (x [n, C, H, W] standardised, labels [n]) of one epoch; iterating again gives the same batches.
+    """Batches (x [n, C, H, W] standardised, labels [n]) of one epoch.
 
-    With a seed: shuffled and augmented from it, and the incomplete last batch left out (it would weigh its images more;
-    a set smaller than one batch is one batch). Without: all images in order, as they are.
+    Iterating again gives the same batches. With a seed, images are shuffled and augmented from it. The incomplete last
+    batch is left out, because its images would weigh more, but a set smaller than one batch is one batch. Without a
+    seed all images come in order, unchanged.
     """
 
     def __init__(
@@ -58,7 +66,7 @@ class Loader:
         if not self.images.lazy:
             yield from map(self.images.read, chosen)
             return
-        with ThreadPoolExecutor(1) as reader:  # the next batch is read while this one is used
+        with ThreadPoolExecutor(1) as reader:  # It reads the next batch while this one is used.
             pending = reader.submit(self.images.read, chosen[0])
             for following in chosen[1:]:
                 x = pending.result()
