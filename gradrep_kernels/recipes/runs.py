@@ -1,4 +1,4 @@
-"""The folder of a run: its name, a new one, one that is gone on with."""
+"""The folder of a run: naming it, starting it, and finding it again to resume it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ import torch
 from gradrep_kernels import csla
 from gradrep_kernels.branches.scales import match
 from gradrep_kernels.recipes import files
-from gradrep_kernels.recipes.build import initial_scales, plain_model, rows
-from gradrep_kernels.recipes.data import Data, load_data, split_source
+from gradrep_kernels.recipes.build import plain_model
+from gradrep_kernels.recipes.data import Data, load_data
 from gradrep_kernels.recipes.environment import versions
 from gradrep_kernels.recipes.errors import InputError, extra
 from gradrep_kernels.recipes.options import Options, resolve
+from gradrep_kernels.recipes.scale_sources import initial_scales
 
 __all__ = ["SCALES", "Run", "open_run"]
 
 SCALES = "scales.pt"
+"""The scales file in the folder of a run."""
 _OPTIONS = "options.json"
 
 
@@ -37,25 +39,29 @@ class Run:
 
 
 def open_run(out: Path, name: str | None, given: Mapping[str, Any], *, resume: bool, search: bool = False) -> Run:
-    """Start or resume a run. `given` are the options that were given (see `resolve`); `search`: Hyper-Search alone.
+    """Start a run in a folder of `out`, or resume one.
 
-    Without a name a new run takes DATA-MODEL, or DATA-MODEL-2, -3, ... where that is taken; resuming takes the last of
-    them. A resumed run keeps the options that it was started with.
+    Without a name a new run takes DATA-MODEL, or DATA-MODEL-2, -3, ... where that is taken, and resuming takes the last
+    of them. A resumed run keeps the options that it was started with.
 
-    Raises InputError, and leaves nothing behind: the folder has something in it, there is no run to resume, an option
-    differs, data or scales are not what they should be, a package is missing.
+    Args:
+        given: the options that a user gave, as `resolve` takes them.
+        search: whether the run is a Hyper-Search alone.
+
+    Raises:
+        InputError: the folder has something in it, there is no run to resume, an option differs, data or scales are not
+            what they should be, or a package is missing. Nothing is left behind.
     """
-    extra("matplotlib.figure", "matplotlib")  # needed at the end only, but hours earlier is the time to say so
-    return (
-        _resumed(out, name, given, search)
-        if resume
-        else _started(out, name, {**given, **({"recipe": ()} if search else {})})
-    )
+    extra("matplotlib.figure", "matplotlib")  # It is needed at the end only, but the user should hear of it now.
+    of_command = {**given, "recipe": ()} if search else given
+    if resume:
+        folder = out / (name or _last_name(out, _base_name(resolve(of_command))))
+        return _resumed(folder, given, search)
+    options = resolve(of_command)
+    return _started(out / (name or _fresh_name(out, _base_name(options))), options)
 
 
-def _started(out: Path, name: str | None, given: Mapping[str, Any]) -> Run:
-    options = resolve(given)
-    folder = out / (name or _fresh_name(out, options))
+def _started(folder: Path, options: Options) -> Run:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} has something in it already: --resume continues a run, another --name starts one")
     data = load_data(options.data, options.image_size)
@@ -66,9 +72,8 @@ def _started(out: Path, name: str | None, given: Mapping[str, Any]) -> Run:
         unfinished.mkdir(parents=True)
         if scales is not None:
             csla.save_scales(scales, unfinished / SCALES)
-        files.write_json(
-            unfinished / _OPTIONS, {"options": options.to_json(), "data": data.description(), "versions": versions()}
-        )
+        stored = {"options": options.to_json(), "data": data.description(), "versions": versions()}
+        files.write_json(unfinished / _OPTIONS, stored)
         if folder.exists():
             folder.rmdir()
         unfinished.rename(folder)
@@ -79,8 +84,7 @@ def _started(out: Path, name: str | None, given: Mapping[str, Any]) -> Run:
     return Run(folder, options, data)
 
 
-def _resumed(out: Path, name: str | None, given: Mapping[str, Any], search: bool) -> Run:
-    folder = out / (name or _last_name(out, _base_name(resolve({**given, **({"recipe": ()} if search else {})}))))
+def _resumed(folder: Path, given: Mapping[str, Any], search: bool) -> Run:
     try:
         stored = json.loads((folder / _OPTIONS).read_text(encoding="utf-8"))
         options = Options.from_json(stored["options"])
@@ -94,40 +98,45 @@ def _resumed(out: Path, name: str | None, given: Mapping[str, Any], search: bool
     options.check()
     data = load_data(options.data, options.image_size)
     if data.description() != stored["data"]:
-        raise InputError(
-            f"{options.data} is not what it was when {folder} was started: {data.description()}, then {stored['data']}"
-        )
+        now_and_then = f"{data.description()}, then {stored['data']}"
+        raise InputError(f"{options.data} is not what it was when {folder} was started: {now_and_then}")
     for leftover in folder.rglob(f"*{files.TEMPORARY}"):
         leftover.unlink()
     return Run(folder, options, data)
 
 
 def _base_name(options: Options) -> str:
-    kind, model = split_source(options.data)[0], options.model.removeprefix("repopt_vgg_")
-    return f"{kind}-{model}" if options.recipe else f"{kind}-{model}-search"
+    name = f"{options.data.kind}-{options.model.removeprefix('repopt_vgg_')}"
+    return name if options.recipe else f"{name}-search"
 
 
-def _taken(out: Path, base: str) -> list[int]:
-    """The numbers of the runs with this default name; the first has none and counts as 1."""
+def _taken_numbers(out: Path, base: str) -> list[int]:
+    """The numbers of the runs with this default name.
+
+    The first has none and counts as 1.
+    """
     names = (entry.name for entry in out.iterdir()) if out.is_dir() else ()
     matches = (re.fullmatch(rf"{re.escape(base)}(?:-(\d+))?", name) for name in names)
     return sorted(int(match[1] or 1) for match in matches if match)
 
 
-def _fresh_name(out: Path, options: Options) -> str:
-    base = _base_name(options)
-    taken = _taken(out, base)
+def _fresh_name(out: Path, base: str) -> str:
+    taken = _taken_numbers(out, base)
     return f"{base}-{taken[-1] + 1}" if taken else base
 
 
 def _last_name(out: Path, base: str) -> str:
-    taken = _taken(out, base)
+    taken = _taken_numbers(out, base)
     return f"{base}-{taken[-1]}" if taken and taken[-1] > 1 else base
 
 
 def _given_scales(options: Options, data: Data) -> csla.Scales | None:
-    """What --scales names, known to fit; and the model known to be one that the recipes can convert."""
-    if not any(row.recipe not in ("sgd", "sgs") for row in rows(options)) and options.recipe:
+    """Scales of the file of --scales, by the names of the model's convolutions.
+
+    None without --scales. Raises InputError where the file cannot be read or does not fit, or where the model cannot be
+    converted as the rows of the table need it.
+    """
+    if options.rows and not any(recipe.uses_branches for recipe in options.rows):
         if options.scales is not None:
             raise InputError(f"--scales {options.scales}: none of the recipes {', '.join(options.recipe)} uses scales")
         return None
@@ -143,4 +152,4 @@ def _given_scales(options: Options, data: Data) -> csla.Scales | None:
             matched = match(model, csla.load_scales(options.scales))
         except (OSError, ValueError) as reason:
             raise InputError(f"--scales {options.scales}: {reason}") from None
-    return {site.name: value for site, value in matched}  # published files name blocks
+    return {site.name: branch_scales for site, branch_scales in matched}  # Published files name blocks instead.

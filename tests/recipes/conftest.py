@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases_recipes import TINY, train_arguments, write_tiny_cifar10
+from cases_recipes import TINY, train, write_tiny_cifar10
 
 import gradrep_kernels as gr
-from gradrep_kernels.cli import main
-from gradrep_kernels.recipes.build import initial_scales, plain_model
-from gradrep_kernels.recipes.data import load_data
+from gradrep_kernels.recipes import plots
+from gradrep_kernels.recipes.build import plain_model
+from gradrep_kernels.recipes.data import DataSource, load_data
 from gradrep_kernels.recipes.options import resolve
+from gradrep_kernels.recipes.scale_sources import initial_scales
 from gradrep_kernels.recipes.training import repeatable
 
 
@@ -21,7 +22,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(source):
-    return load_data(source)
+    return load_data(DataSource.parse(source))
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def options(source):
 
 @pytest.fixture
 def scales(options, data):
-    """Unlike in every channel, some negative."""
+    """Scales that differ in every channel, some of them negative."""
     generator = torch.Generator().manual_seed(0)
     return {
         name: gr.BranchScales(
@@ -39,6 +40,13 @@ def scales(options, data):
         )
         for name, value in initial_scales(plain_model(options, data, 0)).items()
     }
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Whole runs without their pictures, which take longer to draw than a tiny network takes to train."""
+    for name in plots.__all__:
+        monkeypatch.setattr(plots, name, lambda path, *_: path.write_bytes(b"not drawn"))
 
 
 @pytest.fixture
@@ -51,5 +59,5 @@ def one_thread():
 def finished(source, tmp_path_factory):
     """The folder of a whole run, never interrupted."""
     out = tmp_path_factory.mktemp("finished")
-    assert main(train_arguments(source, out, "--name", "whole", "--recipe", "repopt+sgs,csla", "--epochs", "3")) == 0
+    train(source, out, "--name", "whole", "--recipe", "repopt+sgs,csla", "--epochs", "3")
     return out / "whole"

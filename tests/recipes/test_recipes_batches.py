@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases_recipes import write_cifar
+from cases_recipes import load, write_cifar
 
 from gradrep_kernels.recipes.augmentation import cutout, flip, pad_and_crop
-from gradrep_kernels.recipes.data import load_data
 from gradrep_kernels.recipes.loader import Loader, derived_seed
 
 
@@ -28,12 +27,12 @@ def test_pad_and_crop_gives_every_window_of_the_padded_image():
     x = some_images(300)
     y = pad_and_crop(x, torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(x, (2, 2, 2, 2))
-    found = set()
+    seen = set()
     for a, b in zip(padded, y):
         windows = [(i, j) for i in range(5) for j in range(5) if torch.equal(b, a[:, i : i + 16, j : j + 16])]
         assert len(windows) == 1
-        found.update(windows)
-    assert len(found) == 25
+        seen.update(windows)
+    assert len(seen) == 25
 
 
 def test_cutout_clears_one_square_that_the_border_may_cut():
@@ -63,7 +62,7 @@ def test_augmentation_draws_from_its_own_generator_and_leaves_its_input(augment)
 
 
 def test_shuffled_batches_hold_each_image_once_and_leave_the_rest_out():
-    data = load_data("digits")
+    data = load("digits")
     loader = Loader(data, data.train, 100, seed=3)
     batches = list(loader)
     assert len(loader) == len(batches) == 14
@@ -78,7 +77,7 @@ def test_shuffled_batches_hold_each_image_once_and_leave_the_rest_out():
 
 
 def test_an_epoch_comes_again_from_its_seed_and_from_nothing_else():
-    data = load_data("digits")
+    data = load("digits")
 
     def epoch(seed):
         return torch.cat([x for x, _ in Loader(data, data.train, 300, seed=seed, augment=("flip", "crop", "cutout"))])
@@ -93,19 +92,19 @@ def test_an_epoch_comes_again_from_its_seed_and_from_nothing_else():
 
 
 def test_the_test_set_comes_whole_and_in_order():
-    data = load_data("digits")
+    data = load("digits")
     loader = Loader(data, data.test, 100)
     assert len(loader) == 4
     assert torch.equal(torch.cat([labels for _, labels in loader]), data.test.labels)
 
 
 def test_a_set_smaller_than_a_batch_is_one_batch(tmp_path):
-    data = load_data(f"cifar100:{write_cifar(tmp_path, 'cifar100')}")
+    data = load(f"cifar100:{write_cifar(tmp_path, 'cifar100')}")
     assert [len(x) for x, _ in Loader(data, data.train, 64, seed=0)] == [4]
 
 
 def test_derived_seeds_differ_and_stay():
-    found = {derived_seed(seed, purpose, epoch) for seed in range(5) for purpose in range(4) for epoch in range(20)}
-    assert len(found) == 400
-    assert all(0 <= seed < 2**63 for seed in found)
+    seeds = {derived_seed(seed, purpose, epoch) for seed in range(5) for purpose in range(4) for epoch in range(20)}
+    assert len(seeds) == 400
+    assert all(0 <= seed < 2**63 for seed in seeds)
     assert derived_seed(0, 1) == derived_seed(0, 1) != derived_seed(1, 0)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases_recipes import CIFAR, record, write_cifar, write_folder, write_image
+from cases_recipes import CIFAR, load, record, write_cifar, write_folder, write_image
 
-from gradrep_kernels.recipes.data import load_data, split_source
+from gradrep_kernels.recipes.data import DataSource
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.loader import Loader
 
 
 def test_digits_are_split_by_class_and_complete():
-    data = load_data("digits")
+    data = load("digits")
     assert (len(data.train), len(data.test), len(data.classes)) == (1437, 360, 10)
     whole = torch.bincount(torch.cat([data.train.labels, data.test.labels]))
     torch.testing.assert_close(torch.bincount(data.test.labels) / 360, whole / 1797, atol=0.003, rtol=0)
@@ -23,7 +23,7 @@ def test_digits_are_split_by_class_and_complete():
 
 
 def test_digits_are_standardised_by_the_training_set_alone():
-    data = load_data("digits")
+    data = load("digits")
     x = torch.cat([x for x, _ in Loader(data, data.train, 500)])
     torch.testing.assert_close(torch.stack([x.mean(), x.std()]), torch.tensor([0.0, 1.0]), atol=1e-3, rtol=0)
     y = torch.cat([x for x, _ in Loader(data, data.test, 500)])
@@ -32,7 +32,7 @@ def test_digits_are_standardised_by_the_training_set_alone():
 
 @pytest.mark.parametrize("kind", CIFAR)
 def test_cifar_reads_every_pixel_where_it_belongs(tmp_path, kind):
-    data = load_data(f"{kind}:{write_cifar(tmp_path, kind)}")
+    data = load(f"{kind}:{write_cifar(tmp_path, kind)}")
     training_files = len(CIFAR[kind]) - 1
     assert (len(data.train), len(data.test), len(data.classes)) == (
         4 * training_files,
@@ -57,11 +57,11 @@ def test_cifar_reads_every_pixel_where_it_belongs(tmp_path, kind):
 
 def test_cifar_takes_the_folder_that_holds_the_unpacked_archive(tmp_path):
     write_cifar(tmp_path / "cifar-10-batches-bin", "cifar10")
-    assert len(load_data(f"cifar10:{tmp_path}").train) == 20
+    assert len(load(f"cifar10:{tmp_path}").train) == 20
 
 
 def test_cifar_of_another_length_than_published_is_told(tmp_path, caplog):
-    load_data(f"cifar100:{write_cifar(tmp_path, 'cifar100')}")
+    load(f"cifar100:{write_cifar(tmp_path, 'cifar100')}")
     assert "train.bin holds 4 records, the published file 50000" in caplog.text
 
 
@@ -116,7 +116,7 @@ def test_a_wrong_cifar_file_is_named_in_one_line(tmp_path, fault):
     kind, name, break_it, said = CIFAR_FAULTS[fault]
     break_it(write_cifar(tmp_path, kind) / name)
     with pytest.raises(InputError) as wrong:
-        load_data(f"{kind}:{tmp_path}")
+        load(f"{kind}:{tmp_path}")
     assert str(tmp_path / name) in str(wrong.value)
     assert said in str(wrong.value)
     assert "\n" not in str(wrong.value)
@@ -125,13 +125,13 @@ def test_a_wrong_cifar_file_is_named_in_one_line(tmp_path, fault):
 @pytest.mark.parametrize("source", ["cifar", "cifar10", "cifar10:", "digits:x", "folder", ""])
 def test_a_source_that_is_none_is_refused(source):
     with pytest.raises(InputError, match="--data must be"):
-        split_source(source)
+        DataSource.parse(source)
 
 
 @pytest.mark.parametrize("kind", ["cifar10", "cifar100", "folder"])
 def test_a_missing_folder_is_named(tmp_path, kind):
     with pytest.raises(InputError, match=r"nowhere: no such folder"):
-        load_data(f"{kind}:{tmp_path / 'nowhere'}")
+        load(f"{kind}:{tmp_path / 'nowhere'}")
 
 
 def test_folders_give_sorted_classes_and_square_images(tmp_path):
@@ -140,7 +140,7 @@ def test_folders_give_sorted_classes_and_square_images(tmp_path):
     write_image(tmp_path / "train" / "bee" / "palette.gif", (16, 16), 0, mode="P")
     (tmp_path / "train" / "ant" / "notes.txt").write_text("not an image")
     (tmp_path / "train" / "ant" / ".hidden.png").write_text("not one either")
-    data = load_data(f"folder:{tmp_path}", 8)
+    data = load(f"folder:{tmp_path}", 8)
     assert data.classes == ("ant", "bee")
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
     x = data.train.read(torch.tensor([5, 6]))  # 2.png and grey.png of bee
@@ -154,19 +154,19 @@ def test_folder_images_are_scaled_by_the_shorter_side_and_cropped_in_the_middle(
     stripes = np.zeros((10, 40, 3), dtype=np.uint8)  # left and right quarter black, middle half white
     stripes[:, 10:30] = 255
     image.fromarray(stripes).save(tmp_path / "train" / "ant" / "0.png")
-    x = load_data(f"folder:{tmp_path}", 10).train.read(torch.tensor([0]))
+    x = load(f"folder:{tmp_path}", 10).train.read(torch.tensor([0]))
     assert x.shape == (1, 3, 10, 10)
     assert bool((x == 1).all())
 
 
 def test_folder_images_are_read_when_a_batch_needs_them(tmp_path):
-    data = load_data(f"folder:{write_folder(tmp_path)}", 8)
+    data = load(f"folder:{write_folder(tmp_path)}", 8)
     write_image(tmp_path / "train" / "ant" / "0.png", (8, 8), (255, 255, 255))
     assert bool((data.train.read(torch.tensor([0])) == 1).all())
 
 
 def test_batches_that_are_read_ahead_are_the_same(tmp_path):
-    data = load_data(f"folder:{write_folder(tmp_path, per_class=5)}", 8)
+    data = load(f"folder:{write_folder(tmp_path, per_class=5)}", 8)
     ahead = list(Loader(data, data.train, 3, seed=4, augment=("crop", "flip", "cutout")))
     at_once = list(
         Loader(
@@ -210,7 +210,7 @@ def test_a_wrong_folder_is_named_in_one_line(tmp_path, fault):
     break_it, name, said = FOLDER_FAULTS[fault]
     break_it(write_folder(tmp_path))
     with pytest.raises(InputError) as wrong:
-        load_data(f"folder:{tmp_path}", 8)
+        load(f"folder:{tmp_path}", 8)
     assert str(tmp_path / name) in str(wrong.value)
     assert said in str(wrong.value)
     assert "\n" not in str(wrong.value)
@@ -222,6 +222,6 @@ def test_an_image_with_a_damaged_body_is_named_when_it_is_read(tmp_path):
     path = tmp_path / "train" / "ant" / "1.png"
     image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:3000])
-    data = load_data(f"folder:{tmp_path}", 8)
+    data = load(f"folder:{tmp_path}", 8)
     with pytest.raises(InputError, match=r"train/ant/1\.png: not a readable image"):
         list(Loader(data, data.train, 6))

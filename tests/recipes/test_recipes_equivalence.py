@@ -13,11 +13,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_csla_equals_gr_on_the_jobs_own_network(options, data, scales):
-    longer = resolve({**TINY, "data": options.data, "check_steps": 12})
-    found = csla_equals_gr(longer, data, scales)
-    assert found["steps"] == 12
-    assert found["agrees"]
-    assert 0 < max(found["outputs"], found["weights"]) <= TOLERANCE
+    longer = resolve({**TINY, "data": str(options.data), "check_steps": 12})
+    result = csla_equals_gr(longer, data, scales)
+    assert result["steps"] == 12
+    assert result["agrees"]
+    assert 0 < max(result["outputs"], result["weights"]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("broken", ["multipliers", "initialisation"])

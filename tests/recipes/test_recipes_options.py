@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from gradrep_kernels.recipes.build import rows
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.options import DEFAULTS, RECIPES, Options, resolve
+from gradrep_kernels.recipes.options import OPTIONS, Options, resolve
+from gradrep_kernels.recipes.table import RECIPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -18,7 +18,7 @@ def test_defaults_are_those_of_the_data_set(tmp_path):
     for kind, source in (("digits", "digits"), ("cifar10", f"cifar10:{tmp_path}"), ("folder", f"folder:{tmp_path}")):
         options = resolve({"data": source})
         for name in ("epochs", "batch_size", "weight_decay", "label_smoothing", "augment", "remove_near"):
-            assert getattr(options, name) == DEFAULTS[kind][name]
+            assert getattr(options, name) == OPTIONS[name].default_for(kind)
     assert (options.lr, options.momentum, options.weight_decay, options.warmup, options.image_size) == (
         0.1,
         0.9,
@@ -33,8 +33,44 @@ def test_options_survive_json(options):
     assert Options.from_json(json.loads(json.dumps(options.to_json()))) == options
 
 
+def test_options_json_keeps_its_form():
+    """Runs of earlier versions are resumed from such a file."""
+    stored = {
+        "data": "cifar10:/somewhere/cifar",
+        "model": "repopt_vgg_small",
+        "recipe": ["sgs", "repopt"],
+        "ablate": ["ones"],
+        "scales": None,
+        "seeds": 3,
+        "seed": 0,
+        "epochs": 200,
+        "search_epochs": 240,
+        "batch_size": 128,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 0.0005,
+        "warmup": 5,
+        "label_smoothing": 0.0,
+        "augment": ["flip", "crop", "cutout"],
+        "sgs_every": 5,
+        "sgs_warmup": 1,
+        "sgs_batches": 2,
+        "sgs_k": 5.0,
+        "remove_near": False,
+        "clip_norm": 1.0,
+        "image_size": None,
+        "check_steps": 0,
+        "device": "cpu",
+        "threads": 1,
+    }
+    given = {"recipe": ("repopt", "sgs"), "ablate": ("ones",), "clip_norm": 1.0, "threads": 1}
+    options = resolve({"data": "cifar10:/somewhere/cifar", **given})
+    assert list(options.to_json().items()) == list(stored.items())
+    assert Options.from_json(stored) == options
+
+
 def test_all_recipes_come_with_the_initial_scales_as_their_ablation():
-    assert [row.label for row in rows(resolve({}))] == [
+    assert [row.name for row in resolve({}).rows] == [
         "sgd",
         "sgs",
         "repopt",
@@ -43,13 +79,13 @@ def test_all_recipes_come_with_the_initial_scales_as_their_ablation():
         "csla",
         "repvgg",
     ]
-    assert [row.label for row in rows(resolve({"recipe": ("csla", "sgd")}))] == ["sgd", "csla"]
-    assert [row.label for row in rows(resolve({"recipe": ("sgd",), "ablate": ("grad", "init")}))] == [
+    assert [row.name for row in resolve({"recipe": ("csla", "sgd")}).rows] == ["sgd", "csla"]
+    assert [row.name for row in resolve({"recipe": ("sgd",), "ablate": ("grad", "init")}).rows] == [
         "sgd",
         "repopt-init",
         "repopt-grad",
     ]
-    assert [row.label for row in rows(resolve({"ablate": ()}))] == list(RECIPES)
+    assert [row.name for row in resolve({"ablate": ()}).rows] == list(RECIPES)
 
 
 WRONG_OPTIONS = {
@@ -91,12 +127,15 @@ def test_a_missing_gpu_is_told():
 
 def test_a_resumed_run_takes_no_other_options(options):
     options.check_against({})
-    options.check_against({"data": options.data, "model": "small", "epochs": 2, "augment": ("cutout", "crop", "flip")})
+    options.check_against(
+        {"data": str(options.data), "model": "small", "epochs": 2, "augment": ("cutout", "crop", "flip")}
+    )
     for given, said in (
         ({"epochs": 3}, "--epochs was 2 when this run was started, now it is 3"),
         ({"augment": ("flip",)}, "--augment was flip,crop,cutout when"),
         ({"model": "vgg11"}, "--model was repopt_vgg_small when .* vgg11"),
-        ({"data": "digits"}, "--data was cifar10:"),
+        ({"data": "digits"}, "--data was cifar10:.*, now it is digits"),
+        ({"data": f"cifar100:{options.data.folder}"}, "--data was cifar10:.*, now it is cifar100:"),
         ({"ablate": ()}, "--ablate was hs-init"),
     ):
         with pytest.raises(InputError, match=said):

@@ -11,10 +11,12 @@ import pytest
 
 import gradrep_kernels as gr
 from gradrep_kernels.recipes import files
-from gradrep_kernels.recipes.build import Row, initial_scales, plain_model
+from gradrep_kernels.recipes.build import plain_model
 from gradrep_kernels.recipes.errors import InputError, extra
 from gradrep_kernels.recipes.progress import Reporter
 from gradrep_kernels.recipes.report import check_line, scales_line, table, write_report
+from gradrep_kernels.recipes.scale_sources import initial_scales
+from gradrep_kernels.recipes.table import RECIPES, ablated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,20 +25,18 @@ def a_state(rows_, seeds, sgs_first=None):
     def training(accuracy_, row):
         timing = [
             {"seconds": 0.5, "sgs_updated": False, "sgs_seconds": 0.0},
-            {"seconds": 1.5, "sgs_updated": row.uses_sgs, "sgs_seconds": 0.25},
+            {"seconds": 1.5, "sgs_updated": row.sgs, "sgs_seconds": 0.25},
         ]
         epochs = [
             {"train_loss": 1.0 / (n + 1), "lr": 0.1, "test_accuracy": accuracy_ - 0.1 + 0.1 * n, **timing[n]}
             for n in range(2)
         ]
         kept = {"epochs": epochs, "parameters": 1234, "multiplier_bytes": 56}
-        if row.uses_sgs:
+        if row.sgs:
             kept["scalings"] = {"start": sgs_first or {"a": [[1.0, 2.0, 1.0]] * 3}, "end": {"a": [[0.5, 2.5, 1.0]] * 3}}
         return kept
 
-    finished = {
-        f"{row.label}-seed{seed}": training(0.8 + 0.1 * n, row) for row in rows_ for n, seed in enumerate(seeds)
-    }
+    finished = {f"{row.name}-seed{seed}": training(0.8 + 0.1 * n, row) for row in rows_ for n, seed in enumerate(seeds)}
     return {
         "finished": finished,
         "current": None,
@@ -46,7 +46,7 @@ def a_state(rows_, seeds, sgs_first=None):
 
 
 def test_the_report_says_what_the_state_holds(tmp_path, options, data, scales):
-    chosen = [Row("sgd"), Row("repopt+sgs"), Row("repopt", "ones")]
+    chosen = [RECIPES["sgd"], RECIPES["repopt+sgs"], ablated("ones")]
     initial = initial_scales(plain_model(options, data, 0))
     moved = {name: gr.BranchScales(v.kxk * 1.5, v.one_by_one, v.identity) for name, v in initial.items()}
     summary = write_report(tmp_path, options, data, chosen, [5, 6], a_state(chosen, [5, 6]), moved, initial)
@@ -72,7 +72,7 @@ def test_the_report_says_what_the_state_holds(tmp_path, options, data, scales):
 
 def test_one_seed_has_no_standard_deviation(tmp_path, options, data):
     summary = write_report(
-        tmp_path, options, data, [Row("sgd")], [0], {**a_state([Row("sgd")], [0]), "check": None}, None, None
+        tmp_path, options, data, [RECIPES["sgd"]], [0], {**a_state([RECIPES["sgd"]], [0]), "check": None}, None, None
     )
     assert summary["recipes"]["sgd"]["test_accuracy_std"] is None
     assert "±" not in table(summary)
@@ -80,10 +80,26 @@ def test_one_seed_has_no_standard_deviation(tmp_path, options, data):
 
 
 def test_a_loss_that_is_not_finite_is_no_obstacle(tmp_path, options, data):
-    state = a_state([Row("sgd")], [0, 1])
+    state = a_state([RECIPES["sgd"]], [0, 1])
     state["finished"]["sgd-seed0"]["epochs"][1]["train_loss"] = None
-    write_report(tmp_path, options, data, [Row("sgd")], [0, 1], {**state, "check": None}, None, None)
+    write_report(tmp_path, options, data, [RECIPES["sgd"]], [0, 1], {**state, "check": None}, None, None)
     assert (tmp_path / "curves.png").exists()
+
+
+def test_curves_of_one_epoch_and_scales_without_a_training_are_drawn(tmp_path, options, data):
+    state = a_state([RECIPES["sgd"]], [0])
+    del state["finished"]["sgd-seed0"]["epochs"][1:]
+    write_report(tmp_path, options, data, [RECIPES["sgd"]], [0], {**state, "check": None}, None, None)
+    initial = initial_scales(plain_model(options, data, 0))
+    (tmp_path / "search").mkdir()
+    search = {"epochs": [{"seconds": 1.0, "test_accuracy": 0.5}], "parameters": 1234}
+    summary = write_report(
+        tmp_path / "search", options, data, [], [0], {**state, "finished": {"search": search}}, initial, initial
+    )
+    assert summary["recipes"] == {}
+    pictures = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.png"))
+    assert list(map(str, pictures)) == ["curves.png", "search/scales.png"]
+    assert all((tmp_path / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
@@ -107,13 +123,18 @@ def test_a_missing_package_is_named():
 
 
 def test_pictures_touch_no_global_setting():
-    code = (
-        "import sys, pathlib, tempfile; from gradrep_kernels.recipes import plots; import matplotlib;"
-        "before = matplotlib.rcParams.copy(); backend = matplotlib.get_backend(auto_select=False);"
-        "plots.spatial_scalings(pathlib.Path(tempfile.mkdtemp()) / 'g.png', {'a': [[1.0] * 3] * 3}, {'a': [[1.0] * 3] * 3});"
-        "assert matplotlib.rcParams.copy() == before and matplotlib.get_backend(auto_select=False) == backend;"
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
+    code = """
+import pathlib, sys, tempfile
+import matplotlib
+from gradrep_kernels.recipes import plots
+
+before, backend = matplotlib.rcParams.copy(), matplotlib.get_backend(auto_select=False)
+g = {"a": [[1.0] * 3] * 3}
+plots.spatial_scalings(pathlib.Path(tempfile.mkdtemp()) / "g.png", g, g)
+assert matplotlib.rcParams.copy() == before
+assert matplotlib.get_backend(auto_select=False) == backend
+assert "matplotlib.pyplot" not in sys.modules
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -145,5 +166,5 @@ def test_there_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(monkeypatch):
 
 
 def test_an_epoch_is_worth_a_line_after_a_silence(monkeypatch):
-    monkeypatch.setattr("gradrep_kernels.recipes.progress._QUIET_SECONDS", -1.0)
+    monkeypatch.setattr("gradrep_kernels.recipes.progress.QUIET_SECONDS", -1.0)
     assert report_something(io.StringIO()) == "an epoch\na training\n"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
+import pytest
 from cases_recipes import (
     assert_same_results,
     assert_same_tensors,
@@ -15,89 +18,120 @@ from cases_recipes import (
 )
 
 from gradrep_kernels.cli import main
-from gradrep_kernels.recipes import files, job
+from gradrep_kernels.recipes import files, metrics
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+# Serves one killed run for each line of its input: forks a process that kills itself at the n-th call of something.
 KILLER = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
+import matplotlib.figure
 from gradrep_kernels.cli import main
-from gradrep_kernels.recipes import files, job, training
+from gradrep_kernels.recipes import metrics, training
 from gradrep_kernels.sgs import SpatialGradientScaling
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-calls = 0
 def at_call(n, function):
+    calls = 0
     def counting(*args, **kwargs):
-        global calls
+        nonlocal calls
         calls += 1
         if calls == n:
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
     return counting
 
-where, n = sys.argv[1], int(sys.argv[2])
-if where == "step":
-    training.learning_rate = at_call(n, training.learning_rate)
-elif where == "sgs":
-    update, forward = SpatialGradientScaling.update, at_call(n, lambda model, batch: model(batch[0]))
-    SpatialGradientScaling.update = lambda self, batches, _=None: update(self, batches, forward)
-elif where == "rename":
-    Path.replace = at_call(n, Path.replace)
-elif where == "metrics":
-    job._Job._append_metrics = at_call(n, job._Job._append_metrics)
-sys.exit(main(sys.argv[3:]))
+def die_at(where, n):
+    if where == "step":
+        training.learning_rate = at_call(n, training.learning_rate)
+    elif where == "sgs":
+        update, forward = SpatialGradientScaling.update, at_call(n, lambda model, batch: model(batch[0]))
+        SpatialGradientScaling.update = lambda self, batches, _=None: update(self, batches, forward)
+    elif where == "rename":
+        Path.replace = at_call(n, Path.replace)
+    elif where == "metrics":
+        metrics.append = at_call(n, metrics.append)
+
+for line in sys.stdin:
+    where, n, arguments = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.dup2(2, 1)  # Standard output is for the exit codes.
+        signal.alarm(120)
+        die_at(where, n)
+        os._exit(main(arguments))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
-# In this order, each a fresh process with --resume: 3 steps to an epoch; 2 epochs of search, 3 of repopt+sgs, 3 of csla.
+
+@pytest.fixture
+def run_and_kill(tmp_path):
+    """Run the command line in a process of its own that dies at the n-th call of something. Returns its exit code."""
+    with (
+        (tmp_path / "stderr.txt").open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, "-c", KILLER],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as server,
+    ):
+
+        def run(where, n, arguments):
+            print(json.dumps([where, n, arguments]), file=server.stdin, flush=True)
+            return int(server.stdout.readline())
+
+        yield run
+
+
+# In this order, each a process of its own with --resume. An epoch has 3 steps. The search has 2 epochs, repopt+sgs and
+# csla have 3 each.
 KILLS = {
     "search, second epoch, in its second step": ("step", 5),
-    "between the temporary file and its rename": (
-        "rename",
-        2,
-    ),  # metrics.jsonl, then the checkpoint of the search's second epoch
+    # The first file is metrics.jsonl, the second the checkpoint of the search's second epoch.
+    "between the temporary file and its rename": ("rename", 2),
     "in an update of the spatial scaling, in its second pass": ("sgs", 2),
     "after the checkpoint, before the metrics": ("metrics", 1),
     "csla, third epoch, in its last step": ("step", 12),
 }
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_weights(source, finished, tmp_path):
+def test_a_run_killed_again_and_again_ends_with_the_same_weights(source, finished, tmp_path, run_and_kill):
     arguments = train_arguments(source, tmp_path, "--name", "killed", "--recipe", "repopt+sgs,csla", "--epochs", "3")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = tmp_path / "killed"
     reached = []
     for n, (what, (where, count)) in enumerate(KILLS.items()):
-        command = [sys.executable, "-c", KILLER, where, str(count), *arguments, *(["--resume"] if n else [])]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == -signal.SIGKILL, f"{what}: {done.stderr}"
-        state = tensors(tmp_path / "killed" / "checkpoint.pt")
-        reached.append(
-            (
-                len(state["finished"]),
-                None if state["current"] is None else (state["current"]["run"], len(state["current"]["epochs"])),
-            )
-        )
-        assert not (tmp_path / "killed" / "summary.json").exists()
-        assert bool(list((tmp_path / "killed").rglob(f"*{files.TEMPORARY}"))) == (
-            where == "rename"
-        )  # until the next start
+        status = run_and_kill(where, count, [*arguments, *(["--resume"] if n else [])])
+        assert status == -signal.SIGKILL, f"{what}: {(tmp_path / 'stderr.txt').read_text()}"
+        state = tensors(killed / "checkpoint.pt")
+        current = state["current"]
+        reached.append((len(state["finished"]), None if current is None else (current["run"], len(current["epochs"]))))
+        assert not (killed / "summary.json").exists()
+        leftovers = list(killed.rglob(f"*{files.TEMPORARY}"))
+        assert bool(leftovers) == (where == "rename")  # until the next start
     assert reached == [
-        (0, ("search", 1)), (0, ("search", 1)), (1, ("repopt+sgs-seed0", 1)), (1, ("repopt+sgs-seed0", 2)), (2, ("csla-seed0", 2)),
-    ]  # fmt: skip
+        (0, ("search", 1)),
+        (0, ("search", 1)),
+        (1, ("repopt+sgs-seed0", 1)),
+        (1, ("repopt+sgs-seed0", 2)),
+        (2, ("csla-seed0", 2)),
+    ]
     assert main(["train", "--out", str(tmp_path), "--name", "killed", "--resume"]) == 0
-    assert not list((tmp_path / "killed").rglob(f"*{files.TEMPORARY}"))
-    assert_same_results(finished, tmp_path / "killed")
+    assert not list(killed.rglob(f"*{files.TEMPORARY}"))
+    assert_same_results(finished, killed)
 
 
-def test_resuming_a_finished_run_only_writes_its_report_again(finished):
-    before = {path: path.stat().st_mtime_ns for path in (finished / "weights").iterdir()}
-    metrics = (finished / "metrics.jsonl").read_text()
-    (finished / "summary.json").unlink()
-    assert main(["train", "--out", str(finished.parent), "--name", finished.name, "--resume"]) == 0
-    assert (finished / "summary.json").exists()
-    assert (finished / "metrics.jsonl").read_text() == metrics
-    assert {path: path.stat().st_mtime_ns for path in (finished / "weights").iterdir()} == before
+def test_resuming_a_finished_run_only_writes_its_report_again(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "weights").iterdir()}
+    lines = (folder / "metrics.jsonl").read_text()
+    (folder / "summary.json").unlink()
+    assert main(["train", "--out", str(tmp_path), "--name", "copy", "--resume"]) == 0
+    assert (folder / "summary.json").exists()
+    assert (folder / "metrics.jsonl").read_text() == lines
+    assert {path: path.stat().st_mtime_ns for path in (folder / "weights").iterdir()} == before
 
 
 def test_resume_without_a_name_takes_the_last_default_one(source, tmp_path, monkeypatch):
@@ -108,7 +142,7 @@ def test_resume_without_a_name_takes_the_last_default_one(source, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(job._Job, "_append_metrics", stopped)
+        patch.setattr(metrics, "append", stopped)
         assert main(arguments) == 130
     assert not (tmp_path / "cifar10-small-2" / "summary.json").exists()
     assert main(["train", "--data", source, "--out", str(tmp_path), "--resume"]) == 0

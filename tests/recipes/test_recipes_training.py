@@ -10,28 +10,29 @@ from cases_recipes import TINY
 
 import gradrep_kernels as gr
 from gradrep_kernels import csla
-from gradrep_kernels.recipes.build import Row, build
+from gradrep_kernels.recipes.build import build
 from gradrep_kernels.recipes.options import resolve
 from gradrep_kernels.recipes.schedules import learning_rate
+from gradrep_kernels.recipes.table import RECIPES
 from gradrep_kernels.recipes.training import accuracy, repeatable, train_epoch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_an_epoch_is_repeatable_whatever_the_default_generator_holds(options, data, scales):
-    found = []
+    results = []
     for state in (1, 2):
-        trainee = build(Row("repopt+sgs"), options, data, scales, 0)
+        trainee = build(RECIPES["repopt+sgs"], options, data, scales, 0)
         torch.manual_seed(state)
         records = [train_epoch(trainee, data, options, 0, epoch, 3, lambda: None) for epoch in range(3)]
-        found.append((trainee.model.state_dict(), [record["train_loss"] for record in records]))
-    assert found[0][1] == found[1][1]
-    assert all(torch.equal(a, b) for a, b in zip(found[0][0].values(), found[1][0].values()))
+        results.append((trainee.model.state_dict(), [record["train_loss"] for record in records]))
+    assert results[0][1] == results[1][1]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][0].values(), results[1][0].values()))
 
 
 def test_an_epoch_follows_the_schedule_and_calls_for_every_batch(options, data):
     calls = []
-    trainee = build(Row("sgs"), options, data, None, 0)
+    trainee = build(RECIPES["sgs"], options, data, None, 0)
     records = [train_epoch(trainee, data, options, 0, epoch, 4, lambda: calls.append(1)) for epoch in range(4)]
     assert len(calls) == 4 * 3
     assert records[0]["lr"] == options.lr  # end of the warm-up
@@ -40,7 +41,7 @@ def test_an_epoch_follows_the_schedule_and_calls_for_every_batch(options, data):
 
 
 def test_every_epoch_has_an_order_of_its_own(options, data):
-    trainee = build(Row("sgd"), options, data, None, 0)
+    trainee = build(RECIPES["sgd"], options, data, None, 0)
     seen = []
     trainee.model.register_forward_pre_hook(lambda model, args: seen.append(args[0].clone()))
     for epoch in (0, 1, 0):
@@ -54,7 +55,7 @@ def test_every_epoch_has_an_order_of_its_own(options, data):
 
 def test_the_loss_is_smoothed_cross_entropy(source, data):
     smoothed = resolve({"data": source, **TINY, "label_smoothing": 0.3, "augment": (), "batch_size": 30})
-    trainee = build(Row("sgd"), smoothed, data, None, 0)
+    trainee = build(RECIPES["sgd"], smoothed, data, None, 0)
     outputs = []
     trainee.model.register_forward_hook(lambda model, args, y: outputs.append((args[0].detach(), y.detach())))
     loss = train_epoch(trainee, data, smoothed, 0, 0, 1, lambda: None)["train_loss"]
@@ -68,29 +69,22 @@ def test_the_loss_is_smoothed_cross_entropy(source, data):
 
 def test_clipping_uses_the_norm_of_the_branches(options, data, scales, monkeypatch):
     """Clipped CSLA and clipped RepOpt stay the same network; RepOpt clipped by its plain gradient norm would not."""
-    clipped = resolve(
-        {
-            **options.to_json(),
-            "recipe": options.recipe,
-            "ablate": options.ablate,
-            "augment": (),
-            "clip_norm": 0.05,
-            "image_size": None,
-        }
-    )
-    exact = {name: gr.BranchScales(value.kxk.double(), value.one_by_one.double(), value.identity.double() if value.has_identity else False)
-             for name, value in scales.items()}  # fmt: skip
+    clipped = resolve({**options.to_json(), "augment": (), "clip_norm": 0.05})
+    exact = {}
+    for name, value in scales.items():
+        identity = value.identity.double() if value.has_identity else False
+        exact[name] = gr.BranchScales(value.kxk.double(), value.one_by_one.double(), identity)
     doubled = type(data.train)(data.train.labels, lambda indices: data.train.read(indices).double())
     double = type(data)(data.name, doubled, data.test, data.classes, data.side, data.mean.double(), data.std.double())
     monkeypatch.setattr(
         "gradrep_kernels.recipes.build.MODELS",
         {"repopt_vgg_small": lambda **shape: gr.models.repopt_vgg_small(**shape).double()},
     )
-    explicit, target = (build(Row(recipe), clipped, double, exact, 0) for recipe in ("csla", "repopt"))
+    explicit, target = (build(RECIPES[recipe], clipped, double, exact, 0) for recipe in ("csla", "repopt"))
     for trainee in (explicit, target):
         train_epoch(trainee, double, clipped, 0, 0, 1, lambda: None)
     merged = csla.merge(explicit.model).state_dict()
-    unclipped = build(Row("repopt"), options, double, exact, 0)
+    unclipped = build(RECIPES["repopt"], options, double, exact, 0)
     train_epoch(unclipped, double, options, 0, 0, 1, lambda: None)
     for name, tensor in target.model.state_dict().items():
         torch.testing.assert_close(merged[name], tensor, atol=1e-10, rtol=0)

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from gradrep_kernels.cli import main
+from gradrep_kernels.recipes.data import Data, DataSource, load_data
+
 
 def write_tiny_cifar10(folder: Path) -> Path:
     """30 training and 12 test images: class c is a bright square at a place of its own on noise."""
@@ -46,6 +49,15 @@ def as_arguments(given: dict) -> list[str]:
 
 def train_arguments(source, out, *more):
     return ["train", "--data", source, "--out", str(out), *as_arguments(TINY), *more]
+
+
+def train(source, out, *more) -> None:
+    """Do a whole run of the command line in this process."""
+    assert main(train_arguments(source, out, *more)) == 0
+
+
+def load(source: str, image_size: int | None = None) -> Data:
+    return load_data(DataSource.parse(source), image_size)
 
 
 def tensors(path):
