@@ -1,4 +1,4 @@
-"""The command line: arguments to options, errors to one line and an exit status."""
+"""The command line. Arguments become options, errors one line and an exit status."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from gradrep_kernels.csla import load_scales, save_scales
+from gradrep_kernels.recipes.data import KINDS
+from gradrep_kernels.recipes.declare import Option
 from gradrep_kernels.recipes.environment import environment, environment_text
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.job import SCALES, open_run, run_job
-from gradrep_kernels.recipes.options import ABLATIONS, DEFAULTS, MODELS, RECIPES, flag
+from gradrep_kernels.recipes.job import run_job
+from gradrep_kernels.recipes.options import OPTIONS
 from gradrep_kernels.recipes.progress import Reporter
 from gradrep_kernels.recipes.report import check_line, scales_line, table
+from gradrep_kernels.recipes.runs import SCALES, open_run
 
 __all__ = ["main"]
 
@@ -28,78 +31,29 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip() not in ("", "none"))
 
 
-_BOTH: dict[str, dict[str, Any]] = {  # options of train and search, by attribute name
-    "data": {
-        "metavar": "DATA",
-        "help": "digits | cifar10:DIR | cifar100:DIR (binary distribution) | folder:DIR (train/CLASS/*, val/CLASS/*); default: digits",
-    },
-    "image_size": {"type": int, "help": "side of the images of folder:DIR"},
-    "model": {"metavar": "MODEL", "help": ", ".join(MODELS)},
-    "seed": {"type": int, "help": "first seed; the Hyper-Search's too"},
-    "search_epochs": {"type": int, "help": "epochs of the Hyper-Search"},
-    "batch_size": {"type": int, "help": "images per step"},
-    "lr": {"type": float, "help": "learning rate at the end of the warm-up; half a cosine follows"},
-    "momentum": {"type": float, "help": "of SGD"},
-    "weight_decay": {"type": float, "help": "of convolutions, linear weights and identity scales"},
-    "warmup": {"type": int, "help": "epochs of linear warm-up"},
-    "label_smoothing": {"type": float, "help": "of the cross-entropy"},
-    "augment": {"type": _names, "metavar": "LIST", "help": "comma-separated: flip, crop, cutout; or none"},
-    "clip_norm": {"type": float, "help": "clip the gradient norm (that of the CSLA model, where there are Grad Mults)"},
-    "device": {"help": "cpu, cuda or cuda:N"},
-    "threads": {"type": int, "help": "threads on the CPU; results are the same bit for bit on the same number only"},
-}
-_TRAIN: dict[str, dict[str, Any]] = {
-    "recipe": {"type": _names, "metavar": "LIST", "help": "comma-separated: " + "; ".join(f"{name} ({what})" for name, what in RECIPES.items()) + "; or all"},
-    "ablate": {
-        "type": _names, "metavar": "LIST",
-        "help": "more rows, each RepOpt with one thing changed (RepOptimizers, Table 4): "
-        + "; ".join(f"{name} ({what})" for name, what in ABLATIONS.items()) + "; or none",
-    },
-    "scales": {"metavar": "FILE", "help": "a scales file, own or published, instead of the Hyper-Search"},
-    "seeds": {"type": int, "help": "how many seeds each recipe is trained with"},
-    "epochs": {"type": int, "help": "epochs of each training"},
-    "sgs_every": {"type": int, "help": "update the spatial gradient scaling every so many epochs"},
-    "sgs_warmup": {"type": int, "help": "epoch of its first update, counted from 0"},
-    "sgs_batches": {"type": int, "help": "batches for an update"},
-    "sgs_k": {"type": float, "help": "k of its transform"},
-    "remove_near": {"action": argparse.BooleanOptionalAction, "help": "drop pairs of near pixels (the SGS paper's ImageNet setting)"},
-    "check_steps": {"type": int, "help": "steps of the float64 check CSLA = GR; 0: none"},
-}  # fmt: skip
-_NO_DEFAULT = {
-    "ablate": "hs-init with all recipes, else none",
-    "scales": "Hyper-Search",
-    "clip_norm": "no clipping",
-    "threads": "the cores one may use",
+# The type of an option -> settings of argparse. All other types are given as text.
+_SETTINGS_OF_TYPE: dict[type, dict[str, Any]] = {
+    int: {"type": int, "metavar": "N"},
+    float: {"type": float, "metavar": "X"},
+    tuple: {"type": _names, "metavar": "LIST"},
+    bool: {"action": argparse.BooleanOptionalAction},
 }
 
 
-def _default(name: str) -> str:
-    """The default for the help: one for all data, or one for each."""
-    if name in _NO_DEFAULT:
-        return _NO_DEFAULT[name]
-    shown = {
-        kind: ",".join(value) if isinstance(value := defaults[name], tuple) else str(value)
-        for kind, defaults in DEFAULTS.items()
-    }
-    if len(set(shown.values())) == 1:
-        return shown["digits"]
-    return ", ".join(f"{value} ({kind})" for kind, value in shown.items() if value != "None")
+def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+    settings = dict(_SETTINGS_OF_TYPE.get(option.type, {}))
+    if option.metavar is not None:
+        settings["metavar"] = option.metavar
+    help_text = option.help_text(KINDS).replace("%", "%%")
+    parser.add_argument(option.flag, **settings, default=argparse.SUPPRESS, help=help_text)
 
 
-def _add(parser: argparse.ArgumentParser, described: dict[str, dict[str, Any]]) -> None:
-    for name, settings in described.items():
-        help_text = settings["help"] if name == "data" else f"{settings['help']}; default: {_default(name)}"
-        settings = (
-            {"metavar": {int: "N", float: "X"}.get(settings.get("type")), **settings}
-            if "action" not in settings
-            else settings
-        )
-        parser.add_argument(
-            flag(name), **{**settings, "default": argparse.SUPPRESS, "help": help_text.replace("%", "%%")}
-        )
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
+def _add_run(commands: Any, name: str, help_text: str) -> argparse.ArgumentParser:
+    """Add a command that starts or resumes a run."""
+    parser = commands.add_parser(name, help=help_text, allow_abbrev=False)
+    for option in OPTIONS.values():
+        if name in option.commands:
+            _add_option(parser, option)
     parser.add_argument(
         "--out", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs; default: %(default)s"
     )
@@ -111,6 +65,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on with a run that was stopped, with its options; default: start a new one",
     )
+    return parser
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,14 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Gradient re-parameterization and spatial gradient scaling, end to end.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | search | env")
-    train = commands.add_parser(
-        "train", help="search scales, then train with each recipe and compare", allow_abbrev=False
-    )
-    _add(train, {**_BOTH, **_TRAIN})
-    _add_run(train)
-    search = commands.add_parser("search", help="Hyper-Search alone: writes a scales file", allow_abbrev=False)
-    _add(search, _BOTH)
-    _add_run(search)
+    _add_run(commands, "train", "search scales, then train with each recipe and compare")
+    search = _add_run(commands, "search", "Hyper-Search alone: writes a scales file")
     search.add_argument(
         "--output", type=Path, metavar="FILE", help=f"the scales file; default: {SCALES} in the run's folder"
     )
@@ -138,7 +87,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status: 0, 1 where CSLA = GR did not hold, 2 for wrong input, 130 when interrupted."""
+    """Run a command and return its exit status.
+
+    The status is 0, 1 where CSLA = GR did not hold, 2 for wrong input, or 130 when interrupted.
+    """
     given = vars(_parser().parse_args(arguments))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -146,8 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as wrong:
         print(f"error: {wrong}", file=sys.stderr)
         return _WRONG_INPUT
-    except BrokenPipeError:  # `env | head`: who reads has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+    except BrokenPipeError:  # The reader of `env | head` has enough.
+        # Without this the flush at exit would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("interrupted; --resume goes on after the last whole epoch", file=sys.stderr)
@@ -181,6 +134,6 @@ def _search(given: dict[str, Any]) -> int:
 
 
 def _env(given: dict[str, Any]) -> int:
-    found = environment()
-    print(json.dumps(found, indent=2) if given["json"] else environment_text(found))
+    facts = environment()
+    print(json.dumps(facts, indent=2) if given["json"] else environment_text(facts))
     return 0

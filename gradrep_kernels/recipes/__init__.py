@@ -1,1 +1,1 @@
-"""The jobs behind the commands: data, schedules, the training loop, resuming, report and pictures."""
+"""The jobs behind the commands: options, data, recipes, training, resuming, report."""

@@ -1,13 +1,12 @@
-"""Images for the commands: scikit-learn's digits, the binary CIFAR distribution, folders; augmentation and batches.
+"""Data sets: scikit-learn's digits, the binary CIFAR distribution, folders of images.
 
-Every set reads images as float32 [n, C, H, W] in [0, 1], standardised per channel after augmentation. Everything drawn at
-random comes from a generator of its own that is seeded per epoch, so that an epoch can be replayed.
+Every set reads images as float32 [n, C, H, W] in [0, 1]. They are standardised per channel after augmentation.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,39 +18,56 @@ from torch.nn import functional as F
 
 from gradrep_kernels.recipes.errors import InputError, extra
 
-__all__ = [
-    "AUGMENTATIONS",
-    "KINDS",
-    "Data",
-    "Images",
-    "Loader",
-    "cutout",
-    "derived_seed",
-    "flip",
-    "load_data",
-    "pad_and_crop",
-    "split_source",
-]
+__all__ = ["FOLDER_SIDE", "KINDS", "Data", "DataSource", "Images", "load_data"]
 
 log = logging.getLogger(__name__)
 
 KINDS = ("digits", "cifar10", "cifar100", "folder")
+FOLDER_SIDE = 224
+"""The side that images of a folder are brought to unless another is given."""
 _SIDE, _PLANE = 32, 32 * 32  # CIFAR
-_CIFAR = {  # name -> (label bytes before the pixels, classes of each of them, training files, test file, folder inside the archive)
+# Name -> (classes of each label byte before the pixels, training files, test file, folder inside the archive).
+_CIFAR = {
     "cifar10": ((10,), [f"data_batch_{n}.bin" for n in range(1, 6)], "test_batch.bin", "cifar-10-batches-bin"),
     "cifar100": ((20, 100), ["train.bin"], "test.bin", "cifar-100-binary"),
 }
 _PUBLISHED_RECORDS = {"train.bin": 50000}  # all other files hold 10000
 _IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_IMAGENET_MEAN, _IMAGENET_STD = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # reading a whole folder for its own would take an epoch
+# Folders are standardised with ImageNet's statistics, because computing their own would read as much as an epoch.
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """The value of `--data`: a kind of data set and its folder.
+
+    The folder is an absolute path, or None for digits.
+    """
+
+    kind: str
+    folder: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> DataSource:
+        """From 'digits', 'cifar10:DIR', 'cifar100:DIR' or 'folder:DIR'.
+
+        Raises InputError for any other text.
+        """
+        kind, colon, folder = text.partition(":")
+        if kind not in KINDS or (kind == "digits") == bool(colon) or (colon and not folder):
+            raise InputError(f"--data must be digits, cifar10:DIR, cifar100:DIR or folder:DIR, got {text!r}")
+        return cls(kind, Path(folder).absolute() if folder else None)
+
+    def __str__(self) -> str:
+        return self.kind if self.folder is None else f"{self.kind}:{self.folder}"
 
 
 @dataclass(frozen=True)
 class Images:
-    """A labelled set. `read` gives float32 [n, C, H, W] in [0, 1] for indices [n]; `lazy`: it reads files."""
+    """A labelled set.
+
+    `read` gives float32 [n, C, H, W] in [0, 1] for indices [n], from files where `lazy` is set.
+    """
 
     labels: Tensor  # [N] int64
     read: Callable[[Tensor], Tensor]
@@ -63,7 +79,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Data:
-    """Training and test set, their classes, and the statistics [C] that both are standardised with."""
+    """Training and test set, their classes, and the statistics [C] to standardise both with."""
 
     name: str
     train: Images
@@ -81,7 +97,7 @@ class Data:
         return (x - self.mean.reshape(-1, 1, 1)) / self.std.reshape(-1, 1, 1)
 
     def description(self) -> dict[str, object]:
-        """What a resumed run must find again."""
+        """The facts that a resumed run must find again."""
         shape = [self.channels, self.side, self.side]
         return {
             "name": self.name,
@@ -92,27 +108,21 @@ class Data:
         }
 
 
-def split_source(source: str) -> tuple[str, str | None]:
-    """'cifar10:DIR' -> ('cifar10', 'DIR'); 'digits' -> ('digits', None). Raises InputError for anything else."""
-    kind, colon, folder = source.partition(":")
-    if kind not in KINDS or (kind == "digits") == bool(colon) or (colon and not folder):
-        raise InputError(f"--data must be digits, cifar10:DIR, cifar100:DIR or folder:DIR, got {source!r}")
-    return kind, folder or None
+def load_data(source: DataSource, image_size: int | None = None) -> Data:
+    """Read the data set of `source`.
 
+    Of images in a folder it reads names and headers alone. `image_size` is the side that they are brought to: the
+    shorter side is scaled to it and the centre cropped (None: 224). The other sets have a size of their own.
 
-def load_data(source: str, image_size: int | None = None) -> Data:
-    """The set that `--data` names: digits, cifar10:DIR, cifar100:DIR or folder:DIR.
-
-    `image_size` is the side that folder images are brought to (shorter side scaled, centre cropped); the others have
-    their own. Raises InputError that names the file or folder and what is wrong with it.
+    Raises InputError that names the file or folder and what is wrong with it.
     """
-    kind, folder = split_source(source)
-    if kind == "digits":
+    if source.folder is None:
         return _digits()
-    root = Path(folder)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder")
-    return _folder(root, image_size or 224) if kind == "folder" else _cifar(kind, root)
+    if not source.folder.is_dir():
+        raise InputError(f"{source.folder}: no such folder")
+    if source.kind == "folder":
+        return _folder(source.folder, image_size or FOLDER_SIDE)
+    return _cifar(source.kind, source.folder)
 
 
 def _in_memory(images: np.ndarray, labels: np.ndarray) -> Images:
@@ -127,21 +137,26 @@ def _in_memory(images: np.ndarray, labels: np.ndarray) -> Images:
 
 
 def _statistics(images: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [C] of [N, C, H, W] in [0, 1] units, in float64 and rounded once."""
+    """Mean and standard deviation [C] of images [N, C, H, W] in units of [0, 1].
+
+    They are computed in float64 and rounded once.
+    """
     means, stds = [], []
     for channel in range(images.shape[1]):
         values, counts = np.unique(images[:, channel], return_counts=True)
         values = values.astype(np.float64) / (255 if images.dtype == np.uint8 else 1)
         mean = np.average(values, weights=counts)
+        std = np.sqrt(np.average((values - mean) ** 2, weights=counts))
         means.append(mean)
-        stds.append(
-            max(np.sqrt(np.average((values - mean) ** 2, weights=counts)), 1e-6)
-        )  # a constant channel stays finite
+        stds.append(max(std, 1e-6))  # A constant channel is divided by it and must stay finite.
     return torch.tensor(means).float(), torch.tensor(stds).float()
 
 
 def _digits() -> Data:
-    """1797 scans of handwritten digits, 8 x 8 in 17 greys, brought to 16 x 16; 1437 for training, 360 for the test."""
+    """1797 scans of handwritten digits, 1437 for training and 360 for the test.
+
+    They have 8 x 8 pixels in 17 greys and are brought to 16 x 16.
+    """
     digits = extra("sklearn.datasets", "scikit-learn").load_digits()
     split = extra("sklearn.model_selection", "scikit-learn").train_test_split
     small = torch.from_numpy(digits.images).float()[:, None] / 16  # [1797, 1, 8, 8]
@@ -159,7 +174,10 @@ def _digits() -> Data:
 
 
 def _cifar(kind: str, root: Path) -> Data:
-    """The binary distribution: records of label byte(s), then 3 x 32 x 32 bytes, channel by channel."""
+    """CIFAR in its binary distribution.
+
+    A record is one or two bytes of labels, then 3 x 32 x 32 bytes, channel by channel.
+    """
     label_classes, train_files, test_file, inside = _CIFAR[kind]
     if not (root / test_file).exists() and (root / inside).is_dir():
         root = root / inside
@@ -210,7 +228,10 @@ def _cifar_file(kind: str, path: Path, label_classes: tuple[int, ...]) -> tuple[
 
 
 def _folder(root: Path, side: int) -> Data:
-    """train/CLASS/* and val/CLASS/*, read when a batch needs them; classes in the order of their names."""
+    """Images in train/CLASS/* and val/CLASS/*, the classes in the order of their names.
+
+    An image is read when a batch needs it.
+    """
     image = extra("PIL.Image", "Pillow")
     for part in ("train", "val"):
         if not (root / part).is_dir():
@@ -226,9 +247,8 @@ def _folder(root: Path, side: int) -> Data:
     if names["train"] != names["val"]:
         lone = sorted(set(names["train"]) ^ set(names["val"]))
         here, there = ("train", "val") if lone[0] in names["train"] else ("val", "train")
-        raise InputError(
-            f"{root / here / lone[0]}: this class is not in {there}; both must have the same classes ({len(lone)} differ)"
-        )
+        needed = f"both must have the same classes ({len(lone)} differ)"
+        raise InputError(f"{root / here / lone[0]}: this class is not in {there}; {needed}")
     parts = [_image_files(image, root / part, names["train"], side) for part in ("train", "val")]
     return Data(
         "folder", *parts, tuple(names["train"]), side, torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD)
@@ -238,19 +258,19 @@ def _folder(root: Path, side: int) -> Data:
 def _image_files(image, root: Path, classes: list[str], side: int) -> Images:
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(
+        images = sorted(
             path
             for path in (root / name).iterdir()
             if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")
         )
-        if not found:
+        if not images:
             raise InputError(f"{root / name}: no images")
-        paths += found
-        labels += [label] * len(found)
+        paths += images
+        labels += [label] * len(images)
 
     def check(path: Path) -> None:
         try:
-            with image.open(path):  # the header only; a damaged body shows when it is read
+            with image.open(path):  # This reads the header only. A damaged body shows when the image is read.
                 pass
         except (OSError, image.DecompressionBombError) as reason:
             raise InputError(f"{path}: not a readable image ({_one_line(reason)})") from None
@@ -269,7 +289,8 @@ def _image_files(image, root: Path, classes: list[str], side: int) -> Images:
         return np.asarray(picture.crop((left, top, left + side, top + side)))
 
     def read(indices: Tensor) -> Tensor:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow decodes without the interpreter's lock
+        # Threads help, because Pillow decodes without the interpreter's lock.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             pictures = np.stack(list(pool.map(decode, indices.tolist())))  # [n, side, side, 3]
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().contiguous() / 255
 
@@ -281,94 +302,3 @@ def _image_files(image, root: Path, classes: list[str], side: int) -> Images:
 
 def _one_line(reason: Exception) -> str:
     return " ".join(str(reason).split()) or type(reason).__name__
-
-
-def flip(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image of x  # [n, C, H, W]  mirrored left to right with probability 1/2."""
-    mirrored = torch.rand(len(x), generator=generator) < 0.5
-    return torch.where(mirrored.reshape(-1, 1, 1, 1), x.flip(3), x)
-
-
-def pad_and_crop(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image of x  # [n, C, H, W]  padded with zeros (black) by an eighth of its side and cropped back at random."""
-    n, channels, height, width = x.shape
-    by = max(1, height // 8)
-    top, left = torch.randint(0, 2 * by + 1, (2, n), generator=generator)
-    rows = (top[:, None] + torch.arange(height)).reshape(n, 1, height, 1)
-    columns = (left[:, None] + torch.arange(width)).reshape(n, 1, 1, width)
-    padded = F.pad(x, (by, by, by, by))
-    return padded[torch.arange(n).reshape(n, 1, 1, 1), torch.arange(channels).reshape(1, channels, 1, 1), rows, columns]
-
-
-def cutout(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A square of half the side set to 0 in each image of x  # [n, C, H, W], its centre anywhere, cut off at the border."""
-    n, _, height, width = x.shape
-    half = height // 4
-    row = torch.randint(0, height, (n, 1), generator=generator)
-    column = torch.randint(0, width, (n, 1), generator=generator)
-    rows = (torch.arange(height) >= row - half) & (torch.arange(height) < row + half)
-    columns = (torch.arange(width) >= column - half) & (torch.arange(width) < column + half)
-    return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
-
-
-AUGMENTATIONS = ("flip", "crop", "cutout")
-
-
-def derived_seed(*parts: int) -> int:
-    """A seed for one purpose from (seed, purpose, epoch, ...); neighbours share nothing."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)  # torch takes 63 bits without sign
-
-
-class Loader:
-    """Batches (x [n, C, H, W] standardised, labels [n]) of one epoch; iterating again gives the same batches.
-
-    With a seed: shuffled and augmented from it, and the incomplete last batch left out (it would weigh its images more;
-    a set smaller than one batch is one batch). Without: all images in order, as they are.
-    """
-
-    def __init__(
-        self,
-        data: Data,
-        images: Images,
-        batch_size: int,
-        *,
-        seed: int | None = None,
-        augment: tuple[str, ...] = (),
-        device: str = "cpu",
-    ):
-        self.data, self.images, self.seed, self.augment, self.device = data, images, seed, augment, device
-        self.batch_size = min(batch_size, len(images))
-
-    def __len__(self) -> int:
-        whole, rest = divmod(len(self.images), self.batch_size)
-        return whole + (self.seed is None and rest > 0)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator()
-        order = torch.arange(len(self.images))
-        if self.seed is not None:
-            generator.manual_seed(self.seed)
-            order = order[torch.randperm(len(order), generator=generator)]
-        chosen = order.split(self.batch_size)[: len(self)]
-        for indices, x in zip(chosen, self._read(chosen)):
-            yield self._prepared(x, generator).to(self.device), self.images.labels[indices].to(self.device)
-
-    def _read(self, chosen: tuple[Tensor, ...]) -> Iterator[Tensor]:
-        if not self.images.lazy:
-            yield from map(self.images.read, chosen)
-            return
-        with ThreadPoolExecutor(1) as reader:  # the next batch is read while this one is used
-            pending = reader.submit(self.images.read, chosen[0])
-            for following in chosen[1:]:
-                x = pending.result()
-                pending = reader.submit(self.images.read, following)
-                yield x
-            yield pending.result()
-
-    def _prepared(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        if "crop" in self.augment:
-            x = pad_and_crop(x, generator)
-        if "flip" in self.augment:
-            x = flip(x, generator)
-        x = self.data.standardise(x)
-        return cutout(x, generator) if "cutout" in self.augment else x

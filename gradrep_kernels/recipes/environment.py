@@ -1,4 +1,7 @@
-"""Versions, devices, and who computes what: for bug reports and beside every result."""
+"""Versions, devices, and the implementation of each op.
+
+Bug reports and results carry them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ def _version(package: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """None for a package that is not installed."""
+    """Versions of this package, Python and the packages it uses.
+
+    None for one that is not installed.
+    """
     return {
         "gradrep_kernels": __version__,
         "python": platform.python_version(),
@@ -36,11 +42,8 @@ def versions() -> dict[str, str | None]:
 
 def environment() -> dict[str, Any]:
     """All of `python -m gradrep_kernels env`, as plain data."""
-    gpus = (
-        [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
-        if torch.cuda.is_available()
-        else []
-    )
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    gpus = [torch.cuda.get_device_properties(n) for n in devices]
     return {
         "versions": versions(),
         "platform": platform.platform(),
@@ -60,26 +63,29 @@ def environment() -> dict[str, Any]:
     }
 
 
-def environment_text(found: dict[str, Any]) -> str:
-    """`environment()` for people: one fact a line."""
-    lines = [f"{name:<16} {version or 'not installed'}" for name, version in found["versions"].items()]
-    cpu, cuda = found["cpu"], found["cuda"]
+def environment_text(facts: dict[str, Any]) -> str:
+    """The result of `environment()` for people, one fact a line."""
+    cpu, cuda = facts["cpu"], facts["cuda"]
+    built = "torch is built without it" if cuda["built"] is None else f"{cuda['built']}, {len(cuda['devices'])} devices"
+    lines = [_line(name, version or "not installed") for name, version in facts["versions"].items()]
     lines += [
-        f"{'platform':<16} {found['platform']}",
-        f"{'CPU':<16} {cpu['cores']} cores, {cpu['threads']} threads, {cpu['instructions']}",
-        f"{'CUDA':<16} {'torch is built without it' if cuda['built'] is None else cuda['built'] + ', ' + (str(len(cuda['devices'])) + ' devices')}",
+        _line("platform", facts["platform"]),
+        _line("CPU", f"{cpu['cores']} cores, {cpu['threads']} threads, {cpu['instructions']}"),
+        _line("CUDA", built),
     ]
-    lines += [
-        f"{'':<16} {gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory'] / 2**30:.0f} GiB"
-        for gpu in cuda["devices"]
-    ]
-    lines += [f"{'backend':<16} {found['backend']} (GRADREP_BACKEND or gr.use_backend)"]
-    for op in dict.fromkeys(row["op"] for row in found["ops"]):
-        rows = [row for row in found["ops"] if row["op"] == op]
+    for gpu in cuda["devices"]:
+        capability, memory = gpu["capability"].replace(".", ""), f"{gpu['memory'] / 2**30:.0f} GiB"
+        lines.append(_line("", f"{gpu['name']}, sm_{capability}, {memory}"))
+    lines.append(_line("backend", f"{facts['backend']} (GRADREP_BACKEND or gr.use_backend)"))
+    for op in dict.fromkeys(row["op"] for row in facts["ops"]):
+        rows = [row for row in facts["ops"] if row["op"] == op]
         lines += ["", f"{op}: {rows[0]['meaning']}"]
         for row in rows:
             lines.append(f"  {row['device']:<5} {row['serves']}")
-            lines += [
-                f"        not {name}: {row[name]}" for name in backends.NAMES[1:] if row[name] not in ("available",)
-            ]
+            refusing = [name for name in backends.NAMES[1:] if row[name] != "available"]
+            lines += [f"        not {name}: {row[name]}" for name in refusing]
     return "\n".join(lines)
+
+
+def _line(name: str, fact: str) -> str:
+    return f"{name:<16} {fact}"

@@ -1,4 +1,7 @@
-"""What a user of the commands can put right; the command line shows it as one line, with exit status 2."""
+"""Errors that a user of the commands can put right.
+
+The command line shows one line, with exit status 2.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,17 @@ __all__ = ["InputError", "extra"]
 
 
 class InputError(ValueError):
-    """An option, a file or a folder is not what it should be; the message says which and why."""
+    """An option, a file or a folder is not what it should be.
+
+    The message says which and why.
+    """
 
 
 def extra(module: str, package: str) -> ModuleType:
-    """Import an optional dependency. Raises InputError, saying what to install, where it is missing."""
+    """Import an optional dependency.
+
+    Raises InputError, saying what to install, where it is missing.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as reason:

@@ -1,339 +1,197 @@
-"""The whole job: Hyper-Search, every recipe for every seed, the check CSLA = GR, the report; killed at any moment, it goes on.
+"""A whole job: Hyper-Search, every recipe for every seed, the check CSLA = GR, and the report.
 
-One file is the truth about what has been done: `checkpoint.pt`, replaced as a whole after every epoch. Everything else
-in the run's folder can be made again from it, or (scales, weights) is written before the checkpoint says that it is there.
+A job that is killed at any moment can be resumed. One file is the truth about what has been done: `checkpoint.pt`,
+replaced as a whole after every epoch. Scales and weights are written before the checkpoint says that they are there,
+and everything else in the folder can be made again from it.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gradrep_kernels import csla
-from gradrep_kernels.branches.scales import match
-from gradrep_kernels.recipes import files
-from gradrep_kernels.recipes.build import (
-    Trainee,
-    build,
-    initial_scales,
-    multiplier_bytes,
-    plain_model,
-    rows,
-    search_model,
-)
-from gradrep_kernels.recipes.data import Data, Loader, load_data, split_source
-from gradrep_kernels.recipes.environment import versions
+from gradrep_kernels.recipes import files, metrics
+from gradrep_kernels.recipes.build import Trainee, build, multiplier_bytes, plain_model, search_model
 from gradrep_kernels.recipes.equivalence import csla_equals_gr
-from gradrep_kernels.recipes.errors import InputError, extra
-from gradrep_kernels.recipes.options import Options, resolve
+from gradrep_kernels.recipes.errors import InputError
+from gradrep_kernels.recipes.loader import Loader
 from gradrep_kernels.recipes.progress import Reporter
 from gradrep_kernels.recipes.report import write_report
+from gradrep_kernels.recipes.runs import SCALES, Run
+from gradrep_kernels.recipes.scale_sources import initial_scales
+from gradrep_kernels.recipes.table import Recipe
 from gradrep_kernels.recipes.training import accuracy, repeatable, train_epoch
 
-__all__ = ["SCALES", "Run", "open_run", "run_job"]
+__all__ = ["run_job"]
 
-SCALES = "scales.pt"
-_OPTIONS, _CHECKPOINT, _METRICS, _WEIGHTS = "options.json", "checkpoint.pt", "metrics.jsonl", "weights"
+_CHECKPOINT, _METRICS, _WEIGHTS = "checkpoint.pt", "metrics.jsonl", "weights"
 _SEARCH = "search"
 
 
-@dataclass(frozen=True)
-class Run:
-    """A folder that holds a job: options.json when it is new, everything when it is done."""
-
-    folder: Path
-    options: Options
-    data: Data
-
-
-def open_run(out: Path, name: str | None, given: Mapping[str, Any], *, resume: bool, search: bool = False) -> Run:
-    """Start or resume a run. `given` are the options that were given (see `resolve`); `search`: Hyper-Search alone.
-
-    Without a name a new run takes DATA-MODEL, or DATA-MODEL-2, -3, ... where that is taken; resuming takes the last of
-    them. A resumed run keeps the options that it was started with.
-
-    Raises InputError, and leaves nothing behind: the folder has something in it, there is no run to resume, an option
-    differs, data or scales are not what they should be, a package is missing.
-    """
-    extra("matplotlib.figure", "matplotlib")  # needed at the end only, but hours earlier is the time to say so
-    return (
-        _resumed(out, name, given, search)
-        if resume
-        else _started(out, name, {**given, **({"recipe": ()} if search else {})})
-    )
-
-
-def _started(out: Path, name: str | None, given: Mapping[str, Any]) -> Run:
-    options = resolve(given)
-    folder = out / (name or _fresh_name(out, options))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} has something in it already: --resume continues a run, another --name starts one")
-    data = load_data(options.data, options.image_size)
-    scales = _given_scales(options, data)
-    unfinished = folder.with_name(f".{folder.name}{files.TEMPORARY}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
-        if scales is not None:
-            csla.save_scales(scales, unfinished / SCALES)
-        files.write_json(
-            unfinished / _OPTIONS, {"options": options.to_json(), "data": data.description(), "versions": versions()}
-        )
-        if folder.exists():
-            folder.rmdir()
-        unfinished.rename(folder)
-    except OSError as reason:
-        raise InputError(f"{folder} cannot be written: {reason.strerror or reason}") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return Run(folder, options, data)
-
-
-def _resumed(out: Path, name: str | None, given: Mapping[str, Any], search: bool) -> Run:
-    folder = out / (name or _last_name(out, _base_name(resolve({**given, **({"recipe": ()} if search else {})}))))
-    try:
-        stored = json.loads((folder / _OPTIONS).read_text(encoding="utf-8"))
-        options = Options.from_json(stored["options"])
-    except FileNotFoundError:
-        raise InputError(f"{folder}: there is no run to resume; start it without --resume") from None
-    except (OSError, ValueError, KeyError, TypeError) as reason:
-        raise InputError(f"{folder / _OPTIONS} cannot be read by this version ({reason})") from None
-    if search != (not options.recipe):
-        raise InputError(f"{folder} was started by `{'train' if options.recipe else 'search'}`")
-    options.check_against(given)
-    options.check()
-    data = load_data(options.data, options.image_size)
-    if data.description() != stored["data"]:
-        raise InputError(
-            f"{options.data} is not what it was when {folder} was started: {data.description()}, then {stored['data']}"
-        )
-    for leftover in folder.rglob(f"*{files.TEMPORARY}"):
-        leftover.unlink()
-    return Run(folder, options, data)
-
-
-def _base_name(options: Options) -> str:
-    kind, model = split_source(options.data)[0], options.model.removeprefix("repopt_vgg_")
-    return f"{kind}-{model}" if options.recipe else f"{kind}-{model}-search"
-
-
-def _taken(out: Path, base: str) -> list[int]:
-    """The numbers of the runs with this default name; the first has none and counts as 1."""
-    names = (entry.name for entry in out.iterdir()) if out.is_dir() else ()
-    matches = (re.fullmatch(rf"{re.escape(base)}(?:-(\d+))?", name) for name in names)
-    return sorted(int(match[1] or 1) for match in matches if match)
-
-
-def _fresh_name(out: Path, options: Options) -> str:
-    base = _base_name(options)
-    taken = _taken(out, base)
-    return f"{base}-{taken[-1] + 1}" if taken else base
-
-
-def _last_name(out: Path, base: str) -> str:
-    taken = _taken(out, base)
-    return f"{base}-{taken[-1]}" if taken and taken[-1] > 1 else base
-
-
-def _given_scales(options: Options, data: Data) -> csla.Scales | None:
-    """What --scales names, known to fit; and the model known to be one that the recipes can convert."""
-    if not any(row.recipe not in ("sgd", "sgs") for row in rows(options)) and options.recipe:
-        if options.scales is not None:
-            raise InputError(f"--scales {options.scales}: none of the recipes {', '.join(options.recipe)} uses scales")
-        return None
-    with torch.random.fork_rng():
-        model = plain_model(options, data, options.seed)
-        try:
-            initial_scales(model)
-        except ValueError as reason:
-            raise InputError(f"--model {options.model}: {reason}") from None
-        if options.scales is None:
-            return None
-        try:
-            matched = match(model, csla.load_scales(options.scales))
-        except (OSError, ValueError) as reason:
-            raise InputError(f"--scales {options.scales}: {reason}") from None
-    return {site.name: value for site, value in matched}  # published files name blocks
-
-
 def run_job(run: Run, reporter: Reporter) -> dict[str, Any]:
-    """Do what is left to do of a run and write its report; returns the summary (what summary.json holds)."""
+    """Do the rest of a run and write its report.
+
+    Returns the summary, which summary.json holds too.
+    """
     with repeatable(run.options.threads, run.options.device):
         try:
-            return _Job(run, reporter).run()
+            return _RunningJob(run, reporter).run()
         finally:
             reporter.close()
 
 
-class _Job:
+class _RunningJob:
+    """A run with the state of its checkpoint.
+
+    `state` holds `finished` (the figures of each training that is done, by its name), `current` (the training under way
+    with the states of its objects, or None), `check` (the result of CSLA = GR) and `seconds` (spent so far).
+    """
+
     def __init__(self, run: Run, reporter: Reporter):
         self.folder, self.options, self.data, self.reporter = run.folder, run.options, run.data, reporter
-        self.rows = rows(self.options)
+        self.rows = self.options.rows
         self.seeds = range(self.options.seed, self.options.seed + self.options.seeds)
-        self.searches = self.options.scales is None and (not self.rows or any(row.uses_scales for row in self.rows))
-        checkpoint = self.folder / _CHECKPOINT
-        # finished: {run: its figures}; current: the run under way with its states, or None; seconds: spent so far
+        needs_search = any(recipe.needs_search for recipe in self.rows)
+        self.searches = self.options.scales is None and (needs_search or not self.rows)
         self.state: dict[str, Any] = {"finished": {}, "current": None, "check": None, "seconds": 0.0}
+        checkpoint = self.folder / _CHECKPOINT
         if checkpoint.exists():
             try:
                 self.state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch.load raises half a dozen unrelated classes
-                raise InputError(
-                    f"{checkpoint}: cannot be read, it is damaged ({type(error).__name__}); start the run anew under another --name"
-                ) from error
-        self.before, self.begun = self.state["seconds"], time.monotonic()
+            except Exception as error:  # torch.load raises half a dozen unrelated classes.
+                reason = f"cannot be read, it is damaged ({type(error).__name__})"
+                raise InputError(f"{checkpoint}: {reason}; start the run anew under another --name") from error
+        self.seconds_before, self.start = self.state["seconds"], time.monotonic()
 
     def run(self) -> dict[str, Any]:
-        self._rewrite_metrics()
-        steps = len(Loader(self.data, self.data.train, self.options.batch_size, seed=0))
-        trainings = len(self.rows) * len(self.seeds)
-        epochs = trainings * self.options.epochs + self.searches * self.options.search_epochs
-        self.reporter.line(
-            f"{self.folder}: {trainings} trainings of {self.options.epochs} epochs"
-            + ", and a Hyper-Search first" * self.searches
-        )
-        if any(row.uses_sgs for row in self.rows) and self.options.sgs_warmup >= self.options.epochs:
-            late = f"--sgs-warmup {self.options.sgs_warmup}, of {self.options.epochs} epochs counted from 0"
-            self.reporter.line(
-                f"no update of the spatial gradient scaling falls due ({late}): it stays ones, and sgs changes nothing"
-            )
-        self.reporter.start(epochs * steps, steps * sum(len(records) for records in self._epochs().values()))
+        metrics.rewrite(self.folder / _METRICS, self._epochs())
+        self._announce()
         if self.searches:
-            self._train(
-                _SEARCH,
-                lambda: search_model(self.options, self.data),
-                self.options.seed,
-                self.options.search_epochs,
-                self._keep_scales,
-            )
+            self._train(_SEARCH, self._search_model, self.options.seed, self.options.search_epochs, self._keep_scales)
         scales = csla.load_scales(self.folder / SCALES) if (self.folder / SCALES).exists() else None
         if scales is not None and self.rows and self.options.check_steps and self.state["check"] is None:
             self.reporter.doing("CSLA = GR")
             self.state["check"] = csla_equals_gr(self.options, self.data, scales)
             self._save()
-        for row in self.rows:
+        for recipe in self.rows:
             for seed in self.seeds:
-                self._train(
-                    f"{row.label}-seed{seed}",
-                    lambda row=row, seed=seed: build(row, self.options, self.data, scales, seed),
-                    seed,
-                    self.options.epochs,
-                    lambda trainee, row=row, seed=seed: self._keep_weights(trainee, f"{row.label}-seed{seed}"),
-                )
+                self._train_recipe(recipe, scales, seed)
         self._save()
+        initial = None
+        if scales is not None:
+            initial = initial_scales(plain_model(self.options, self.data, self.options.seed))
         return write_report(
-            self.folder,
-            self.options,
-            self.data,
-            self.rows,
-            list(self.seeds),
-            self.state,
-            scales,
-            self._initial_scales(scales),
+            self.folder, self.options, self.data, self.rows, list(self.seeds), self.state, scales, initial
+        )
+
+    def _announce(self) -> None:
+        options, trainings = self.options, len(self.rows) * len(self.seeds)
+        search = ", and a Hyper-Search first" if self.searches else ""
+        self.reporter.line(f"{self.folder}: {trainings} trainings of {options.epochs} epochs{search}")
+        if any(recipe.sgs for recipe in self.rows) and options.sgs_warmup >= options.epochs:
+            late = f"--sgs-warmup {options.sgs_warmup}, of {options.epochs} epochs counted from 0"
+            self.reporter.line(
+                f"no update of the spatial gradient scaling falls due ({late}): it stays ones, and sgs changes nothing"
+            )
+        batches = len(Loader(self.data, self.data.train, options.batch_size, seed=0))
+        epochs = trainings * options.epochs + self.searches * options.search_epochs
+        done = sum(len(records) for records in self._epochs().values())
+        self.reporter.start(epochs * batches, done * batches)
+
+    def _search_model(self) -> Trainee:
+        return search_model(self.options, self.data)
+
+    def _train_recipe(self, recipe: Recipe, scales: csla.Scales | None, seed: int) -> None:
+        name = f"{recipe.name}-seed{seed}"
+        self._train(
+            name,
+            lambda: build(recipe, self.options, self.data, scales, seed),
+            seed,
+            self.options.epochs,
+            lambda trainee: self._keep_weights(trainee, name),
         )
 
     def _train(
-        self, key: str, make: Callable[[], Trainee], seed: int, epochs: int, keep: Callable[[Trainee], dict[str, Any]]
+        self, name: str, make: Callable[[], Trainee], seed: int, epochs: int, keep: Callable[[Trainee], dict[str, Any]]
     ) -> None:
-        """One training, from where the checkpoint says it stands; `keep` writes what is to stay of it."""
-        if key in self.state["finished"]:
+        """Do one training, from where the checkpoint says that it stands.
+
+        `keep` writes the files of a finished training and returns the figures that the checkpoint is to keep.
+        """
+        if name in self.state["finished"]:
             return
         trainee = make()
         current = self.state["current"]
         if current is None:
-            current = {"run": key, "epochs": [], "first_scalings": None}
+            current = {"run": name, "epochs": [], "first_scalings": None}
         else:
             trainee.model.load_state_dict(current["model"])
             trainee.optimizer.load_state_dict(current["optimizer"])
             if trainee.sgs is not None:
                 trainee.sgs.load_state_dict(current["sgs"])
         for epoch in range(len(current["epochs"]), epochs):
-            self.reporter.doing(f"{key} {epoch + 1}/{epochs}")
-            record = train_epoch(trainee, self.data, self.options, seed, epoch, epochs, self.reporter.batch)
-            record["test_accuracy"] = accuracy(trainee.model, self.data, self.options.device)
-            record["train_loss"] = (
-                record["train_loss"] if math.isfinite(record["train_loss"]) else None
-            )  # JSON has no NaN
-            current["epochs"].append(record)
-            if trainee.sgs is not None:
-                if record["sgs_updated"] and current["first_scalings"] is None:
-                    current["first_scalings"] = _as_lists(trainee.sgs.scalings)
-                current["sgs"] = trainee.sgs.state_dict()
-            current["model"], current["optimizer"] = trainee.model.state_dict(), trainee.optimizer.state_dict()
-            self.state["current"] = current
-            self._save()
-            self._append_metrics(key, len(current["epochs"]), record)
-            self.reporter.epoch(
-                f"  {key}, epoch {epoch + 1} of {epochs}: loss {_shown(record['train_loss'])}, test accuracy {record['test_accuracy']:.2%}"
-            )
-        kept = {
+            self._train_epoch(trainee, current, seed, epoch, epochs)
+        figures = {
             "epochs": current["epochs"],
             "parameters": sum(p.numel() for p in trainee.model.parameters() if p.requires_grad),
             **keep(trainee),
         }
         if trainee.sgs is not None:
-            kept["scalings"] = {"start": current["first_scalings"], "end": _as_lists(trainee.sgs.scalings)}
-        self.state["finished"][key], self.state["current"] = kept, None
+            figures["scalings"] = {"start": current["first_scalings"], "end": _as_lists(trainee.sgs.scalings)}
+        self.state["finished"][name], self.state["current"] = figures, None
         self._save()
-        seconds = sum(record["seconds"] + record["sgs_seconds"] for record in kept["epochs"])
-        self.reporter.line(
-            f"{key}: test accuracy {kept['epochs'][-1]['test_accuracy']:.2%} after {epochs} epochs, {seconds:.1f} s"
-        )
+        seconds = sum(record["seconds"] + record["sgs_seconds"] for record in figures["epochs"])
+        reached = figures["epochs"][-1]["test_accuracy"]
+        self.reporter.line(f"{name}: test accuracy {reached:.2%} after {epochs} epochs, {seconds:.1f} s")
+
+    def _train_epoch(self, trainee: Trainee, current: dict[str, Any], seed: int, epoch: int, epochs: int) -> None:
+        """Train and evaluate one epoch (from 0) and save it in checkpoint and metrics."""
+        name = current["run"]
+        self.reporter.doing(f"{name} {epoch + 1}/{epochs}")
+        record = train_epoch(trainee, self.data, self.options, seed, epoch, epochs, self.reporter.batch)
+        record["test_accuracy"] = accuracy(trainee.model, self.data, self.options.device)
+        if not math.isfinite(record["train_loss"]):
+            record["train_loss"] = None  # JSON has no NaN.
+        current["epochs"].append(record)
+        if trainee.sgs is not None:
+            if record["sgs_updated"] and current["first_scalings"] is None:
+                current["first_scalings"] = _as_lists(trainee.sgs.scalings)
+            current["sgs"] = trainee.sgs.state_dict()
+        current["model"], current["optimizer"] = trainee.model.state_dict(), trainee.optimizer.state_dict()
+        self.state["current"] = current
+        self._save()
+        metrics.append(self.folder / _METRICS, name, epoch + 1, record)
+        loss = "not finite" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
+        reached = f"loss {loss}, test accuracy {record['test_accuracy']:.2%}"
+        self.reporter.epoch(f"  {name}, epoch {epoch + 1} of {epochs}: {reached}")
 
     def _keep_scales(self, trainee: Trainee) -> dict[str, Any]:
         csla.save_scales(csla.extract_scales(trainee.model), self.folder / SCALES)
         return {}
 
-    def _keep_weights(self, trainee: Trainee, key: str) -> dict[str, Any]:
+    def _keep_weights(self, trainee: Trainee, name: str) -> dict[str, Any]:
         (self.folder / _WEIGHTS).mkdir(exist_ok=True)
-        weights = {name: tensor.detach().cpu() for name, tensor in trainee.model.state_dict().items()}
-        files.save_tensors(self.folder / _WEIGHTS / f"{key}.pt", weights)
+        weights = {key: tensor.detach().cpu() for key, tensor in trainee.model.state_dict().items()}
+        files.save_tensors(self.folder / _WEIGHTS / f"{name}.pt", weights)
         return {"multiplier_bytes": multiplier_bytes(trainee)}
 
-    def _initial_scales(self, scales: csla.Scales | None) -> csla.Scales | None:
-        """By the names that the searched scales have; None where there are none."""
-        return None if scales is None else initial_scales(plain_model(self.options, self.data, self.options.seed))
-
     def _save(self) -> None:
-        self.state["seconds"] = self.before + time.monotonic() - self.begun
+        self.state["seconds"] = self.seconds_before + time.monotonic() - self.start
         files.save_tensors(self.folder / _CHECKPOINT, self.state)
 
     def _epochs(self) -> dict[str, list[dict[str, Any]]]:
-        """{run: its epochs so far}, in the order they were done."""
+        """{training: the records of its epochs so far}, in the order in which they were done."""
+        epochs = {name: figures["epochs"] for name, figures in self.state["finished"].items()}
         current = self.state["current"]
-        return {key: kept["epochs"] for key, kept in self.state["finished"].items()} | (
-            {} if current is None else {current["run"]: current["epochs"]}
-        )
-
-    def _rewrite_metrics(self) -> None:
-        lines = [
-            _metrics_line(key, n, record)
-            for key, records in self._epochs().items()
-            for n, record in enumerate(records, 1)
-        ]
-        files.write_text(self.folder / _METRICS, "".join(lines))
-
-    def _append_metrics(self, key: str, epoch: int, record: dict[str, Any]) -> None:
-        with (self.folder / _METRICS).open("a", encoding="utf-8") as out:
-            out.write(_metrics_line(key, epoch, record))
-
-
-def _metrics_line(key: str, epoch: int, record: dict[str, Any]) -> str:
-    return json.dumps({"run": key, "epoch": epoch, **record}, allow_nan=False) + "\n"
+        if current is not None:
+            epochs[current["run"]] = current["epochs"]
+        return epochs
 
 
 def _as_lists(scalings: Mapping[str, torch.Tensor]) -> dict[str, list[list[float]]]:
     return {name: g.tolist() for name, g in scalings.items()}
-
-
-def _shown(loss: float | None) -> str:
-    return "not finite" if loss is None else f"{loss:.4f}"

@@ -1,7 +1,11 @@
-"""The pictures of a report, after the figures of the papers. Drawn without pyplot, so that no global setting is touched."""
+"""The pictures of a report, after the figures of the papers.
+
+They are drawn without pyplot, so that no global setting is touched.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,20 +18,11 @@ from gradrep_kernels.recipes.errors import extra
 
 __all__ = ["curves", "scales_over_depth", "spatial_scalings"]
 
-# For as many rows as there can be; the first eight are told apart by the colour-blind (Okabe and Ito).
+# As many as there can be rows. People who are colour-blind tell the first eight apart (Okabe and Ito).
 _COLOURS = [
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#444444",
-    "#F0E442",
-    "#7B68EE",
-    "#8B4513",
-    "#AA4499",
-]
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#F0E442",
+    "#7B68EE", "#8B4513", "#AA4499",
+]  # fmt: skip
 _BRANCHES = {
     "conv": ("k x k", "#0072B2", "o"),
     "1x1": ("1 x 1", "#D55E00", "s"),
@@ -50,10 +45,13 @@ def _plain(axes) -> None:
 
 
 def curves(path: Path, epochs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> None:
-    """Training loss and test accuracy over epochs; `epochs`: {recipe: per seed the records of its epochs}."""
+    """Draw training loss and test accuracy over epochs.
+
+    `epochs`: {recipe: per seed the records of its epochs}.
+    """
     figure = _figure(11, 4.6)
     panels = figure.subplots(1, 2)
-    for (label, runs), colour in zip(epochs.items(), _COLOURS):
+    for (label, runs), colour in zip(epochs.items(), itertools.cycle(_COLOURS)):
         at = np.arange(1, len(runs[0]) + 1)
         for axes, key, factor in zip(panels, ("train_loss", "test_accuracy"), (1, 100)):
             values = factor * np.array(
@@ -71,16 +69,18 @@ def curves(path: Path, epochs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]
         _plain(axes)
     panels[0].set_yscale("log")
     top = max(record["test_accuracy"] for runs in epochs.values() for run in runs for record in run) * 100
-    low = (
-        min(run[len(run) // 2]["test_accuracy"] for runs in epochs.values() for run in runs) * 100
-    )  # the first half would flatten the rest
+    # The axis starts at the accuracy of half-time, because the first half would flatten the rest.
+    low = min(run[len(run) // 2]["test_accuracy"] for runs in epochs.values() for run in runs) * 100
     panels[1].set_ylim(max(0, low - 0.15 * (top - low) - 0.5), min(100.5, top + 0.15 * (top - low) + 0.5))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     _save(figure, path)
 
 
 def spatial_scalings(path: Path, start: Mapping[str, Sequence], end: Mapping[str, Sequence]) -> None:
-    """G of the first, middle and last layer, at the start and at the end (SGS paper, Figures 4 and 5)."""
+    """Draw G of the first, middle and last layer, at the start and at the end.
+
+    Source: SGS paper, Figures 4 and 5.
+    """
     names = list(start)
     chosen = [names[n] for n in sorted({0, len(names) // 2, len(names) - 1})]
     rows = {"start": start, "end": end}
@@ -107,7 +107,10 @@ def spatial_scalings(path: Path, start: Mapping[str, Sequence], end: Mapping[str
 
 
 def scales_over_depth(path: Path, scales: Scales, initial: Scales) -> None:
-    """Mean scale of each branch of each layer (RepOptimizers, Figure 7); curves stop where a layer has no identity branch."""
+    """Draw the mean scale of each branch of each layer (RepOptimizers, Figure 7).
+
+    Curves stop where a layer has no identity branch.
+    """
     names = list(scales)
     figure = _figure(max(6.0, 0.28 * len(names) + 3), 4.2)
     axes = figure.subplots()
@@ -154,7 +157,10 @@ def scales_over_depth(path: Path, scales: Scales, initial: Scales) -> None:
 
 
 def _runs(scales: Scales) -> list[list[int]]:
-    """Consecutive layers with an identity branch in one run; each layer without is a run of its own."""
+    """Group the positions of the layers into runs.
+
+    Consecutive layers with an identity branch are one run, each layer without one is a run of its own.
+    """
     runs: list[list[int]] = []
     joined = False
     for n, value in enumerate(scales.values()):

@@ -1,4 +1,4 @@
-"""What a person sees while a job runs: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a job as a person sees it: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TextIO
 
 __all__ = ["Reporter"]
 
-_QUIET_SECONDS = 10.0  # at most this long without a line where there is no bar
+QUIET_SECONDS = 10.0
+"""Without a bar, the line of an epoch is printed only after so long a silence."""
 
 
 def _tqdm() -> ModuleType | None:
@@ -21,7 +22,7 @@ def _tqdm() -> ModuleType | None:
 
 
 class Reporter:
-    """Lines and progress to `stream` (standard error by default)."""
+    """Writes lines and progress to `stream`, standard error by default."""
 
     def __init__(self, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
@@ -30,26 +31,29 @@ class Reporter:
         self._last = time.monotonic()
 
     def start(self, batches: int, done: int) -> None:
-        """`batches` are the whole job's, of which `done` were done before (a resumed run)."""
+        """Begin the bar of a job of so many `batches`. A resumed job has `done` some before."""
         if self._tqdm is not None:
             self._bar = self._tqdm.tqdm(
                 total=batches, initial=done, file=self.stream, unit="batch", dynamic_ncols=True, leave=False
             )
 
     def doing(self, what: str) -> None:
+        """Say on the bar what is being done."""
         if self._bar is not None:
             self._bar.set_description(what)
 
     def batch(self) -> None:
+        """Count one more batch."""
         if self._bar is not None:
             self._bar.update()
 
     def epoch(self, text: str) -> None:
-        """An epoch is done; worth a line only if there was none for a while."""
-        if self._bar is None and time.monotonic() - self._last > _QUIET_SECONDS:
+        """Report an epoch that is done, if there was no line for a while."""
+        if self._bar is None and time.monotonic() - self._last > QUIET_SECONDS:
             self.line(text)
 
     def line(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
         else:
@@ -57,6 +61,7 @@ class Reporter:
         self._last = time.monotonic()
 
     def close(self) -> None:
+        """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

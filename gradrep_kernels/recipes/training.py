@@ -1,4 +1,7 @@
-"""Epochs: train, evaluate, and the same weights again from the same seed."""
+"""One epoch of training and the evaluation after it.
+
+The same seed gives the same weights again.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gradrep_kernels.optim import FusedRepSGD
 from gradrep_kernels.recipes.build import Trainee
-from gradrep_kernels.recipes.data import Data, Loader, derived_seed
+from gradrep_kernels.recipes.data import Data
+from gradrep_kernels.recipes.loader import Loader, derived_seed
 from gradrep_kernels.recipes.options import Options
 from gradrep_kernels.recipes.schedules import learning_rate
 
@@ -26,18 +29,17 @@ _EVALUATION_BATCH = 512
 
 @contextlib.contextmanager
 def repeatable(threads: int, device: str) -> Iterator[None]:
-    """A fixed number of threads, deterministic algorithms on a GPU, the default generators to oneself; all restored afterwards.
+    """Fix the number of threads, and use deterministic algorithms on a GPU.
 
-    Sums over threads are rounded in another order on another number of threads, so the number is part of a run's options.
-    A GPU algorithm that has no deterministic form (max pooling's gradient) warns and runs.
+    All settings are restored afterwards. The default generators are restored too. Another number of threads rounds sums
+    in another order, so the number is part of a run's options. A GPU algorithm without a deterministic form (max
+    pooling's gradient) warns and runs.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with (
-            torch.random.fork_rng(),
-            _deterministic_gpu() if torch.device(device).type == "cuda" else contextlib.nullcontext(),
-        ):
+        on_gpu = torch.device(device).type == "cuda"
+        with torch.random.fork_rng(), _deterministic_gpu() if on_gpu else contextlib.nullcontext():
             yield
     finally:
         torch.set_num_threads(before)
@@ -45,9 +47,8 @@ def repeatable(threads: int, device: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _deterministic_gpu() -> Iterator[None]:
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # read when cuBLAS starts; its deterministic algorithms need it
+    # cuBLAS reads this when it starts, and its deterministic algorithms need it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -60,6 +61,7 @@ def _deterministic_gpu() -> Iterator[None]:
 
 
 def _now(device: str) -> float:
+    """Seconds on a clock, once the device has done what was asked of it."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -68,22 +70,23 @@ def _now(device: str) -> float:
 def train_epoch(
     trainee: Trainee, data: Data, options: Options, seed: int, epoch: int, epochs: int, on_batch: Callable[[], None]
 ) -> dict[str, Any]:
-    """One epoch (from 0) of `epochs`; changes the trainee only. The same state, seed and epoch give the same bits.
+    """Train one epoch (from 0) of `epochs`.
 
-    Returns train_loss (mean over the images), lr (of the last step), seconds (training alone), sgs_updated and sgs_seconds.
+    The same state, seed and epoch give the same bits. Changes the trainee only, and seeds the default generator.
+    Returns train_loss (mean over the images), lr (of the last step), seconds (training alone), sgs_updated and
+    sgs_seconds.
     """
-    torch.manual_seed(
-        derived_seed(seed, _ORDER, epoch)
-    )  # for whatever in a model draws; batches have a generator of their own
+    # For whatever in a model draws from the default generator. Batches have one of their own.
+    torch.manual_seed(derived_seed(seed, _ORDER, epoch))
     start = _now(options.device)
     statistics = _training_batches(data, options, derived_seed(seed, _STATISTICS, epoch))
-    due = trainee.sgs is not None and trainee.sgs.update_if_due(epoch, statistics)
-    updated = _now(options.device)
+    sgs_updated = trainee.sgs is not None and trainee.sgs.update_if_due(epoch, statistics)
+    training_start = _now(options.device)
     model, optimizer = trainee.model, trainee.optimizer
     batches = _training_batches(data, options, derived_seed(seed, _ORDER, epoch))
     steps = epochs * len(batches)
     warmup = min(options.warmup, epochs) * len(batches)
-    total, seen = torch.zeros((), dtype=torch.float64, device=options.device), 0
+    loss_sum, images = torch.zeros((), dtype=torch.float64, device=options.device), 0
     model.train()
     for n, (x, labels) in enumerate(batches):
         lr = learning_rate(epoch * len(batches) + n, steps, warmup, options.lr)
@@ -95,12 +98,17 @@ def train_epoch(
         if options.clip_norm is not None:
             _clip(model, optimizer, options.clip_norm)
         optimizer.step()
-        total += loss.detach() * len(x)
-        seen += len(x)
+        loss_sum += loss.detach() * len(x)
+        images += len(x)
         on_batch()
-    train_loss = float(total) / seen
-    seconds = _now(options.device) - updated
-    return {"train_loss": train_loss, "lr": lr, "seconds": seconds, "sgs_updated": due, "sgs_seconds": updated - start}
+    train_loss = float(loss_sum) / images
+    return {
+        "train_loss": train_loss,
+        "lr": lr,
+        "seconds": _now(options.device) - training_start,
+        "sgs_updated": sgs_updated,
+        "sgs_seconds": training_start - start,
+    }
 
 
 def _training_batches(data: Data, options: Options, seed: int) -> Loader:
@@ -108,20 +116,20 @@ def _training_batches(data: Data, options: Options, seed: int) -> Loader:
 
 
 def _clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-    if isinstance(optimizer, FusedRepSGD):
-        optimizer.clip_grad_norm_(
-            max_norm
-        )  # the norm that the CSLA model's own gradients have, so that the rows stay comparable
+    if hasattr(optimizer, "clip_grad_norm_"):
+        # A RepOptimizer clips by the norm of the CSLA model's gradients, so that the rows stay comparable.
+        optimizer.clip_grad_norm_(max_norm)
     else:
         nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data, device: str) -> float:
-    """Share of the test images that are classified rightly; leaves the model in eval mode."""
+    """Return the share of the test images that are classified correctly.
+
+    Leaves the model in eval mode.
+    """
     model.eval()
-    right = sum(
-        int((model(x).argmax(1) == labels).sum())
-        for x, labels in Loader(data, data.test, _EVALUATION_BATCH, device=device)
-    )
-    return right / len(data.test)
+    batches = Loader(data, data.test, _EVALUATION_BATCH, device=device)
+    correct = sum(int((model(x).argmax(1) == labels).sum()) for x, labels in batches)
+    return correct / len(data.test)

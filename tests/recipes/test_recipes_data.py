@@ -1,59 +1,19 @@
-"""Data for the commands: what is read, what is refused, what is drawn."""
+"""Data sets for the commands: what is read and what is refused."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from cases_recipes import CIFAR, load, record, write_cifar, write_folder, write_image
 
-from gradrep_kernels.recipes.data import Loader, cutout, derived_seed, flip, load_data, pad_and_crop, split_source
+from gradrep_kernels.recipes.data import DataSource
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.schedules import learning_rate
-
-CIFAR = {
-    "cifar10": [f"data_batch_{n}.bin" for n in range(1, 6)] + ["test_batch.bin"],
-    "cifar100": ["train.bin", "test.bin"],
-}
-
-
-def record(kind: str, label: int, seed: int) -> bytes:
-    """One record by the format's words: label byte (cifar100: coarse and fine), then red, green, blue, row by row."""
-    pixels = np.random.default_rng(seed).integers(0, 256, 3 * 32 * 32, dtype=np.uint8)
-    labels = bytes([label]) if kind == "cifar10" else bytes([label % 20, label])
-    return labels + pixels.tobytes()
-
-
-def write_cifar(folder, kind: str, per_file: int = 4):
-    folder.mkdir(parents=True, exist_ok=True)
-    for n, name in enumerate(CIFAR[kind]):
-        (folder / name).write_bytes(
-            b"".join(
-                record(kind, (37 * n + 23 * i) % (10 if kind == "cifar10" else 100), 100 * n + i)
-                for i in range(per_file)
-            )
-        )
-    return folder
-
-
-def write_image(path, size, colour, mode="RGB"):
-    image = pytest.importorskip("PIL.Image")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.new(mode, size, colour).save(path)
-
-
-def write_folder(root, classes=("ant", "bee"), per_class=3, size=(20, 12)):
-    for part in ("train", "val"):
-        for c, name in enumerate(classes):
-            for n in range(per_class):
-                write_image(root / part / name / f"{n}.png", size, (40 * c, 10 * n, 255 if part == "val" else 0))
-    return root
-
-
-# ---- digits
+from gradrep_kernels.recipes.loader import Loader
 
 
 def test_digits_are_split_by_class_and_complete():
-    data = load_data("digits")
+    data = load("digits")
     assert (len(data.train), len(data.test), len(data.classes)) == (1437, 360, 10)
     whole = torch.bincount(torch.cat([data.train.labels, data.test.labels]))
     torch.testing.assert_close(torch.bincount(data.test.labels) / 360, whole / 1797, atol=0.003, rtol=0)
@@ -63,19 +23,16 @@ def test_digits_are_split_by_class_and_complete():
 
 
 def test_digits_are_standardised_by_the_training_set_alone():
-    data = load_data("digits")
+    data = load("digits")
     x = torch.cat([x for x, _ in Loader(data, data.train, 500)])
     torch.testing.assert_close(torch.stack([x.mean(), x.std()]), torch.tensor([0.0, 1.0]), atol=1e-3, rtol=0)
     y = torch.cat([x for x, _ in Loader(data, data.test, 500)])
     assert abs(float(y.mean())) > 1e-3 or abs(float(y.std()) - 1) > 1e-3
 
 
-# ---- CIFAR
-
-
 @pytest.mark.parametrize("kind", CIFAR)
 def test_cifar_reads_every_pixel_where_it_belongs(tmp_path, kind):
-    data = load_data(f"{kind}:{write_cifar(tmp_path, kind)}")
+    data = load(f"{kind}:{write_cifar(tmp_path, kind)}")
     training_files = len(CIFAR[kind]) - 1
     assert (len(data.train), len(data.test), len(data.classes)) == (
         4 * training_files,
@@ -100,11 +57,11 @@ def test_cifar_reads_every_pixel_where_it_belongs(tmp_path, kind):
 
 def test_cifar_takes_the_folder_that_holds_the_unpacked_archive(tmp_path):
     write_cifar(tmp_path / "cifar-10-batches-bin", "cifar10")
-    assert len(load_data(f"cifar10:{tmp_path}").train) == 20
+    assert len(load(f"cifar10:{tmp_path}").train) == 20
 
 
 def test_cifar_of_another_length_than_published_is_told(tmp_path, caplog):
-    load_data(f"cifar100:{write_cifar(tmp_path, 'cifar100')}")
+    load(f"cifar100:{write_cifar(tmp_path, 'cifar100')}")
     assert "train.bin holds 4 records, the published file 50000" in caplog.text
 
 
@@ -159,7 +116,7 @@ def test_a_wrong_cifar_file_is_named_in_one_line(tmp_path, fault):
     kind, name, break_it, said = CIFAR_FAULTS[fault]
     break_it(write_cifar(tmp_path, kind) / name)
     with pytest.raises(InputError) as wrong:
-        load_data(f"{kind}:{tmp_path}")
+        load(f"{kind}:{tmp_path}")
     assert str(tmp_path / name) in str(wrong.value)
     assert said in str(wrong.value)
     assert "\n" not in str(wrong.value)
@@ -168,16 +125,13 @@ def test_a_wrong_cifar_file_is_named_in_one_line(tmp_path, fault):
 @pytest.mark.parametrize("source", ["cifar", "cifar10", "cifar10:", "digits:x", "folder", ""])
 def test_a_source_that_is_none_is_refused(source):
     with pytest.raises(InputError, match="--data must be"):
-        split_source(source)
+        DataSource.parse(source)
 
 
 @pytest.mark.parametrize("kind", ["cifar10", "cifar100", "folder"])
 def test_a_missing_folder_is_named(tmp_path, kind):
     with pytest.raises(InputError, match=r"nowhere: no such folder"):
-        load_data(f"{kind}:{tmp_path / 'nowhere'}")
-
-
-# ---- folders
+        load(f"{kind}:{tmp_path / 'nowhere'}")
 
 
 def test_folders_give_sorted_classes_and_square_images(tmp_path):
@@ -186,7 +140,7 @@ def test_folders_give_sorted_classes_and_square_images(tmp_path):
     write_image(tmp_path / "train" / "bee" / "palette.gif", (16, 16), 0, mode="P")
     (tmp_path / "train" / "ant" / "notes.txt").write_text("not an image")
     (tmp_path / "train" / "ant" / ".hidden.png").write_text("not one either")
-    data = load_data(f"folder:{tmp_path}", 8)
+    data = load(f"folder:{tmp_path}", 8)
     assert data.classes == ("ant", "bee")
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
     x = data.train.read(torch.tensor([5, 6]))  # 2.png and grey.png of bee
@@ -200,19 +154,19 @@ def test_folder_images_are_scaled_by_the_shorter_side_and_cropped_in_the_middle(
     stripes = np.zeros((10, 40, 3), dtype=np.uint8)  # left and right quarter black, middle half white
     stripes[:, 10:30] = 255
     image.fromarray(stripes).save(tmp_path / "train" / "ant" / "0.png")
-    x = load_data(f"folder:{tmp_path}", 10).train.read(torch.tensor([0]))
+    x = load(f"folder:{tmp_path}", 10).train.read(torch.tensor([0]))
     assert x.shape == (1, 3, 10, 10)
     assert bool((x == 1).all())
 
 
 def test_folder_images_are_read_when_a_batch_needs_them(tmp_path):
-    data = load_data(f"folder:{write_folder(tmp_path)}", 8)
+    data = load(f"folder:{write_folder(tmp_path)}", 8)
     write_image(tmp_path / "train" / "ant" / "0.png", (8, 8), (255, 255, 255))
     assert bool((data.train.read(torch.tensor([0])) == 1).all())
 
 
 def test_batches_that_are_read_ahead_are_the_same(tmp_path):
-    data = load_data(f"folder:{write_folder(tmp_path, per_class=5)}", 8)
+    data = load(f"folder:{write_folder(tmp_path, per_class=5)}", 8)
     ahead = list(Loader(data, data.train, 3, seed=4, augment=("crop", "flip", "cutout")))
     at_once = list(
         Loader(
@@ -256,7 +210,7 @@ def test_a_wrong_folder_is_named_in_one_line(tmp_path, fault):
     break_it, name, said = FOLDER_FAULTS[fault]
     break_it(write_folder(tmp_path))
     with pytest.raises(InputError) as wrong:
-        load_data(f"folder:{tmp_path}", 8)
+        load(f"folder:{tmp_path}", 8)
     assert str(tmp_path / name) in str(wrong.value)
     assert said in str(wrong.value)
     assert "\n" not in str(wrong.value)
@@ -268,143 +222,6 @@ def test_an_image_with_a_damaged_body_is_named_when_it_is_read(tmp_path):
     path = tmp_path / "train" / "ant" / "1.png"
     image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:3000])
-    data = load_data(f"folder:{tmp_path}", 8)
+    data = load(f"folder:{tmp_path}", 8)
     with pytest.raises(InputError, match=r"train/ant/1\.png: not a readable image"):
         list(Loader(data, data.train, 6))
-
-
-# ---- augmentation
-
-
-def some_images(n: int = 64, channels: int = 3, side: int = 16) -> torch.Tensor:
-    return torch.rand((n, channels, side, side), generator=torch.Generator().manual_seed(1)) + 0.01
-
-
-def test_flip_mirrors_about_half_of_the_images():
-    x = some_images()
-    y = flip(x, torch.Generator().manual_seed(0))
-    mirrored = [bool(torch.equal(b, a.flip(2))) for a, b in zip(x, y)]
-    kept = [bool(torch.equal(b, a)) for a, b in zip(x, y)]
-    assert all(m != k for m, k in zip(mirrored, kept))
-    assert 16 < sum(mirrored) < 48
-
-
-def test_pad_and_crop_gives_every_window_of_the_padded_image():
-    x = some_images(300)
-    y = pad_and_crop(x, torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(x, (2, 2, 2, 2))
-    found = set()
-    for a, b in zip(padded, y):
-        windows = [(i, j) for i in range(5) for j in range(5) if torch.equal(b, a[:, i : i + 16, j : j + 16])]
-        assert len(windows) == 1
-        found.update(windows)
-    assert len(found) == 25
-
-
-def test_cutout_clears_one_square_that_the_border_may_cut():
-    x = some_images(300)
-    y = cutout(x, torch.Generator().manual_seed(0))
-    areas = set()
-    for a, b in zip(x, y):
-        gone = b[0] == 0
-        rows, columns = gone.any(1).nonzero().flatten(), gone.any(0).nonzero().flatten()
-        expected = a.clone()
-        expected[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = 0
-        assert torch.equal(b, expected)
-        areas.add((len(rows), len(columns)))
-    assert max(areas) == (8, 8)
-    assert min(min(area) for area in areas) == 4
-
-
-@pytest.mark.parametrize("augment", [flip, pad_and_crop, cutout])
-def test_augmentation_draws_from_its_own_generator_and_leaves_its_input(augment):
-    x = some_images(8)
-    before, state = x.clone(), torch.get_rng_state()
-    first, again, other = (augment(x, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
-    assert torch.equal(x, before)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-# ---- batches
-
-
-def test_shuffled_batches_hold_each_image_once_and_leave_the_rest_out():
-    data = load_data("digits")
-    loader = Loader(data, data.train, 100, seed=3)
-    batches = list(loader)
-    assert len(loader) == len(batches) == 14
-    assert all(len(x) == len(labels) == 100 for x, labels in batches)
-    images = torch.cat([x for x, _ in batches]).flatten(1)
-    assert len(torch.unique(images, dim=0)) == 1400
-    of_image = {
-        x.numpy().tobytes(): int(label)
-        for x, label in zip(data.standardise(data.train.read(torch.arange(1437))), data.train.labels)
-    }
-    assert all(of_image[x.numpy().tobytes()] == int(label) for batch in batches for x, label in zip(*batch))
-
-
-def test_an_epoch_comes_again_from_its_seed_and_from_nothing_else():
-    data = load_data("digits")
-
-    def epoch(seed):
-        return torch.cat([x for x, _ in Loader(data, data.train, 300, seed=seed, augment=("flip", "crop", "cutout"))])
-
-    torch.manual_seed(1)
-    first, state = epoch(9), torch.get_rng_state()
-    torch.manual_seed(2)
-    assert torch.equal(first, epoch(9))
-    assert not torch.equal(first, epoch(10))
-    torch.manual_seed(1)
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_the_test_set_comes_whole_and_in_order():
-    data = load_data("digits")
-    loader = Loader(data, data.test, 100)
-    assert len(loader) == 4
-    assert torch.equal(torch.cat([labels for _, labels in loader]), data.test.labels)
-
-
-def test_a_set_smaller_than_a_batch_is_one_batch(tmp_path):
-    data = load_data(f"cifar100:{write_cifar(tmp_path, 'cifar100')}")
-    assert [len(x) for x, _ in Loader(data, data.train, 64, seed=0)] == [4]
-
-
-def test_derived_seeds_differ_and_stay():
-    found = {derived_seed(seed, purpose, epoch) for seed in range(5) for purpose in range(4) for epoch in range(20)}
-    assert len(found) == 400
-    assert all(0 <= seed < 2**63 for seed in found)
-    assert derived_seed(0, 1) == derived_seed(0, 1) != derived_seed(1, 0)
-
-
-# ---- schedule
-
-
-@pytest.mark.parametrize("warmup", [0, 1, 7, 40])
-def test_the_learning_rate_is_that_of_torchs_schedulers(warmup):
-    steps, base = 40, 0.3
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=base)
-    schedulers, milestones = [], []
-    if warmup:
-        schedulers.append(torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, 1.0, max(warmup - 1, 1)))
-    if warmup and warmup < steps:
-        milestones.append(warmup)
-    if warmup < steps:
-        schedulers.append(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warmup))
-    scheduler = (
-        torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, milestones)
-        if len(schedulers) > 1
-        else schedulers[0]
-    )
-    for step in range(steps):
-        assert learning_rate(step, steps, warmup, base) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
-        optimizer.step()
-        scheduler.step()
-
-
-@pytest.mark.parametrize(("step", "steps", "warmup"), [(-1, 10, 0), (10, 10, 0), (0, 10, 11), (0, 10, -1)])
-def test_steps_outside_the_schedule_are_refused(step, steps, warmup):
-    with pytest.raises(ValueError, match="must lie in"):
-        learning_rate(step, steps, warmup, 0.1)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
+
+from gradrep_kernels.cli import main
+from gradrep_kernels.recipes.data import Data, DataSource, load_data
 
 
 def write_tiny_cifar10(folder: Path) -> Path:
@@ -39,3 +45,87 @@ TINY = {
 
 def as_arguments(given: dict) -> list[str]:
     return [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), str(value))]
+
+
+def train_arguments(source, out, *more):
+    return ["train", "--data", source, "--out", str(out), *as_arguments(TINY), *more]
+
+
+def train(source, out, *more) -> None:
+    """Do a whole run of the command line in this process."""
+    assert main(train_arguments(source, out, *more)) == 0
+
+
+def load(source: str, image_size: int | None = None) -> Data:
+    return load_data(DataSource.parse(source), image_size)
+
+
+def tensors(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_tensors(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def bit_repeatable(metrics_file):
+    """The lines of metrics.jsonl without what is timed."""
+    return [
+        {key: value for key, value in json.loads(line).items() if "seconds" not in key}
+        for line in metrics_file.read_text().splitlines()
+    ]
+
+
+def assert_same_results(folder, other):
+    weights = sorted(path.name for path in (folder / "weights").iterdir())
+    assert weights == sorted(path.name for path in (other / "weights").iterdir())
+    for name in weights:
+        assert_same_tensors(tensors(folder / "weights" / name), tensors(other / "weights" / name))
+    assert_same_tensors(tensors(folder / "scales.pt"), tensors(other / "scales.pt"))
+    assert bit_repeatable(folder / "metrics.jsonl") == bit_repeatable(other / "metrics.jsonl")
+    a, b = (json.loads((path / "summary.json").read_text()) for path in (folder, other))
+    for label in a["recipes"]:
+        assert a["recipes"][label]["test_accuracy"] == b["recipes"][label]["test_accuracy"]
+        assert a["recipes"][label].get("scalings") == b["recipes"][label].get("scalings")
+    assert a["csla_equals_gr"] == b["csla_equals_gr"]
+
+
+CIFAR = {
+    "cifar10": [f"data_batch_{n}.bin" for n in range(1, 6)] + ["test_batch.bin"],
+    "cifar100": ["train.bin", "test.bin"],
+}
+
+
+def record(kind: str, label: int, seed: int) -> bytes:
+    """One record by the format's words: label byte (cifar100: coarse and fine), then red, green, blue, row by row."""
+    pixels = np.random.default_rng(seed).integers(0, 256, 3 * 32 * 32, dtype=np.uint8)
+    labels = bytes([label]) if kind == "cifar10" else bytes([label % 20, label])
+    return labels + pixels.tobytes()
+
+
+def write_cifar(folder, kind: str, per_file: int = 4):
+    folder.mkdir(parents=True, exist_ok=True)
+    for n, name in enumerate(CIFAR[kind]):
+        (folder / name).write_bytes(
+            b"".join(
+                record(kind, (37 * n + 23 * i) % (10 if kind == "cifar10" else 100), 100 * n + i)
+                for i in range(per_file)
+            )
+        )
+    return folder
+
+
+def write_image(path, size, colour, mode="RGB"):
+    image = pytest.importorskip("PIL.Image")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.new(mode, size, colour).save(path)
+
+
+def write_folder(root, classes=("ant", "bee"), per_class=3, size=(20, 12)):
+    for part in ("train", "val"):
+        for c, name in enumerate(classes):
+            for n in range(per_class):
+                write_image(root / part / name / f"{n}.png", size, (40 * c, 10 * n, 255 if part == "val" else 0))
+    return root

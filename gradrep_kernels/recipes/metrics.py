@@ -1,0 +1,31 @@
+"""metrics.jsonl: one line for each epoch of a job, written as the job goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gradrep_kernels.recipes import files
+
+__all__ = ["append", "rewrite"]
+
+
+def append(path: Path, training: str, epoch: int, record: Mapping[str, Any]) -> None:
+    """Add the record of one epoch (counted from 1) of a training."""
+    with path.open("a", encoding="utf-8") as out:
+        out.write(_line(training, epoch, record))
+
+
+def rewrite(path: Path, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Replace the file by the records {training: its epochs so far}.
+
+    A killed job may have written a line less than its checkpoint holds, or an incomplete one.
+    """
+    lines = [_line(name, n, record) for name, epochs in records.items() for n, record in enumerate(epochs, 1)]
+    files.write_text(path, "".join(lines))
+
+
+def _line(training: str, epoch: int, record: Mapping[str, Any]) -> str:
+    return json.dumps({"run": training, "epoch": epoch, **record}, allow_nan=False) + "\n"

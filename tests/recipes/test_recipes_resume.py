@@ -1,0 +1,152 @@
+"""Runs that are killed or interrupted at any moment and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from cases_recipes import (
+    assert_same_results,
+    assert_same_tensors,
+    tensors,
+    train_arguments,
+)
+
+from gradrep_kernels.cli import main
+from gradrep_kernels.recipes import files, metrics
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+# Serves one killed run for each line of its input: forks a process that kills itself at the n-th call of something.
+KILLER = """
+import json, os, signal, sys
+from pathlib import Path
+import matplotlib.figure
+from gradrep_kernels.cli import main
+from gradrep_kernels.recipes import metrics, training
+from gradrep_kernels.sgs import SpatialGradientScaling
+
+def at_call(n, function):
+    calls = 0
+    def counting(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return counting
+
+def die_at(where, n):
+    if where == "step":
+        training.learning_rate = at_call(n, training.learning_rate)
+    elif where == "sgs":
+        update, forward = SpatialGradientScaling.update, at_call(n, lambda model, batch: model(batch[0]))
+        SpatialGradientScaling.update = lambda self, batches, _=None: update(self, batches, forward)
+    elif where == "rename":
+        Path.replace = at_call(n, Path.replace)
+    elif where == "metrics":
+        metrics.append = at_call(n, metrics.append)
+
+for line in sys.stdin:
+    where, n, arguments = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.dup2(2, 1)  # Standard output is for the exit codes.
+        signal.alarm(120)
+        die_at(where, n)
+        os._exit(main(arguments))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture
+def run_and_kill(tmp_path):
+    """Run the command line in a process of its own that dies at the n-th call of something. Returns its exit code."""
+    with (
+        (tmp_path / "stderr.txt").open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, "-c", KILLER],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as server,
+    ):
+
+        def run(where, n, arguments):
+            print(json.dumps([where, n, arguments]), file=server.stdin, flush=True)
+            return int(server.stdout.readline())
+
+        yield run
+
+
+# In this order, each a process of its own with --resume. An epoch has 3 steps. The search has 2 epochs, repopt+sgs and
+# csla have 3 each.
+KILLS = {
+    "search, second epoch, in its second step": ("step", 5),
+    # The first file is metrics.jsonl, the second the checkpoint of the search's second epoch.
+    "between the temporary file and its rename": ("rename", 2),
+    "in an update of the spatial scaling, in its second pass": ("sgs", 2),
+    "after the checkpoint, before the metrics": ("metrics", 1),
+    "csla, third epoch, in its last step": ("step", 12),
+}
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_weights(source, finished, tmp_path, run_and_kill):
+    arguments = train_arguments(source, tmp_path, "--name", "killed", "--recipe", "repopt+sgs,csla", "--epochs", "3")
+    killed = tmp_path / "killed"
+    reached = []
+    for n, (what, (where, count)) in enumerate(KILLS.items()):
+        status = run_and_kill(where, count, [*arguments, *(["--resume"] if n else [])])
+        assert status == -signal.SIGKILL, f"{what}: {(tmp_path / 'stderr.txt').read_text()}"
+        state = tensors(killed / "checkpoint.pt")
+        current = state["current"]
+        reached.append((len(state["finished"]), None if current is None else (current["run"], len(current["epochs"]))))
+        assert not (killed / "summary.json").exists()
+        leftovers = list(killed.rglob(f"*{files.TEMPORARY}"))
+        assert bool(leftovers) == (where == "rename")  # until the next start
+    assert reached == [
+        (0, ("search", 1)),
+        (0, ("search", 1)),
+        (1, ("repopt+sgs-seed0", 1)),
+        (1, ("repopt+sgs-seed0", 2)),
+        (2, ("csla-seed0", 2)),
+    ]
+    assert main(["train", "--out", str(tmp_path), "--name", "killed", "--resume"]) == 0
+    assert not list(killed.rglob(f"*{files.TEMPORARY}"))
+    assert_same_results(finished, killed)
+
+
+def test_resuming_a_finished_run_only_writes_its_report_again(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "weights").iterdir()}
+    lines = (folder / "metrics.jsonl").read_text()
+    (folder / "summary.json").unlink()
+    assert main(["train", "--out", str(tmp_path), "--name", "copy", "--resume"]) == 0
+    assert (folder / "summary.json").exists()
+    assert (folder / "metrics.jsonl").read_text() == lines
+    assert {path: path.stat().st_mtime_ns for path in (folder / "weights").iterdir()} == before
+
+
+def test_resume_without_a_name_takes_the_last_default_one(source, tmp_path, monkeypatch):
+    arguments = train_arguments(source, tmp_path, "--recipe", "sgd", "--epochs", "1")
+    assert main(arguments) == 0
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "append", stopped)
+        assert main(arguments) == 130
+    assert not (tmp_path / "cifar10-small-2" / "summary.json").exists()
+    assert main(["train", "--data", source, "--out", str(tmp_path), "--resume"]) == 0
+    assert (tmp_path / "cifar10-small-2" / "summary.json").exists()
+    assert_same_tensors(
+        *(tensors(tmp_path / name / "weights" / "sgd-seed0.pt") for name in ("cifar10-small", "cifar10-small-2"))
+    )

@@ -1,0 +1,96 @@
+"""The rows of the table: the network and the optimizer that each is made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gradrep_kernels as gr
+from gradrep_kernels.recipes.build import build, multiplier_bytes, plain_model, search_model
+from gradrep_kernels.recipes.table import ABLATIONS, RECIPES, ablated
+from gradrep_kernels.recipes.training import train_epoch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def all_rows():
+    return [*RECIPES.values(), *map(ablated, ABLATIONS)]
+
+
+@pytest.mark.parametrize("row", all_rows(), ids=lambda row: row.name)
+def test_every_row_is_built_the_same_from_its_seed_and_learns(row, options, data, scales):
+    first, again = (build(row, options, data, scales, 3) for _ in range(2))
+    for a, b in zip(first.model.state_dict().values(), again.model.state_dict().values()):
+        assert torch.equal(a, b)
+    other = build(row, options, data, scales, 4)
+    assert not torch.equal(next(first.model.parameters()), next(other.model.parameters()))
+    assert (first.sgs is not None) == row.sgs
+    losses = [train_epoch(first, data, options, 3, epoch, 4, lambda: None)["train_loss"] for epoch in range(4)]
+    assert losses[-1] < losses[0]
+
+
+def kernels(trainee):
+    return [p for p in trainee.model.parameters() if p.dim() == 4]
+
+
+def mults(trainee):
+    return [trainee.optimizer.grad_mult(p) for p in kernels(trainee)]
+
+
+def test_repopt_breaks_the_rules_that_an_ablation_names(options, data, scales):
+    plain, repopt = (build(RECIPES[recipe], options, data, scales, 0) for recipe in ("sgd", "repopt"))
+    no_init, no_grad = (build(ablated(ablation), options, data, scales, 0) for ablation in ("init", "grad"))
+    for a, b, c, d in zip(kernels(plain), kernels(no_init), kernels(repopt), kernels(no_grad)):
+        assert torch.equal(a, b)
+        assert torch.equal(c, d)
+        assert not torch.equal(a, c)
+    assert mults(no_grad) == [None] * len(kernels(no_grad))
+    for a, b, (name, value) in zip(mults(repopt), mults(no_init), scales.items()):
+        assert torch.equal(a.scale, b.scale), name
+        assert torch.equal(a.scale[:, 0, 0, 0], value.kxk.square())
+
+
+def test_ablated_scales_are_ones_means_or_where_the_search_starts(options, data, scales):
+    ones, initial, mean = (
+        mults(build(ablated(ablation), options, data, scales, 0)) for ablation in ("ones", "hs-init", "channel-mean")
+    )
+    for m in ones:
+        assert m.scale[0, 0].tolist() == [[1, 1, 1], [1, 2, 1], [1, 1, 1]]
+        assert len(torch.unique(m.scale[:, 0, 0, 0])) == 1
+    # In module order: no shortcut, none, first, none, first, second: 1, 1, √2, 1, √2, 1.
+    assert [round(float(m.scale[0, 0, 0, 0]), 5) for m in initial] == [1, 1, 2, 1, 2, 1]
+    for m, value in zip(mean, scales.values()):
+        torch.testing.assert_close(m.scale[:, 0, 0, 0], value.kxk.mean().square().expand(value.channels))
+
+
+def test_ones_and_initial_scales_need_no_search(options, data):
+    for ablation in ("ones", "hs-init"):
+        row = ablated(ablation)
+        assert not row.needs_search
+        build(row, options, data, None, 0)
+
+
+def test_all_rows_start_from_one_plain_network(options, data, scales):
+    plain = plain_model(options, data, 0).state_dict()
+    explicit = build(RECIPES["csla"], options, data, scales, 0).model
+    branched = build(RECIPES["repvgg"], options, data, scales, 0).model
+    for name in scales:
+        assert torch.equal(explicit.get_submodule(name).conv.weight, plain[f"{name}.weight"])
+        assert torch.equal(branched.get_submodule(name).convs[0].weight, plain[f"{name}.weight"])
+    assert torch.equal(explicit.linear.weight, plain["linear.weight"])
+
+
+def test_rows_without_multipliers_are_trained_by_torchs_own_sgd(options, data, scales):
+    kinds = {row.name: type(build(row, options, data, scales, 0).optimizer) for row in all_rows()}
+    assert {label for label, kind in kinds.items() if kind is torch.optim.SGD} == {"sgd", "csla", "repvgg"}
+    assert all(kind is gr.FusedRepSGD for label, kind in kinds.items() if label not in ("sgd", "csla", "repvgg"))
+    assert type(search_model(options, data).optimizer) is torch.optim.SGD
+
+
+def test_multiplier_bytes_are_those_of_the_structured_form(options, data, scales):
+    structured = sum(value.channels * 9 + value.channels * value.has_identity for value in scales.values()) * 4
+    assert multiplier_bytes(build(RECIPES["repopt"], options, data, scales, 0)) == structured
+    assert multiplier_bytes(build(RECIPES["sgd"], options, data, scales, 0)) == 0
+    both = build(RECIPES["repopt+sgs"], options, data, scales, 0)
+    both.sgs.update(torch.rand(2, 4, 3, 32, 32))
+    assert multiplier_bytes(both) == structured  # the product stays in the structured form
