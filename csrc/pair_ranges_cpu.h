@@ -169,8 +169,7 @@ class RangeWorker {
     return range;
   }
 
-  // ---- zeros drop their pairs: each displacement looks at all pairs. Zeros between the images drop those that are
-  // none.
+  // ---- zeros drop their pairs: each displacement looks at all pairs. Zeros between the images drop what is no pair.
 
   void by_pair() {
     const int64_t tile = std::clamp<int64_t>(4096 / stack_.image(), 1, images()),

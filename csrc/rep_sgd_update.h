@@ -1,5 +1,5 @@
-// The update of SGD with M ⊙ g in place of g: its rule and its hyper-parameters, as step_plan.h wants them. No torch
-// here.
+// The update of SGD with M ⊙ g in place of g: its rule and its hyper-parameters, as step_plan.h wants them.
+// No torch here.
 #pragma once
 
 #include "bins.h"
