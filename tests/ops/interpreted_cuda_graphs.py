@@ -1,6 +1,6 @@
 """CUDA graph captures of the Triton ops without a GPU; test_triton_rep_sgd_step.py runs this file with TRITON_INTERPRET=1.
 
-The functions through which tables.py meets CUDA are replaced: CPU tensors count as a GPU's, a capture records copies and launches
+The functions through which plans.py meets CUDA are replaced: CPU tensors count as a GPU's, a capture records copies and launches
 and does neither, a replay does both. What torch forbids in a capture (from 2.11 on, or in the default mode) is an error here.
 """
 
@@ -19,7 +19,7 @@ from test_rep_sgd_step import Problem, assert_same_bits
 
 import gradrep_kernels as gr
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import joint_histogram, pair_ranges, rep_grad_norm, rep_sgd_step, tables
+from gradrep_kernels.ops.triton import joint_histogram, pair_ranges, plans, rep_grad_norm, rep_sgd_step
 from gradrep_kernels.ops.triton import pair_walk as rule
 
 step_module, norm_module = (
@@ -69,27 +69,27 @@ class Gpu:
             "stream": lambda device: self.stream,
             "pinned": self.pinned,
             "send": self.send,
-            "staging": tables.Staging(),
+            "staging": plans.Staging(),
             "_captured": [],
         }.items():
-            monkeypatch.setattr(tables, name, function)
-        monkeypatch.setattr(step_module, "_plans", tables.Plans("rep_sgd_step", tables.BLOCK, distinct=True))
+            monkeypatch.setattr(plans, name, function)
+        monkeypatch.setattr(step_module, "_plans", plans.Plans("rep_sgd_step", plans.BLOCK, distinct=True))
         monkeypatch.setattr(step_module, "_hyper_tables", {})
         monkeypatch.setattr(
-            norm_module, "_plans", tables.Plans("rep_grad_norm", norm_module._plans.chunk, distinct=False)
+            norm_module, "_plans", plans.Plans("rep_grad_norm", norm_module._plans.chunk, distinct=False)
         )
         monkeypatch.setattr(rule, "_displacement_tables", {})
-        launch, launch_pairs = tables.Plans.launch, rule.launch
+        launch, launch_pairs = plans.Plans.launch, rule.launch
 
-        def launch_or_record(plans, one, kernel, *arguments):
+        def launch_or_record(of_op, one, kernel, *arguments):
             if self.graph is None:
-                return launch(plans, one, kernel, *arguments)
-            if plans.op == "rep_grad_norm":  # the sums of the chunks: memory of the graph
+                return launch(of_op, one, kernel, *arguments)
+            if of_op.op == "rep_grad_norm":  # the sums of the chunks: memory of the graph
                 self.graph.own[id(arguments[-1])] = arguments[-1]
             rest = one.device, one.dtype, one.entries, one.offsets  # without what must be kept alive by others
 
             def run(chunks, geometry, *arguments):
-                launch(plans, tables.Launch(*rest[:2], chunks, geometry, *rest[2:]), kernel, *arguments)
+                launch(of_op, plans.Launch(*rest[:2], chunks, geometry, *rest[2:]), kernel, *arguments)
 
             return self.graph.launch(run, one.chunks, one.geometry, *arguments)
 
@@ -102,7 +102,7 @@ class Gpu:
                 lambda **named: kernel[(work.programs,)](**named, **rule.options()), **work.arguments, **more
             )
 
-        monkeypatch.setattr(tables.Plans, "launch", launch_or_record)
+        monkeypatch.setattr(plans.Plans, "launch", launch_or_record)
         monkeypatch.setattr(rule, "launch", launch_pairs_or_record)
 
     def pinned(self, nbytes: int) -> torch.Tensor:
@@ -251,7 +251,7 @@ def test_shapes_that_are_new_in_the_capture(gpu):
 
 def test_any_number_of_captures_with_a_step_between(gpu, monkeypatch):
     """The step between uploads nothing, yet pins what the captures have taken."""
-    monkeypatch.setattr(tables, "ROOM", 1)
+    monkeypatch.setattr(plans, "ROOM", 1)
     ours, graphs = problem(shapes=[(7,)]).run(rep_sgd_step), []
     eager, uploads = ours.grads, gpu.uploads
     for _ in range(20):

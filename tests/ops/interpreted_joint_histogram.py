@@ -17,16 +17,16 @@ from test_triton_pair_ranges import DTYPES
 
 import gradrep_kernels as gr
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import joint_histogram, joint_histogram_, tables
+from gradrep_kernels.ops.triton import joint_histogram, joint_histogram_, plans
 from gradrep_kernels.ops.triton import pair_walk as rule
 
 module = sys.modules["gradrep_kernels.ops.triton.joint_histogram"]
 
 
 def assert_interpreted(x: torch.Tensor, case: Pairs, **more) -> None:
-    tables.LAUNCHES.clear()
+    plans.LAUNCHES.clear()
     assert_counts(x, case, **more)
-    assert tables.LAUNCHES["joint_histogram", "cpu", x.dtype] == len(
+    assert plans.LAUNCHES["joint_histogram", "cpu", x.dtype] == len(
         more.get("modes", (False, True))
     )  # not the reference
 
@@ -124,10 +124,10 @@ def test_bins_beyond_the_most_write_nowhere_else(most, bins):
 
 def test_a_plane_beyond_32_bits_goes_to_the_reference(monkeypatch):
     monkeypatch.setattr(rule, "PLACES", 55)
-    tables.LAUNCHES.clear()
+    plans.LAUNCHES.clear()
     for op in (joint_histogram, in_two_batches):
         assert_counts(SMALL.tensor(), SMALL, op=op)
-    assert not tables.LAUNCHES
+    assert not plans.LAUNCHES
 
 
 @pytest.mark.parametrize("empty", [(0, 3, 4, 4), (3, 0, 4, 4), (3, 2, 0, 4), (3, 2, 4, 0)])

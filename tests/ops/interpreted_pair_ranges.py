@@ -13,7 +13,7 @@ import torch
 from cases_pairs import LAYOUTS, PAIRS, Pairs, laid_out, make
 from test_triton_pair_ranges import DTYPES, assert_ranges
 
-from gradrep_kernels.ops.triton import pair_ranges, tables
+from gradrep_kernels.ops.triton import pair_ranges, plans
 from gradrep_kernels.ops.triton import pair_walk as rule
 
 module = sys.modules["gradrep_kernels.ops.triton.pair_ranges"]
@@ -31,9 +31,9 @@ def few_channels(x: torch.Tensor, case: Pairs) -> torch.Tensor:
 
 
 def assert_interpreted(x: torch.Tensor, case: Pairs) -> None:
-    tables.LAUNCHES.clear()
+    plans.LAUNCHES.clear()
     assert_ranges(x, case)
-    assert dict(tables.LAUNCHES) == {("pair_ranges", "cpu", x.dtype): 2}  # not the reference
+    assert dict(plans.LAUNCHES) == {("pair_ranges", "cpu", x.dtype): 2}  # not the reference
 
 
 def test_it_is_interpreted():
@@ -63,9 +63,9 @@ def test_any_split_gives_the_same(monkeypatch, programs):
 
 def test_a_plane_beyond_32_bits_goes_to_the_reference(monkeypatch):
     monkeypatch.setattr(rule, "PLACES", 55)
-    tables.LAUNCHES.clear()
+    plans.LAUNCHES.clear()
     assert_ranges(SMALL.tensor(), SMALL)
-    assert not tables.LAUNCHES
+    assert not plans.LAUNCHES
 
 
 @pytest.mark.parametrize("empty", [(0, 3, 4, 4), (3, 0, 4, 4), (3, 2, 0, 4), (3, 2, 4, 0)])

@@ -12,7 +12,7 @@ import torch
 from test_triton_rep_grad_norm import TOLERANCE
 
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import rep_grad_norm, tables
+from gradrep_kernels.ops.triton import plans, rep_grad_norm
 
 module = sys.modules["gradrep_kernels.ops.triton.rep_grad_norm"]
 CHUNK = module.CHUNK.value
@@ -26,7 +26,7 @@ def problem(form, identity, dtype, channels_last=False, shapes=SHAPES):
         g = cases.tensor(shape, n, dtype)
         grads.append(g.to(memory_format=torch.channels_last) if channels_last and g.dim() == 4 else g)
         there = form if form in cases.scale_shapes(shape) else "none"
-        mult = cases.multiplier(shape, there, identity and cases.takes_identity(shape), tables.COMPUTE[dtype], seed=n)
+        mult = cases.multiplier(shape, there, identity and cases.takes_identity(shape), plans.COMPUTE[dtype], seed=n)
         scales.append(None if mult is None else mult.scale)
         identities.append(None if mult is None else mult.identity)
     return grads, scales, identities
@@ -69,11 +69,11 @@ def test_other_dtypes(dtype):
 
 
 def test_one_launch_per_dtype_and_the_wider_result():
-    problems = [problem("spatial", False, dtype) for dtype in tables.COMPUTE]
+    problems = [problem("spatial", False, dtype) for dtype in plans.COMPUTE]
     columns = [[t for p in problems for t in p[n]] for n in range(3)]
-    tables.LAUNCHES.clear()
+    plans.LAUNCHES.clear()
     norm = rep_grad_norm(*columns)
-    assert dict(tables.LAUNCHES) == {("rep_grad_norm", "cpu", dtype): 1 for dtype in tables.COMPUTE}
+    assert dict(plans.LAUNCHES) == {("rep_grad_norm", "cpu", dtype): 1 for dtype in plans.COMPUTE}
     assert norm.dtype == torch.float64
     assert float(norm) == pytest.approx(float(reference.rep_grad_norm(*columns)), rel=TOLERANCE[torch.bfloat16])
 
@@ -102,8 +102,8 @@ def test_the_gradients_stay_as_they_are():
 
 
 def test_parts_of_large_tensors(monkeypatch):
-    monkeypatch.setattr(tables, "PIECE", 50)
-    monkeypatch.setattr(module, "_plans", tables.Plans("rep_grad_norm", module._plans.chunk, distinct=False))
+    monkeypatch.setattr(plans, "PIECE", 50)
+    monkeypatch.setattr(module, "_plans", plans.Plans("rep_grad_norm", module._plans.chunk, distinct=False))
     grads, scales, identities = (
         [cases.tensor((6, 5, 3, 3), 1, torch.float32), cases.tensor((120,), 2, torch.float32)],
         [torch.rand(6, 1, 3, 3), torch.rand(120)],

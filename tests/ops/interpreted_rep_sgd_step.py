@@ -16,9 +16,9 @@ from test_rep_sgd_step import Problem, assert_same_bits
 
 from gradrep_kernels import FusedRepSGD, use_backend
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import rep_sgd_step, tables
+from gradrep_kernels.ops.triton import plans, rep_sgd_step
 
-BLOCK = tables.BLOCK[torch.float32]
+BLOCK = plans.BLOCK[torch.float32]
 SHAPES = {
     **{
         name: cases.SHAPES[name]
@@ -53,9 +53,9 @@ def assert_step(problem: Problem, **amp) -> None:
 @pytest.fixture
 def no_plans(monkeypatch):
     """A memory of its own, for tests that change what plans depend on."""
-    plans = tables.Plans("rep_sgd_step", tables.BLOCK, distinct=True)
-    monkeypatch.setattr(sys.modules["gradrep_kernels.ops.triton.rep_sgd_step"], "_plans", plans)
-    return plans
+    own = plans.Plans("rep_sgd_step", plans.BLOCK, distinct=True)
+    monkeypatch.setattr(sys.modules["gradrep_kernels.ops.triton.rep_sgd_step"], "_plans", own)
+    return own
 
 
 def test_it_is_interpreted():
@@ -189,9 +189,9 @@ def test_unusual_scales_are_read_too(name):
         for identity in [None, torch.rand(12, dtype=torch.float64)[::2]] if len(shape) == 4 else [None]:
             problem = Problem([shape], "none", channels_last=channels_last)
             problem.scales, problem.identities = [scale()], [identity]
-            tables.LAUNCHES.clear()
+            plans.LAUNCHES.clear()
             assert_step(problem)
-            assert tables.LAUNCHES["rep_sgd_step", "cpu", torch.float32] == 1  # not the reference
+            assert plans.LAUNCHES["rep_sgd_step", "cpu", torch.float32] == 1  # not the reference
 
 
 def test_any_dense_layout_is_taken():
@@ -201,26 +201,26 @@ def test_any_dense_layout_is_taken():
         for name in ("params", "grads", "buffers"):
             t = getattr(problem, name)[0]
             setattr(problem, name, [t.permute(order).contiguous().permute([order.index(d) for d in range(len(order))])])
-        tables.LAUNCHES.clear()
+        plans.LAUNCHES.clear()
         assert_step(problem)
-        assert sum(tables.LAUNCHES.values()) == 1
+        assert sum(plans.LAUNCHES.values()) == 1
     problem = Problem([(6, 5, 1, 1)])
     problem.grads = [problem.grads[0].as_strided((6, 5, 1, 1), (5, 1, 5, 5))]
-    tables.LAUNCHES.clear()
+    plans.LAUNCHES.clear()
     expected = expect(problem)
     assert torch.equal(run(problem).params[0], expected.params[0])
-    assert sum(tables.LAUNCHES.values()) == 1
+    assert sum(plans.LAUNCHES.values()) == 1
 
 
 def test_one_launch_per_dtype_for_all_groups():
-    problems = [Problem([(70,), (6, 6, 3, 3), (300,)], dtype=dtype) for dtype in tables.COMPUTE]
+    problems = [Problem([(70,), (6, 6, 3, 3), (300,)], dtype=dtype) for dtype in plans.COMPUTE]
     mixed = Problem([], hypers=cases.HYPERS)
     for name in ("params", "grads", "buffers", "scales", "identities"):
         setattr(mixed, name, [t for p in problems for t in getattr(p, name)])
     mixed.groups, mixed.first = [n % len(cases.HYPERS) for n in range(12)], [False] * 12
-    tables.LAUNCHES.clear()
+    plans.LAUNCHES.clear()
     run(mixed)
-    assert dict(tables.LAUNCHES) == {("rep_sgd_step", "cpu", dtype): 1 for dtype in tables.COMPUTE}
+    assert dict(plans.LAUNCHES) == {("rep_sgd_step", "cpu", dtype): 1 for dtype in plans.COMPUTE}
 
 
 def test_tensors_that_overlap_are_updated_one_after_another():
@@ -232,15 +232,15 @@ def test_tensors_that_overlap_are_updated_one_after_another():
         problem.buffers = [torch.ones(60), torch.ones(60)]
         problem.scales = problem.identities = [None, None]
         problem.groups, problem.first = [0, 0], [False, False]
-        tables.LAUNCHES.clear()
+        plans.LAUNCHES.clear()
         problem.run(step)
     assert torch.equal(flat, expected)
-    assert not tables.LAUNCHES  # the interpreter's programs run one after another: only a GPU would show the race
+    assert not plans.LAUNCHES  # the interpreter's programs run one after another: only a GPU would show the race
 
 
 def test_parts_of_large_tensors(monkeypatch, no_plans):
     """Every tensor in parts of at most 50 elements, as tensors beyond 2^30 elements are."""
-    monkeypatch.setattr(tables, "PIECE", 50)
+    monkeypatch.setattr(plans, "PIECE", 50)
     for form, identity in (("repopt", False), ("dense", False), ("per_input", False), ("repopt", True)):
         for channels_last in (False, True):
             assert_step(Problem([(6, 5, 3, 3), (7, 2, 3, 3), (120,)], form, identity, channels_last=channels_last))
@@ -301,7 +301,7 @@ def test_a_plan_is_checked_at_every_step(no_plans):
 
 
 def test_it_forgets(monkeypatch, no_plans):
-    monkeypatch.setattr(tables, "REMEMBERED", 3)
+    monkeypatch.setattr(plans, "REMEMBERED", 3)
     for n in range(1, 9):
         assert_step(Problem([(n,)]))
     assert len(no_plans._plans) <= 3

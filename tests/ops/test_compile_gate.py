@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import compile_gate
 
-from gradrep_kernels.ops.triton import INTERPRETED, tables
+from gradrep_kernels.ops.triton import INTERPRETED, plans
 from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm_kernel
 from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step_kernel
 
@@ -21,7 +21,7 @@ TABLES = {"chunks": "*i32", "geometry": "*i32", "pointers": "*i64"}
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled")
 
 STEP_VARIANTS = list(
-    itertools.product(tables.COMPUTE, (False, True), (False, True))
+    itertools.product(plans.COMPUTE, (False, True), (False, True))
 )  # dtype, grad_scale given, found_inf given
 MOST_REGISTERS = 64  # eight blocks of 128 threads per multiprocessor
 
@@ -34,22 +34,22 @@ def names(variant) -> str:
 
 
 def compiled(kernel, dtype, target, types, constants) -> compile_gate.Compiled:
-    constants = {"DTYPE": tables.TRITON_DTYPE[dtype], "BLOCK": tables.BLOCK[dtype], **constants}
-    options = tables.options(dtype, compile_gate.TARGETS[target].warp_size)
+    constants = {"DTYPE": plans.TRITON_DTYPE[dtype], "BLOCK": plans.BLOCK[dtype], **constants}
+    options = plans.options(dtype, compile_gate.TARGETS[target].warp_size)
     return compile_gate.compile_variant(kernel, {**TABLES, **types}, constants, target, **options)
 
 
 def accesses(dtype, target) -> int:
     """128-bit accesses of a thread to one tensor on the full path."""
     lanes = compile_gate.TARGETS[target].warp_size
-    return tables.BLOCK[dtype] * dtype.itemsize // (tables.options(dtype, lanes)["num_warps"] * lanes * 16)
+    return plans.BLOCK[dtype] * dtype.itemsize // (plans.options(dtype, lanes)["num_warps"] * lanes * 16)
 
 
 @pytest.mark.parametrize("target", compile_gate.TARGETS)
 @pytest.mark.parametrize("variant", STEP_VARIANTS, ids=names)
 def test_rep_sgd_step(variant, target):
     dtype, unscales, _ = variant
-    wide = TYPE[tables.COMPUTE[dtype]]
+    wide = TYPE[plans.COMPUTE[dtype]]
     constants = {name: None for name, given in zip(("grad_scale", "found_inf"), variant[1:]) if not given}
     made = compiled(
         rep_sgd_step_kernel, dtype, target, {"hyper": wide, "grad_scale": wide, "found_inf": "*fp32"}, constants
@@ -66,9 +66,9 @@ def test_rep_sgd_step(variant, target):
 
 
 @pytest.mark.parametrize("target", compile_gate.TARGETS)
-@pytest.mark.parametrize("dtype", tables.COMPUTE, ids=str)
+@pytest.mark.parametrize("dtype", plans.COMPUTE, ids=str)
 def test_rep_grad_norm(dtype, target):
-    made = compiled(rep_grad_norm_kernel, dtype, target, {"partial": TYPE[tables.COMPUTE[dtype]]}, {})
+    made = compiled(rep_grad_norm_kernel, dtype, target, {"partial": TYPE[plans.COMPUTE[dtype]]}, {})
     assert made.wide_loads >= accesses(dtype, target)
     assert made.claims_of_alignment() == [True]
     assert made.spills == 0
@@ -87,7 +87,7 @@ def test_a_launch_makes_no_other_variants(kernel):
 CONSTANTS = {
     rep_sgd_step_kernel: {"GEOMETRY", "NUMEL", "WIDTH", "TAIL"},
     rep_grad_norm_kernel: {"GEOMETRY", "NUMEL", "POINTERS", "TAIL", "CHUNK"},
-    tables.multiplier_row: {"ROW", "HAS_SCALE", "TAP_FIRST"},
+    plans.multiplier_row: {"ROW", "HAS_SCALE", "TAP_FIRST"},
 }
 
 

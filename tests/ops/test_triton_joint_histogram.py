@@ -17,7 +17,7 @@ from test_triton_pair_ranges import DTYPES, MANY
 
 from gradrep_kernels.ops import reference
 from gradrep_kernels.ops.reference.pair_rule import sturges
-from gradrep_kernels.ops.triton import joint_histogram, joint_histogram_, tables
+from gradrep_kernels.ops.triton import joint_histogram, joint_histogram_, plans
 
 SMALL = Pairs("small", (3, 2, 5, 6), kind="noise")
 BINS = (1, 2, 16, 22, 23, 24, 25, 32, 33, 300)
@@ -161,11 +161,11 @@ def test_the_host_waits_for_nothing():
     x = make("relu", (5, 3, 8, 8), torch.float32).cuda()
     joint_histogram(x, *arguments_on_gpu([0, 1, 1, 0]))
     arguments = arguments_on_gpu([1, 2, 1, 0], True)  # new displacements, so a new table
-    tables.LAUNCHES.clear()
+    plans.LAUNCHES.clear()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         joint_histogram(x, *arguments)
     finally:
         torch.cuda.set_sync_debug_mode(before)
-    assert dict(tables.LAUNCHES) == {("joint_histogram", str(x.device), torch.float32): 1}
+    assert dict(plans.LAUNCHES) == {("joint_histogram", str(x.device), torch.float32): 1}

@@ -16,7 +16,7 @@ import interpreter
 from implementations import on_gpu
 
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import pair_ranges, tables
+from gradrep_kernels.ops.triton import pair_ranges, plans
 from gradrep_kernels.ops.triton import pair_walk as rule
 
 
@@ -43,7 +43,7 @@ def test_in_the_interpreter():
 
 
 def quotient(n: int, magic: int, shift: int) -> int:
-    """tables.quotient with the widths of a GPU."""
+    """plans.quotient with the widths of a GPU."""
     assert 0 <= n < 2**31
     return (2 * n * (magic % 2**32) >> 32) >> shift
 
@@ -156,11 +156,11 @@ def test_the_host_waits_for_nothing():
     for remove_near in (False, True):
         pair_ranges(x, [0, 1], [1, 1], remove_near)
     before = torch.cuda.get_sync_debug_mode()
-    tables.LAUNCHES.clear()
+    plans.LAUNCHES.clear()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for remove_near in (False, True):
             pair_ranges(x, [0, 1, 1, 1], [1, 1], remove_near)  # new displacements, so a new table
     finally:
         torch.cuda.set_sync_debug_mode(before)
-    assert dict(tables.LAUNCHES) == {("pair_ranges", str(x.device), torch.float32): 2}
+    assert dict(plans.LAUNCHES) == {("pair_ranges", str(x.device), torch.float32): 2}

@@ -11,9 +11,9 @@ except ImportError as error:
 
 from gradrep_kernels.ops.triton.joint_histogram import joint_histogram, joint_histogram_
 from gradrep_kernels.ops.triton.pair_ranges import pair_ranges
+from gradrep_kernels.ops.triton.plans import INTERPRETED
 from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm
 from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step
-from gradrep_kernels.ops.triton.tables import INTERPRETED
 
 __all__ = [
     "INTERPRETED",

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradrep_kernels.ops.triton import tables
+from gradrep_kernels.ops.triton import plans
 
 GROUP = tl.constexpr(4)
 """Displacements of a program: all of 3x3, and a divisor of 5x5's 12 and 7x7's 24."""
@@ -79,9 +79,9 @@ def pixels(
 ):
     """Row, column and offset in memory of the next BLOCK places."""
     n = done + tl.arange(0, BLOCK)
-    image = tables.quotient(start + n, plane_magic.to(tl.uint32, bitcast=True), plane_shift)
+    image = plans.quotient(start + n, plane_magic.to(tl.uint32, bitcast=True), plane_shift)
     in_plane = start + n - image * plane
-    i = tables.quotient(in_plane, row_magic.to(tl.uint32, bitcast=True), row_shift)
+    i = plans.quotient(in_plane, row_magic.to(tl.uint32, bitcast=True), row_shift)
     j = in_plane - i * columns
     offset = image.to(tl.int64) * stride_n + i.to(tl.int64) * stride_h + j.to(tl.int64) * stride_w
     return tl.where(n < places, i, NOWHERE), j, offset
@@ -118,16 +118,16 @@ def options(lanes: int = LANES) -> dict[str, Any]:
 
 def displacement_table(displacements: tuple[int, ...], device: torch.device) -> Tensor:
     """[D, 2] int32 on the device. Farther ones than a plane can be long have no pairs either."""
-    in_capture = tables.capturing(device)  # where a table that another stream uploaded may not have arrived
-    key = (displacements, device, tables.stream(device))
+    in_capture = plans.capturing(device)  # where a table that another stream uploaded may not have arrived
+    key = (displacements, device, plans.stream(device))
     if key in _displacement_tables and not in_capture:
-        tables.staging.reserve()
+        plans.staging.reserve()
         return _displacement_tables[key]
-    table = tables.upload(
+    table = plans.upload(
         torch.tensor(displacements, device="cpu").clamp(-PLACES, PLACES).to(torch.int32).view(-1, 2), device
     )
     if not in_capture:
-        tables.remember(_displacement_tables, key, table)
+        plans.remember(_displacement_tables, key, table)
     return table
 
 
@@ -152,7 +152,7 @@ def work(x: Tensor, displacements: Sequence[int], padding: Sequence[int], block:
     span = min(images_each * plane, triton.cdiv(share, block) * block)
     parts = triton.cdiv(images_each * plane, span)
     chunks = triton.cdiv(images, images_each) * parts
-    magic = [number for size in (plane, columns) for number in tables.magic_division(size)]
+    magic = [number for size in (plane, columns) for number in plans.magic_division(size)]
     values = (
         x, displacement_table(tuple(displacements), x.device), *x.stride(), images, channels, height, width, *padding,
         *(number - 2**32 if number >= 2**31 else number for number in magic), pairs, images_each, parts, span,
@@ -162,6 +162,6 @@ def work(x: Tensor, displacements: Sequence[int], padding: Sequence[int], block:
 
 def launch(op: str, kernel: Any, work: Work, **arguments: Any) -> None:
     x = work.arguments["x"]
-    tables.LAUNCHES[op, str(x.device), x.dtype] += 1
+    plans.LAUNCHES[op, str(x.device), x.dtype] += 1
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         kernel[(work.programs,)](**work.arguments, **arguments, **options())

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import tables
-from gradrep_kernels.ops.triton.tables import (  # by name: the key of Triton's cache holds no attributes of modules
+from gradrep_kernels.ops.triton import plans
+from gradrep_kernels.ops.triton.plans import (  # by name: the key of Triton's cache holds no attributes of modules
     ALIGNED,
     FIRST_CHUNK,
     FLAGS,
@@ -26,7 +26,7 @@ from gradrep_kernels.ops.triton.tables import (  # by name: the key of Triton's 
 
 CHUNK = tl.constexpr(4096)
 
-_plans = tables.Plans("rep_grad_norm", dict.fromkeys(tables.COMPUTE, CHUNK.value), distinct=False)
+_plans = plans.Plans("rep_grad_norm", dict.fromkeys(plans.COMPUTE, CHUNK.value), distinct=False)
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def rep_grad_norm(grads: list[Tensor], scales: list[Tensor | None], identities: 
         norm = reference.rep_grad_norm(*([column[n] for n in call.plan.rest] for column in (grads, scales, identities)))
         total = norm.to(total.device).double().square()
     for launch, pointers in zip(call.plan.launches, call.pointers):
-        partial = torch.empty(len(launch.chunks), dtype=tables.COMPUTE[launch.dtype], device=launch.device)
+        partial = torch.empty(len(launch.chunks), dtype=plans.COMPUTE[launch.dtype], device=launch.device)
         _plans.launch(launch, rep_grad_norm_kernel, pointers, partial)
         total = total + partial.sum(dtype=torch.float64).to(total.device)
     double = any(g.dtype in (torch.float64, torch.complex128) for g in grads)

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import tables
-from gradrep_kernels.ops.triton.tables import (  # by name: the key of Triton's cache holds no attributes of modules
+from gradrep_kernels.ops.triton import plans
+from gradrep_kernels.ops.triton.plans import (  # by name: the key of Triton's cache holds no attributes of modules
     ALIGNED,
     FIRST_CHUNK,
     FIRST_STEP,
@@ -30,7 +30,7 @@ from gradrep_kernels.ops.triton.tables import (  # by name: the key of Triton's 
 PARAM, BUFFER = tl.constexpr(POINTERS.value), tl.constexpr(POINTERS.value + 1)
 WIDTH = tl.constexpr(POINTERS.value + 2)
 
-_plans = tables.Plans("rep_sgd_step", tables.BLOCK, distinct=True)
+_plans = plans.Plans("rep_sgd_step", plans.BLOCK, distinct=True)
 _hyper_tables: dict[tuple, Tensor] = {}
 
 
@@ -112,19 +112,19 @@ def pack(hyper: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat((hyper[:, :2], 1 - hyper[:, 2:3], hyper[:, 3:4], switches), dim=1).to(dtype)
 
 
-def _hyper_table(call: tables.Call, hyper: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _hyper_table(call: plans.Call, hyper: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     if hyper.device.type != "cpu":
         return pack(hyper, dtype).to(device)
     values = hyper.flatten().tolist()
-    if tables.capturing(device):  # only that of an earlier step of these tensors is sure to be there at a replay
+    if plans.capturing(device):  # only that of an earlier step of these tensors is sure to be there at a replay
         last, table = call.hyper.get((device, dtype), (None, None))
         if last != values:
-            return tables.upload(pack(hyper, dtype), device)
-        tables.keep(table)
+            return plans.upload(pack(hyper, dtype), device)
+        plans.keep(table)
         return table
-    key = (*values, device, dtype, tables.stream(device))
+    key = (*values, device, dtype, plans.stream(device))
     if key not in _hyper_tables:
-        tables.remember(_hyper_tables, key, tables.upload(pack(hyper, dtype), device))
+        plans.remember(_hyper_tables, key, plans.upload(pack(hyper, dtype), device))
     call.hyper[device, dtype] = values, _hyper_tables[key]
     return _hyper_tables[key]
 
@@ -171,7 +171,7 @@ def rep_sgd_step(
     if call.pointers is None:
         return
     for launch, pointers in zip(call.plan.launches, call.pointers):
-        dtype = tables.COMPUTE[launch.dtype]
+        dtype = plans.COMPUTE[launch.dtype]
         _plans.launch(
             launch,
             rep_sgd_step_kernel,
