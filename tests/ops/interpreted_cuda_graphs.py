@@ -1,7 +1,10 @@
-"""CUDA graph captures of the Triton ops without a GPU; test_triton_rep_sgd_step.py runs this file with TRITON_INTERPRET=1.
+"""CUDA graph captures of the Triton ops, without a GPU.
 
-The functions through which plans.py meets CUDA are replaced: CPU tensors count as a GPU's, a capture records copies and launches
-and does neither, a replay does both. What torch forbids in a capture (from 2.11 on, or in the default mode) is an error here.
+test_triton_rep_sgd_step.py runs this file with TRITON_INTERPRET=1.
+
+The functions through which staging.py meets CUDA are replaced: CPU tensors count as a GPU's, a capture records copies
+and launches and does neither, a replay does both. What torch forbids in a capture (from 2.11 on, or in the default
+mode) is an error here.
 """
 
 from __future__ import annotations
@@ -19,12 +22,10 @@ from test_rep_sgd_step import Problem, assert_same_bits
 
 import gradrep_kernels as gr
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import joint_histogram, pair_ranges, plans, rep_grad_norm, rep_sgd_step
+from gradrep_kernels.ops.triton import joint_histogram, pair_ranges, plans, rep_grad_norm, rep_sgd_step, staging
 from gradrep_kernels.ops.triton import pair_walk as rule
 
-step_module, norm_module = (
-    sys.modules[f"gradrep_kernels.ops.triton.{name}"] for name in ("rep_sgd_step", "rep_grad_norm")
-)
+norm_module = sys.modules["gradrep_kernels.ops.triton.rep_grad_norm"]
 
 
 class Graph:
@@ -69,16 +70,14 @@ class Gpu:
             "stream": lambda device: self.stream,
             "pinned": self.pinned,
             "send": self.send,
-            "staging": plans.Staging(),
-            "_captured": [],
+            "room": staging.PinnedRoom(),
+            "captured": [],
         }.items():
-            monkeypatch.setattr(plans, name, function)
-        monkeypatch.setattr(step_module, "_plans", plans.Plans("rep_sgd_step", plans.BLOCK, distinct=True))
-        monkeypatch.setattr(step_module, "_hyper_tables", {})
-        monkeypatch.setattr(
-            norm_module, "_plans", plans.Plans("rep_grad_norm", norm_module._plans.chunk, distinct=False)
-        )
-        monkeypatch.setattr(rule, "_displacement_tables", {})
+            monkeypatch.setattr(staging, name, function)
+        monkeypatch.setattr(rep_sgd_step, "plans", plans.Plans("rep_sgd_step", plans.BLOCK, writes=True))
+        monkeypatch.setattr(rep_sgd_step, "hyper_tables", {})
+        monkeypatch.setattr(norm_module, "memory", plans.Plans("rep_grad_norm", norm_module.memory.chunk, writes=False))
+        monkeypatch.setattr(rule, "displacement_tables", {})
         launch, launch_pairs = plans.Plans.launch, rule.launch
 
         def launch_or_record(of_op, one, kernel, *arguments):
@@ -89,7 +88,7 @@ class Gpu:
             rest = one.device, one.dtype, one.entries, one.offsets  # without what must be kept alive by others
 
             def run(chunks, geometry, *arguments):
-                launch(of_op, plans.Launch(*rest[:2], chunks, geometry, *rest[2:]), kernel, *arguments)
+                launch(of_op, plans.Batch(*rest[:2], chunks, geometry, *rest[2:]), kernel, *arguments)
 
             return self.graph.launch(run, one.chunks, one.geometry, *arguments)
 
@@ -127,10 +126,10 @@ class Gpu:
     def forget(self) -> None:
         """What the ops remember may be dropped at any time; a graph must not need it."""
         for memory in (
-            step_module._plans._plans,
-            step_module._plans._calls,
-            step_module._hyper_tables,
-            rule._displacement_tables,
+            rep_sgd_step.plans.plans,
+            rep_sgd_step.plans.calls,
+            rep_sgd_step.hyper_tables,
+            rule.displacement_tables,
         ):
             memory.clear()
         gc.collect()
@@ -168,7 +167,7 @@ def test_a_step_that_was_taken_before_is_a_kernel_alone(gpu, stream):
 
 
 def test_gradients_that_are_new_in_the_capture(gpu):
-    """As where the backward pass is captured too; two graphs of one optimizer, with eager steps before, between and after."""
+    """As where the backward pass is captured too: two graphs of one optimizer, with eager steps around them."""
     ours, graphs = problem().run(rep_sgd_step), []
     for _ in range(2):
         twin = ours.clone()
@@ -251,7 +250,7 @@ def test_shapes_that_are_new_in_the_capture(gpu):
 
 def test_any_number_of_captures_with_a_step_between(gpu, monkeypatch):
     """The step between uploads nothing, yet pins what the captures have taken."""
-    monkeypatch.setattr(plans, "ROOM", 1)
+    monkeypatch.setattr(staging, "ROOM", 1)
     ours, graphs = problem(shapes=[(7,)]).run(rep_sgd_step), []
     eager, uploads = ours.grads, gpu.uploads
     for _ in range(20):
@@ -341,7 +340,10 @@ def test_spatial_scalings_set_between_captures_of_an_optimizer(gpu, monkeypatch,
 
 @STREAMS
 def test_the_norm_has_a_table_of_its_own(gpu, monkeypatch, stream):
-    """An op that only reads: no replay has to wait for an earlier call of it. The reference's norm of nothing is on the CPU, so it must not be asked."""
+    """An op that only reads: no replay has to wait for an earlier call of it.
+
+    The reference's norm of nothing is on the CPU, so it must not be asked.
+    """
     monkeypatch.setattr(reference, "rep_grad_norm", None)
     ours = problem()
     columns = ours.grads, ours.scales, ours.identities

@@ -1,4 +1,7 @@
-"""The Triton joint histogram on CPU tensors, against the reference; test_triton_joint_histogram.py runs this file with TRITON_INTERPRET=1."""
+"""The Triton joint histogram on CPU tensors, against the reference.
+
+test_triton_joint_histogram.py runs this file with TRITON_INTERPRET=1.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,17 @@ from test_triton_pair_ranges import DTYPES
 
 import gradrep_kernels as gr
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import joint_histogram, joint_histogram_, plans
+from gradrep_kernels.ops.triton import joint_histogram, joint_histogram_
 from gradrep_kernels.ops.triton import pair_walk as rule
+from gradrep_kernels.ops.triton.launching import LAUNCHES
 
 module = sys.modules["gradrep_kernels.ops.triton.joint_histogram"]
 
 
 def assert_interpreted(x: torch.Tensor, case: Pairs, **more) -> None:
-    plans.LAUNCHES.clear()
+    LAUNCHES.clear()
     assert_counts(x, case, **more)
-    assert plans.LAUNCHES["joint_histogram", "cpu", x.dtype] == len(
-        more.get("modes", (False, True))
-    )  # not the reference
+    assert LAUNCHES["joint_histogram", "cpu", x.dtype] == len(more.get("modes", (False, True)))  # not the reference
 
 
 def test_it_is_interpreted():
@@ -124,10 +126,10 @@ def test_bins_beyond_the_most_write_nowhere_else(most, bins):
 
 def test_a_plane_beyond_32_bits_goes_to_the_reference(monkeypatch):
     monkeypatch.setattr(rule, "PLACES", 55)
-    plans.LAUNCHES.clear()
+    LAUNCHES.clear()
     for op in (joint_histogram, in_two_batches):
         assert_counts(SMALL.tensor(), SMALL, op=op)
-    assert not plans.LAUNCHES
+    assert not LAUNCHES
 
 
 @pytest.mark.parametrize("empty", [(0, 3, 4, 4), (3, 0, 4, 4), (3, 2, 0, 4), (3, 2, 4, 0)])

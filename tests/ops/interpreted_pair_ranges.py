@@ -1,6 +1,7 @@
-"""The Triton pair ranges on CPU tensors, against the reference; test_triton_pair_ranges.py runs this file with TRITON_INTERPRET=1.
+"""The Triton pair ranges on CPU tensors, against the reference.
 
-A program takes 5-10 ms in the interpreter, so a case is cut to a few channels.
+test_triton_pair_ranges.py runs this file with TRITON_INTERPRET=1. A program takes 20-40 ms in the interpreter, so a
+case is cut to a few channels.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 from cases_pairs import LAYOUTS, PAIRS, Pairs, laid_out, make
 from test_triton_pair_ranges import DTYPES, assert_ranges
 
-from gradrep_kernels.ops.triton import pair_ranges, plans
+from gradrep_kernels.ops.triton import pair_ranges
 from gradrep_kernels.ops.triton import pair_walk as rule
+from gradrep_kernels.ops.triton.launching import LAUNCHES
 
 module = sys.modules["gradrep_kernels.ops.triton.pair_ranges"]
 SMALL = Pairs("small", (3, 2, 5, 6))
@@ -31,9 +33,9 @@ def few_channels(x: torch.Tensor, case: Pairs) -> torch.Tensor:
 
 
 def assert_interpreted(x: torch.Tensor, case: Pairs) -> None:
-    plans.LAUNCHES.clear()
+    LAUNCHES.clear()
     assert_ranges(x, case)
-    assert dict(plans.LAUNCHES) == {("pair_ranges", "cpu", x.dtype): 2}  # not the reference
+    assert dict(LAUNCHES) == {("pair_ranges", "cpu", x.dtype): 2}  # not the reference
 
 
 def test_it_is_interpreted():
@@ -63,9 +65,9 @@ def test_any_split_gives_the_same(monkeypatch, programs):
 
 def test_a_plane_beyond_32_bits_goes_to_the_reference(monkeypatch):
     monkeypatch.setattr(rule, "PLACES", 55)
-    plans.LAUNCHES.clear()
+    LAUNCHES.clear()
     assert_ranges(SMALL.tensor(), SMALL)
-    assert not plans.LAUNCHES
+    assert not LAUNCHES
 
 
 @pytest.mark.parametrize("empty", [(0, 3, 4, 4), (3, 0, 4, 4), (3, 2, 0, 4), (3, 2, 4, 0)])

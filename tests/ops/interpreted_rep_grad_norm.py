@@ -1,4 +1,7 @@
-"""The Triton gradient norm on CPU tensors, against the reference; test_triton_rep_grad_norm.py runs this file with TRITON_INTERPRET=1."""
+"""The Triton gradient norm on CPU tensors, against the reference.
+
+test_triton_rep_grad_norm.py runs this file with TRITON_INTERPRET=1.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ import torch
 from test_triton_rep_grad_norm import TOLERANCE
 
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import plans, rep_grad_norm
+from gradrep_kernels.ops.triton import addressing, plans, rep_grad_norm
+from gradrep_kernels.ops.triton.launching import LAUNCHES
 
 module = sys.modules["gradrep_kernels.ops.triton.rep_grad_norm"]
 CHUNK = module.CHUNK.value
@@ -71,9 +75,9 @@ def test_other_dtypes(dtype):
 def test_one_launch_per_dtype_and_the_wider_result():
     problems = [problem("spatial", False, dtype) for dtype in plans.COMPUTE]
     columns = [[t for p in problems for t in p[n]] for n in range(3)]
-    plans.LAUNCHES.clear()
+    LAUNCHES.clear()
     norm = rep_grad_norm(*columns)
-    assert dict(plans.LAUNCHES) == {("rep_grad_norm", "cpu", dtype): 1 for dtype in plans.COMPUTE}
+    assert dict(LAUNCHES) == {("rep_grad_norm", "cpu", dtype): 1 for dtype in plans.COMPUTE}
     assert norm.dtype == torch.float64
     assert float(norm) == pytest.approx(float(reference.rep_grad_norm(*columns)), rel=TOLERANCE[torch.bfloat16])
 
@@ -102,8 +106,8 @@ def test_the_gradients_stay_as_they_are():
 
 
 def test_parts_of_large_tensors(monkeypatch):
-    monkeypatch.setattr(plans, "PIECE", 50)
-    monkeypatch.setattr(module, "_plans", plans.Plans("rep_grad_norm", module._plans.chunk, distinct=False))
+    monkeypatch.setattr(addressing, "PIECE", 50)
+    monkeypatch.setattr(module, "memory", plans.Plans("rep_grad_norm", module.memory.chunk, writes=False))
     grads, scales, identities = (
         [cases.tensor((6, 5, 3, 3), 1, torch.float32), cases.tensor((120,), 2, torch.float32)],
         [torch.rand(6, 1, 3, 3), torch.rand(120)],

@@ -1,4 +1,7 @@
-"""The Triton kernels compiled for four GPUs, none of which is needed: accesses, registers, spills, precision (DESIGN row K)."""
+"""The Triton kernels over parameters, compiled for four GPUs: accesses, registers, spills, precision.
+
+DESIGN, row K. No GPU is needed.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import compile_gate
 
-from gradrep_kernels.ops.triton import INTERPRETED, plans
+from gradrep_kernels.ops.triton import INTERPRETED, addressing, plans
 from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm_kernel
 from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step_kernel
 
@@ -87,7 +90,7 @@ def test_a_launch_makes_no_other_variants(kernel):
 CONSTANTS = {
     rep_sgd_step_kernel: {"GEOMETRY", "NUMEL", "WIDTH", "TAIL"},
     rep_grad_norm_kernel: {"GEOMETRY", "NUMEL", "POINTERS", "TAIL", "CHUNK"},
-    plans.multiplier_row: {"ROW", "HAS_SCALE", "TAP_FIRST"},
+    addressing.multiplier_row: {"ROW", "HAS_SCALE", "TAP_FIRST"},
 }
 
 

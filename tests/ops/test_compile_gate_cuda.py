@@ -1,4 +1,7 @@
-"""The CUDA C++ compiled for three GPUs, none of which is needed, as the build compiles it: registers, spills, atomics, precision (DESIGN row K)."""
+"""The CUDA C++ compiled for three GPUs as the build compiles it: registers, spills, atomics, precision.
+
+DESIGN, row K. No GPU is needed.
+"""
 
 from __future__ import annotations
 

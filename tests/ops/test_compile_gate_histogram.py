@@ -1,4 +1,7 @@
-"""The Triton kernels over pairs of pixels, compiled for four GPUs, none of which is needed: registers, spills, precision (DESIGN row K)."""
+"""The Triton kernels over pairs of pixels, compiled for four GPUs: registers, spills, precision.
+
+DESIGN, row K. No GPU is needed.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,10 @@ def test_strides_beyond_32_bits(target):
 
 @pytest.mark.parametrize("kernel", [joint_histogram_kernel, pair_ranges_kernel], ids=lambda kernel: kernel.__name__)
 def test_a_launch_makes_no_other_variants(kernel):
-    """Triton compiles anew for a number that is 1 or a multiple of 16, and for such an address: strides and padding often are."""
+    """Triton compiles anew for a number that is 1 or a multiple of 16, and for such an address.
+
+    Strides and padding often are such numbers.
+    """
     given = {p.name for p in kernel.params if not p.is_constexpr}
     pointers = {name for name in given if name in ("x", "ranges", "ends", *TABLES)}
     assert {p.name for p in kernel.params if p.do_not_specialize_on_alignment} >= pointers

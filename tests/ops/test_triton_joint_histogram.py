@@ -17,7 +17,8 @@ from test_triton_pair_ranges import DTYPES, MANY
 
 from gradrep_kernels.ops import reference
 from gradrep_kernels.ops.reference.pair_rule import sturges
-from gradrep_kernels.ops.triton import joint_histogram, joint_histogram_, plans
+from gradrep_kernels.ops.triton import joint_histogram, joint_histogram_
+from gradrep_kernels.ops.triton.launching import LAUNCHES
 
 SMALL = Pairs("small", (3, 2, 5, 6), kind="noise")
 BINS = (1, 2, 16, 22, 23, 24, 25, 32, 33, 300)
@@ -47,7 +48,10 @@ def next_to_edges(bins: int) -> tuple[torch.Tensor, torch.Tensor]:
 def assert_counts(
     x: torch.Tensor, case: Pairs, *, ranges=None, bins=None, modes=(False, True), op: Callable = joint_histogram
 ) -> None:
-    """Against the reference on the CPU, in the ranges of `x` and Sturges' bins unless others are given; the map stays as it is."""
+    """Against the reference on the CPU, in the ranges of `x` and Sturges' bins unless others are given.
+
+    The map stays as it is.
+    """
     for remove_near in modes:
         displacements, padding = case.flat_displacements(), list(case.padding)
         own_ranges, n = reference.pair_ranges(x.cpu(), displacements, padding, remove_near)
@@ -161,11 +165,11 @@ def test_the_host_waits_for_nothing():
     x = make("relu", (5, 3, 8, 8), torch.float32).cuda()
     joint_histogram(x, *arguments_on_gpu([0, 1, 1, 0]))
     arguments = arguments_on_gpu([1, 2, 1, 0], True)  # new displacements, so a new table
-    plans.LAUNCHES.clear()
+    LAUNCHES.clear()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         joint_histogram(x, *arguments)
     finally:
         torch.cuda.set_sync_debug_mode(before)
-    assert dict(plans.LAUNCHES) == {("joint_histogram", str(x.device), torch.float32): 1}
+    assert dict(LAUNCHES) == {("joint_histogram", str(x.device), torch.float32): 1}

@@ -16,8 +16,9 @@ import interpreter
 from implementations import on_gpu
 
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import pair_ranges, plans
+from gradrep_kernels.ops.triton import pair_ranges
 from gradrep_kernels.ops.triton import pair_walk as rule
+from gradrep_kernels.ops.triton.launching import LAUNCHES
 
 
 def assert_ranges(x: torch.Tensor, case: Pairs, op: Callable = pair_ranges) -> None:
@@ -43,7 +44,7 @@ def test_in_the_interpreter():
 
 
 def quotient(n: int, magic: int, shift: int) -> int:
-    """plans.quotient with the widths of a GPU."""
+    """division.quotient with the widths of a GPU."""
     assert 0 <= n < 2**31
     return (2 * n * (magic % 2**32) >> 32) >> shift
 
@@ -156,11 +157,11 @@ def test_the_host_waits_for_nothing():
     for remove_near in (False, True):
         pair_ranges(x, [0, 1], [1, 1], remove_near)
     before = torch.cuda.get_sync_debug_mode()
-    plans.LAUNCHES.clear()
+    LAUNCHES.clear()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for remove_near in (False, True):
             pair_ranges(x, [0, 1, 1, 1], [1, 1], remove_near)  # new displacements, so a new table
     finally:
         torch.cuda.set_sync_debug_mode(before)
-    assert dict(plans.LAUNCHES) == {("pair_ranges", str(x.device), torch.float32): 2}
+    assert dict(LAUNCHES) == {("pair_ranges", str(x.device), torch.float32): 2}

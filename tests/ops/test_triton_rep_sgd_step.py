@@ -21,7 +21,9 @@ from implementations import on_gpu
 from test_rep_sgd_step import Problem, assert_same_bits
 
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import INTERPRETED, plans, rep_sgd_step, supports
+from gradrep_kernels.ops.triton import INTERPRETED, addressing, plans, rep_sgd_step, supports
+from gradrep_kernels.ops.triton.division import magic_division
+from gradrep_kernels.ops.triton.launching import LAUNCHES
 
 
 def test_in_the_interpreter():
@@ -36,7 +38,7 @@ def test_captures_in_the_interpreter():
 
 
 def quotient(n: int, magic: int, shift: int) -> int:
-    """plans.quotient with the widths of a GPU."""
+    """division.quotient with the widths of a GPU."""
     assert 0 <= 2 * n < 2**32
     assert 0 < magic < 2**32
     return (2 * n * magic >> 32) >> shift
@@ -51,19 +53,19 @@ def test_magic_division():
         2**31 - 1,
     ]
     for divisor in divisors:
-        magic, shift = plans.magic_division(divisor)
+        magic, shift = magic_division(divisor)
         multiples = [chance.randrange(2**31 // divisor + 1) * divisor for _ in range(20)]
         for n in (0, 1, divisor - 1, divisor, 2**31 - 1, *multiples, *(m - 1 for m in multiples)):
             if 0 <= n < 2**31:
                 assert quotient(n, magic, shift) == n // divisor
 
 
-NAMES = list(vars(plans))
-COLUMN = {name: getattr(plans, name).value for name in NAMES[NAMES.index("FIRST_CHUNK") : NAMES.index("GEOMETRY")]}
+NAMES = list(vars(addressing))
+COLUMN = {name: getattr(addressing, name).value for name in NAMES[NAMES.index("FIRST_CHUNK") : NAMES.index("GEOMETRY")]}
 
 
 def multiplier_index(geometry: np.ndarray, place: int) -> tuple[int, int, bool]:
-    """What plans.multiplier reads at a place of a piece: index in scale, index in identity, whether the identity is there."""
+    """What addressing.multiplier reads at a place: index in scale, index in identity, whether the identity is there."""
     row = {name: int(geometry[column]) for name, column in COLUMN.items()}
     divide = {name: (row[name + "_MAGIC"] % 2**32, row[name + "_SHIFT"]) for name in ("ROW", "INNER", "CHANNELS")}
     o = quotient(place, *divide["ROW"])
@@ -110,7 +112,7 @@ def test_tensors_beyond_32_bits(name):
     route = plans.route(((described(weight),) * 3, *map(described, parts), 0))
     assert route.scale_copy is None
     assert route.identity_copy is None
-    chunks, geometry = plans.chunk_tables([(piece, 0) for piece in route.pieces], 1024)
+    chunks, geometry = addressing.chunk_tables([(piece, 0) for piece in route.pieces], 1024)
     assert [piece.start for piece in route.pieces] == list(
         np.cumsum([0] + [piece.numel for piece in route.pieces[:-1]])
     )
@@ -161,9 +163,9 @@ def test_where_it_can_be_used():
 @pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: the kernels take CPU tensors")
 def test_cpu_tensors_among_the_others_go_to_the_reference():
     problem = Problem([(40,), (5, 5, 3, 3)])
-    plans.LAUNCHES.clear()
+    LAUNCHES.clear()
     assert_same_bits(problem.clone().run(rep_sgd_step), problem.clone().run(reference.rep_sgd_step))
-    assert not plans.LAUNCHES
+    assert not LAUNCHES
 
 
 def test_without_triton_the_import_says_why(monkeypatch):
@@ -236,7 +238,7 @@ def test_the_host_waits_for_nothing():
 @on_gpu
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_cuda_graph_reads_live_values(warm):
-    """Learning rate, loss scale and overflow change between replays; tables are uploaded before or inside the capture."""
+    """Learning rate, loss scale and overflow change between replays. Tables are uploaded before or in the capture."""
     Problem([(40,)], device="cuda").run(rep_sgd_step)  # a module cannot be loaded inside a capture
     problem = on_device()
     problem.hyper = problem.hyper.cuda()

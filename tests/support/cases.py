@@ -10,7 +10,7 @@ from gradrep_kernels import GradMult
 
 CHUNK = 32768  # elements of one piece of work in the C++ step (csrc/rep_sgd_step_cpu.cpp)
 
-# Sizes that break things: nothing, one, around the vector tile (16 K) and the chunk, primes, non-square and even kernels.
+# Sizes that break things: none, one, around the vector tile (16 K) and the chunk, primes, non-square and even kernels.
 SHAPES = {
     "empty": (0, 3),
     "scalar": (),
@@ -90,7 +90,7 @@ def tensor(shape, seed: int, dtype=torch.float64) -> torch.Tensor:
 
 
 def unaligned(t: torch.Tensor, elements: int = 1) -> torch.Tensor:
-    """A copy of `t` that starts `elements` after an aligned place in memory, as a view into a bucket or an FSDP shard may."""
+    """A copy of `t` that starts `elements` after an aligned place, as a view into a bucket or an FSDP shard may."""
     beside = torch.full((t.numel() + elements + 8,), torch.inf, dtype=t.dtype, device=t.device)
     return beside[elements:].as_strided(t.shape, t.stride()).copy_(t)
 

@@ -1,4 +1,4 @@
-"""Compile kernels ahead of time, in Triton or CUDA, for GPUs that need not be there, and read what the compiler made of them."""
+"""Compile kernels ahead of time, in Triton or CUDA, and read what the compiler made of them. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class Compiled:
         return self.count(r"STG\S*\.128|global_store_dwordx4")
 
     def claims_of_alignment(self) -> list[bool]:
-        """For each pointer that is cast from an integer and said to be aligned: whether that is said under a condition only.
+        """For each pointer cast from an integer and said to be aligned: whether only under a condition.
 
-        Triton turns the claim into 128-bit accesses wherever the pointer is used. One at the kernel's top level, outside every
-        `scf.if`, holds on all paths, also on that of unaligned tensors.
+        Triton turns the claim into 128-bit accesses wherever the pointer is used. One at the kernel's top level,
+        outside every `scf.if`, holds on all paths, also on that of unaligned tensors.
         """
-        found: list[bool] = []
+        conditional: list[bool] = []
         regions: list[str] = []
         for line in self.ttir.splitlines():
             text = re.sub(r"\s*loc\(.*\)$", "", line).strip()
@@ -72,8 +72,8 @@ class Compiled:
             if text.endswith("{"):
                 regions.append("then" if "scf.if" in text else "else" if "else" in text else "other")
             if "tt.int_to_ptr" in text and "tt.divisibility" in text:
-                found.append("then" in regions)
-        return found
+                conditional.append("then" in regions)
+        return conditional
 
     @property
     def double_precision(self) -> int:
@@ -84,7 +84,10 @@ class Compiled:
 
     @property
     def contracted(self) -> int:
-        """Products and sums that are rounded once together. (A mixed-precision fma that adds −0 is AMD's product of unlike dtypes.)"""
+        """Products and sums that are rounded once together.
+
+        (A mixed-precision fma that adds −0 is AMD's product of unlike dtypes.)
+        """
         if self.target.startswith("sm_"):
             return len(re.findall(r"\b(?:fma|mad)\.\S*f(?:16|32|64)", self.assembly))
         lines = re.findall(r"^\tv_(?:pk_)?(?:fma|fmac|mac|mad)\w*_(?:f16|f32|f64|bf16).*", self.assembly, re.MULTILINE)
@@ -157,7 +160,7 @@ def _by_kernel(text: str, head: str) -> dict[str, str]:
 
 
 def compile_cuda(folder: Path, targets: tuple[str, ...]) -> tuple[list[str], dict[tuple[str, str], Compiled]]:
-    """Objects of all .cu files, made as the build makes them, and (mangled name of a kernel, target) -> what nvcc made of it."""
+    """Compile all .cu files as the build does: the objects, and (mangled name of a kernel, target) -> its code."""
     numbers = [f"{target[3:-1]}.{target[-1]}" for target in targets]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(numbers) + "+PTX")

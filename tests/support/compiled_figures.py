@@ -1,4 +1,6 @@
-"""What compilers make of the GPU kernels, in float32, as a Markdown table (bench/results/compiled.md). Needs Triton and nvcc, no GPU.
+"""Print what compilers make of the GPU kernels, in float32, as a Markdown table.
+
+It needs Triton and nvcc, no GPU.
 
 python tests/support/compiled_figures.py > bench/results/compiled.md
 """
@@ -75,9 +77,11 @@ if __name__ == "__main__":
     nvcc = re.search(r"release ([\d.]+)", compile_gate.setup_py().ask_nvcc("--version"))[1]
     print("# What compilers make of the GPU kernels\n")
     print(
-        f"No GPU is needed for this, and none ran. Triton {triton.__version__}, nvcc {nvcc}. `python tests/support/compiled_figures.py`\n"
+        f"No GPU is needed for this, and none ran. Triton {triton.__version__}, nvcc {nvcc}. "
+        "`python tests/support/compiled_figures.py`\n"
     )
     print(
-        "Registers of a thread, static bytes of shared memory of a block; nothing spills. CUDA C++ is not compiled for AMD.\n"
+        "Registers of a thread, static bytes of shared memory of a block; nothing spills. "
+        "CUDA C++ is not compiled for AMD.\n"
     )
     print(table())
