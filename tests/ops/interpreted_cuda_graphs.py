@@ -16,9 +16,9 @@ import weakref
 import cases
 import pytest
 import torch
+from cases import Problem, assert_same_bits
 from cases_optim import Pair, oracle_step
 from cases_pairs import make
-from test_rep_sgd_step import Problem, assert_same_bits
 
 import gradrep_kernels as gr
 from gradrep_kernels.ops import reference

@@ -11,12 +11,10 @@ import implementations
 import numpy as np
 import pytest
 import torch
-from cases_pairs import LAYOUTS, PAIRS, Pairs, laid_out, make
+from cases_pairs import DTYPES, LAYOUTS, PAIRS, Pairs, laid_out, make
 from cases_sgs import MAPS, oracle_scaling
-from interpreted_pair_ranges import few_channels
-from test_sgs import TOLERANCE, scaling
-from test_triton_joint_histogram import BINS, RANGES, SMALL, assert_counts, in_two_batches, next_to_edges
-from test_triton_pair_ranges import DTYPES
+from checks import SCALING_TOLERANCE, scaling
+from triton_pairs import BINS, RANGES, SMALL, assert_counts, few_channels, in_two_batches, next_to_edges
 
 import gradrep_kernels as gr
 from gradrep_kernels.ops import reference
@@ -48,7 +46,9 @@ def test_a_scaling_against_the_oracle(desc, remove_near):
     case = next(case for case in MAPS if case.desc == desc)
     with gr.use_backend("triton"):
         g = scaling(case.tensor(), case, remove_near)
-    assert np.abs(g.numpy() - oracle_scaling(case.tensor().double().numpy(), case, remove_near)).max() < TOLERANCE
+    assert (
+        np.abs(g.numpy() - oracle_scaling(case.tensor().double().numpy(), case, remove_near)).max() < SCALING_TOLERANCE
+    )
 
 
 def test_513_channels():

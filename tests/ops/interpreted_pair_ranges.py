@@ -11,8 +11,8 @@ import sys
 import implementations
 import pytest
 import torch
-from cases_pairs import LAYOUTS, PAIRS, Pairs, laid_out, make
-from test_triton_pair_ranges import DTYPES, assert_ranges
+from cases_pairs import DTYPES, LAYOUTS, PAIRS, Pairs, laid_out, make
+from triton_pairs import assert_ranges, few_channels
 
 from gradrep_kernels.ops.triton import pair_ranges
 from gradrep_kernels.ops.triton import pair_walk as rule
@@ -20,16 +20,6 @@ from gradrep_kernels.ops.triton.launching import LAUNCHES
 
 module = sys.modules["gradrep_kernels.ops.triton.pair_ranges"]
 SMALL = Pairs("small", (3, 2, 5, 6))
-
-
-def few_channels(x: torch.Tensor, case: Pairs) -> torch.Tensor:
-    """The first channels, at least one."""
-    n, _, h, w = x.shape
-    places, groups = (
-        n * (h + 2 * case.padding[0]) * (w + 2 * case.padding[1]),
-        -(-len(case.flat_displacements()) // (2 * rule.GROUP.value)),
-    )
-    return x[:, : max(1, 16 // (groups * -(-places // 1024)))]
 
 
 def assert_interpreted(x: torch.Tensor, case: Pairs) -> None:

@@ -7,11 +7,11 @@ cases are small: a few dozen programs each.
 from __future__ import annotations
 
 import cases
+import checks
 import implementations
 import pytest
-import test_rep_sgd_step as on_any_device
 import torch
-from test_rep_sgd_step import Problem, assert_same_bits
+from cases import Problem, assert_same_bits
 
 from gradrep_kernels import FusedRepSGD, use_backend
 from gradrep_kernels.ops import reference
@@ -71,7 +71,7 @@ def test_every_form_of_multiplier(form, channels_last):
         )
 
 
-@pytest.mark.parametrize("hyper", cases.HYPERS, ids=on_any_device.HYPER_IDS)
+@pytest.mark.parametrize("hyper", cases.HYPERS, ids=lambda hyper: hyper.name)
 def test_every_hyper_parameter(hyper):
     for dtype in (torch.float32, torch.float64):
         for first in (False, True):
@@ -138,7 +138,7 @@ def test_unscaling_and_overflow():
 
 
 def test_zeros_infinities_and_nan_pass_through():
-    on_any_device.test_zeros_infinities_and_nan_pass_through("triton", "cpu")
+    checks.zeros_infinities_and_nan_pass_through(rep_sgd_step, "cpu")
 
 
 def test_the_sign_of_zero():
@@ -161,7 +161,7 @@ def test_an_identity_without_a_scale_is_not_read():
 
 
 def test_what_the_kernel_does_not_take_goes_to_the_reference():
-    on_any_device.test_what_the_kernel_does_not_take_goes_to_the_reference("triton", "cpu")
+    checks.what_the_kernel_does_not_take_goes_to_the_reference(rep_sgd_step, "cpu")
 
 
 SCALES = {
@@ -329,4 +329,4 @@ def test_a_step_of_the_optimizer_moves_the_version_counters():
 
 
 def test_nothing_to_do():
-    on_any_device.test_nothing_to_do("triton", "cpu")
+    checks.nothing_to_do(rep_sgd_step)

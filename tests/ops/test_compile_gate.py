@@ -13,13 +13,11 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import compile_gate
+from gate_variants import TYPE, compiled_over_parameters
 
 from gradrep_kernels.ops.triton import INTERPRETED, addressing, plans
 from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm_kernel
 from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step_kernel
-
-TYPE = {torch.float32: "*fp32", torch.float64: "*fp64"}
-TABLES = {"chunks": "*i32", "geometry": "*i32", "pointers": "*i64"}
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -36,12 +34,6 @@ def names(variant) -> str:
     )
 
 
-def compiled(kernel, dtype, target, types, constants) -> compile_gate.Compiled:
-    constants = {"DTYPE": plans.TRITON_DTYPE[dtype], "BLOCK": plans.BLOCK[dtype], **constants}
-    options = plans.options(dtype, compile_gate.TARGETS[target].warp_size)
-    return compile_gate.compile_variant(kernel, {**TABLES, **types}, constants, target, **options)
-
-
 def accesses(dtype, target) -> int:
     """128-bit accesses of a thread to one tensor on the full path."""
     lanes = compile_gate.TARGETS[target].warp_size
@@ -54,7 +46,7 @@ def test_rep_sgd_step(variant, target):
     dtype, unscales, _ = variant
     wide = TYPE[plans.COMPUTE[dtype]]
     constants = {name: None for name, given in zip(("grad_scale", "found_inf"), variant[1:]) if not given}
-    made = compiled(
+    made = compiled_over_parameters(
         rep_sgd_step_kernel, dtype, target, {"hyper": wide, "grad_scale": wide, "found_inf": "*fp32"}, constants
     )
     assert made.wide_loads >= 3 * accesses(dtype, target)  # parameter, gradient, buffer
@@ -71,7 +63,7 @@ def test_rep_sgd_step(variant, target):
 @pytest.mark.parametrize("target", compile_gate.TARGETS)
 @pytest.mark.parametrize("dtype", plans.COMPUTE, ids=str)
 def test_rep_grad_norm(dtype, target):
-    made = compiled(rep_grad_norm_kernel, dtype, target, {"partial": TYPE[plans.COMPUTE[dtype]]}, {})
+    made = compiled_over_parameters(rep_grad_norm_kernel, dtype, target, {"partial": TYPE[plans.COMPUTE[dtype]]}, {})
     assert made.wide_loads >= accesses(dtype, target)
     assert made.claims_of_alignment() == [True]
     assert made.spills == 0

@@ -17,8 +17,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import interpreter
+from cases import Problem, assert_same_bits
 from implementations import on_gpu
-from test_rep_sgd_step import Problem, assert_same_bits
 
 from gradrep_kernels.ops import reference
 from gradrep_kernels.ops.triton import INTERPRETED, addressing, plans, rep_sgd_step, supports

@@ -165,6 +165,16 @@ PAIRS = (
 )
 
 
+MANY = (
+    Pairs("many images", (1000, 3, 9, 9)),
+    Pairs("large maps", (2, 2, 300, 301)),
+    Pairs("many of both", (200, 65, 16, 16), kind="noise"),
+)
+"""Maps for a GPU: more programs than fit on it."""
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal to the last bit, zeros with their sign; one NaN is as good as another."""
     bits = torch.int64 if a.dtype == torch.float64 else torch.int32

@@ -24,6 +24,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _USAGE = re.compile(r"\b(REG|STACK|LOCAL|SHARED):(\d+)")
