@@ -80,7 +80,7 @@ def test_a_launch_makes_no_other_variants(kernel):
 
 
 CONSTANTS = {
-    rep_sgd_step_kernel: {"GEOMETRY", "NUMEL", "WIDTH", "TAIL"},
+    rep_sgd_step_kernel: {"GEOMETRY", "NUMEL", "PARAM", "STATE", "STATES", "COLUMNS", "TAIL"},
     rep_grad_norm_kernel: {"GEOMETRY", "NUMEL", "POINTERS", "TAIL", "CHUNK"},
     addressing.multiplier_row: {"ROW", "HAS_SCALE", "TAP_FIRST"},
 }
