@@ -43,7 +43,7 @@ def test_every_state_has_wide_accesses_under_a_condition(target):
 
 @compiles
 def test_the_update_is_in_the_key_of_tritons_cache():
-    """The frame is given the update as an argument. A kernel that was compiled with another one must not be found on disk."""
+    """The frame gets the update as an argument. A kernel compiled with another one must not be found on disk."""
 
     def key(of: triton.JITFunction) -> str:
         fn = second_step_kernel.fn
