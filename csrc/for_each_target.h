@@ -4,8 +4,8 @@
 // Rules for the file GRADREP_LOOPS:
 // - It includes nothing. The file that includes this header includes targets.h and what the loops need before.
 // - All its content is in namespace gradrep::GRADREP_TARGET.
-// - It has no lambdas, and calls only its own functions, GRADREP_INLINE functions and functions of C. Any other, such as
-//   std::min, has one instantiation in the program. A compiler may use the instructions of the loop for it, and the
+// - It has no lambdas, and calls only its own functions, GRADREP_INLINE functions and functions of C. Any other, for
+//   example std::min, has one instantiation in the program. A compiler may use the instructions of the loop for it, and the
 //   linker may keep that one for machines that lack them.
 #if GRADREP_X86_TARGETS
 

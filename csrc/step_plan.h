@@ -6,7 +6,7 @@
 // StepPlan is a template over the update, a type with these members (rep_sgd_update.h is an example):
 // - kOp: the op's name, for errors.
 // - kStates: how many arrays it keeps per parameter. Each has the parameter's dtype, shape and strides.
-// - Multipliers: the multipliers of all parameters. Its of<T>(k, sizes, strides) makes a One<T>, that of parameter k, as
+// - Multipliers: the multipliers of all parameters. Its of<T>(k, sizes, strides) makes a One<T> for parameter k, as
 //   GradMults does. One<T> has period() and write_out(), and step_chunk has an overload for it.
 // - Hyper: a row of the hyper-parameter table, made of a pointer to its kColumns numbers. Its states() is how many of
 //   the arrays a step uses, maximize the sign, variant(first) which loops to take, numbers<T>() what they need.

@@ -1,22 +1,38 @@
-"""Which tensors a kernel may walk flat."""
+"""Which tensors a kernel may walk flat, as one run of memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
-def is_dense(t: Tensor) -> bool:
-    """Tell whether the elements fill their memory, each a place of its own, so that kernels may walk it flat."""
+def memory_order(shape: Sequence[int], strides: Sequence[int]) -> list[int] | None:
+    """The dimensions of a dense tensor whose size is not 1, outermost in memory first.
+
+    None for a tensor that is not dense: two of its elements share memory, or memory between them is unused.
+    A tensor without elements is dense.
+    """
+    order = sorted((d for d, size in enumerate(shape) if size != 1), key=lambda d: -strides[d])
     expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape) if n != 1):
-        if stride != expected:
-            return t.numel() == 0
-        expected *= size
-    return True
+    for d in reversed(order):
+        if strides[d] != expected:
+            return order if 0 in shape else None
+        expected *= shape[d]
+    return order
 
 
-def alike(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
-    """Tell whether strides `a` and `b` of one shape are the same but for sizes of 1, where a stride says nothing."""
-    return a == b or all(x == y or n == 1 for x, y, n in zip(a, b, shape))
+def is_dense(t: Tensor) -> bool:
+    """Whether `t` fills one run of memory and every element has a place of its own."""
+    # torch remembers the answers to the first two questions: 0.2 µs, where the third takes 2 µs.
+    return (
+        t.is_contiguous()
+        or t.is_contiguous(memory_format=torch.channels_last)
+        or memory_order(t.shape, t.stride()) is not None
+    )
+
+
+def alike(shape: Sequence[int], strides: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether tensors of one shape have the same strides. The stride of a dimension of size 1 says nothing."""
+    return strides == others or all(a == b or size == 1 for size, a, b in zip(shape, strides, others))

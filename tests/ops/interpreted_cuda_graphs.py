@@ -1,7 +1,10 @@
-"""CUDA graph captures of the Triton ops without a GPU; test_triton_rep_sgd_step.py runs this file with TRITON_INTERPRET=1.
+"""CUDA graph captures of the Triton ops, without a GPU.
 
-The functions through which tables.py meets CUDA are replaced: CPU tensors count as a GPU's, a capture records copies and launches
-and does neither, a replay does both. What torch forbids in a capture (from 2.11 on, or in the default mode) is an error here.
+test_triton_rep_sgd_step.py runs this file with TRITON_INTERPRET=1.
+
+The functions through which staging.py meets CUDA are replaced: CPU tensors count as a GPU's, a capture records copies
+and launches and does neither, a replay does both. What torch forbids in a capture (from 2.11 on, or in the default
+mode) is an error here.
 """
 
 from __future__ import annotations
@@ -13,18 +16,16 @@ import weakref
 import cases
 import pytest
 import torch
+from cases import Problem, assert_same_bits
 from cases_optim import Pair, oracle_step
 from cases_pairs import make
-from test_rep_sgd_step import Problem, assert_same_bits
 
 import gradrep_kernels as gr
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import joint_histogram, pair_ranges, rep_grad_norm, rep_sgd_step, tables
+from gradrep_kernels.ops.triton import joint_histogram, pair_ranges, plans, rep_grad_norm, rep_sgd_step, staging
 from gradrep_kernels.ops.triton import pair_walk as rule
 
-step_module, norm_module = (
-    sys.modules[f"gradrep_kernels.ops.triton.{name}"] for name in ("rep_sgd_step", "rep_grad_norm")
-)
+norm_module = sys.modules["gradrep_kernels.ops.triton.rep_grad_norm"]
 
 
 class Graph:
@@ -69,27 +70,25 @@ class Gpu:
             "stream": lambda device: self.stream,
             "pinned": self.pinned,
             "send": self.send,
-            "staging": tables.Staging(),
-            "_captured": [],
+            "room": staging.PinnedRoom(),
+            "captured": [],
         }.items():
-            monkeypatch.setattr(tables, name, function)
-        monkeypatch.setattr(step_module, "_plans", tables.Plans("rep_sgd_step", tables.BLOCK, distinct=True))
-        monkeypatch.setattr(step_module, "_hyper_tables", {})
-        monkeypatch.setattr(
-            norm_module, "_plans", tables.Plans("rep_grad_norm", norm_module._plans.chunk, distinct=False)
-        )
-        monkeypatch.setattr(rule, "_displacement_tables", {})
-        launch, launch_pairs = tables.Plans.launch, rule.launch
+            monkeypatch.setattr(staging, name, function)
+        monkeypatch.setattr(rep_sgd_step, "plans", plans.Plans("rep_sgd_step", plans.BLOCK, writes=True))
+        monkeypatch.setattr(rep_sgd_step, "hyper_tables", {})
+        monkeypatch.setattr(norm_module, "memory", plans.Plans("rep_grad_norm", norm_module.memory.chunk, writes=False))
+        monkeypatch.setattr(rule, "displacement_tables", {})
+        launch, launch_pairs = plans.Plans.launch, rule.launch
 
-        def launch_or_record(plans, one, kernel, *arguments):
+        def launch_or_record(of_op, one, kernel, *arguments):
             if self.graph is None:
-                return launch(plans, one, kernel, *arguments)
-            if plans.op == "rep_grad_norm":  # the sums of the chunks: memory of the graph
+                return launch(of_op, one, kernel, *arguments)
+            if of_op.op == "rep_grad_norm":  # the sums of the chunks: memory of the graph
                 self.graph.own[id(arguments[-1])] = arguments[-1]
             rest = one.device, one.dtype, one.entries, one.offsets  # without what must be kept alive by others
 
             def run(chunks, geometry, *arguments):
-                launch(plans, tables.Launch(*rest[:2], chunks, geometry, *rest[2:]), kernel, *arguments)
+                launch(of_op, plans.Batch(*rest[:2], chunks, geometry, *rest[2:]), kernel, *arguments)
 
             return self.graph.launch(run, one.chunks, one.geometry, *arguments)
 
@@ -102,7 +101,7 @@ class Gpu:
                 lambda **named: kernel[(work.programs,)](**named, **rule.options()), **work.arguments, **more
             )
 
-        monkeypatch.setattr(tables.Plans, "launch", launch_or_record)
+        monkeypatch.setattr(plans.Plans, "launch", launch_or_record)
         monkeypatch.setattr(rule, "launch", launch_pairs_or_record)
 
     def pinned(self, nbytes: int) -> torch.Tensor:
@@ -127,10 +126,10 @@ class Gpu:
     def forget(self) -> None:
         """What the ops remember may be dropped at any time; a graph must not need it."""
         for memory in (
-            step_module._plans._plans,
-            step_module._plans._calls,
-            step_module._hyper_tables,
-            rule._displacement_tables,
+            rep_sgd_step.plans.plans,
+            rep_sgd_step.plans.calls,
+            rep_sgd_step.hyper_tables,
+            rule.displacement_tables,
         ):
             memory.clear()
         gc.collect()
@@ -168,7 +167,7 @@ def test_a_step_that_was_taken_before_is_a_kernel_alone(gpu, stream):
 
 
 def test_gradients_that_are_new_in_the_capture(gpu):
-    """As where the backward pass is captured too; two graphs of one optimizer, with eager steps before, between and after."""
+    """As where the backward pass is captured too: two graphs of one optimizer, with eager steps around them."""
     ours, graphs = problem().run(rep_sgd_step), []
     for _ in range(2):
         twin = ours.clone()
@@ -251,7 +250,7 @@ def test_shapes_that_are_new_in_the_capture(gpu):
 
 def test_any_number_of_captures_with_a_step_between(gpu, monkeypatch):
     """The step between uploads nothing, yet pins what the captures have taken."""
-    monkeypatch.setattr(tables, "ROOM", 1)
+    monkeypatch.setattr(staging, "ROOM", 1)
     ours, graphs = problem(shapes=[(7,)]).run(rep_sgd_step), []
     eager, uploads = ours.grads, gpu.uploads
     for _ in range(20):
@@ -341,7 +340,10 @@ def test_spatial_scalings_set_between_captures_of_an_optimizer(gpu, monkeypatch,
 
 @STREAMS
 def test_the_norm_has_a_table_of_its_own(gpu, monkeypatch, stream):
-    """An op that only reads: no replay has to wait for an earlier call of it. The reference's norm of nothing is on the CPU, so it must not be asked."""
+    """An op that only reads: no replay has to wait for an earlier call of it.
+
+    The reference's norm of nothing is on the CPU, so it must not be asked.
+    """
     monkeypatch.setattr(reference, "rep_grad_norm", None)
     ours = problem()
     columns = ours.grads, ours.scales, ours.identities

@@ -1,4 +1,7 @@
-"""The Triton joint histogram on CPU tensors, against the reference; test_triton_joint_histogram.py runs this file with TRITON_INTERPRET=1."""
+"""The Triton joint histogram on CPU tensors, against the reference.
+
+test_triton_joint_histogram.py runs this file with TRITON_INTERPRET=1.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +11,24 @@ import implementations
 import numpy as np
 import pytest
 import torch
-from cases_pairs import LAYOUTS, PAIRS, Pairs, laid_out, make
+from cases_pairs import DTYPES, LAYOUTS, PAIRS, Pairs, laid_out, make
 from cases_sgs import MAPS, oracle_scaling
-from interpreted_pair_ranges import few_channels
-from test_sgs import TOLERANCE, scaling
-from test_triton_joint_histogram import BINS, RANGES, SMALL, assert_counts, in_two_batches, next_to_edges
-from test_triton_pair_ranges import DTYPES
+from checks import SCALING_TOLERANCE, scaling
+from triton_pairs import BINS, RANGES, SMALL, assert_counts, few_channels, in_two_batches, next_to_edges
 
 import gradrep_kernels as gr
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import joint_histogram, joint_histogram_, tables
+from gradrep_kernels.ops.triton import joint_histogram, joint_histogram_
 from gradrep_kernels.ops.triton import pair_walk as rule
+from gradrep_kernels.ops.triton.launching import LAUNCHES
 
 module = sys.modules["gradrep_kernels.ops.triton.joint_histogram"]
 
 
 def assert_interpreted(x: torch.Tensor, case: Pairs, **more) -> None:
-    tables.LAUNCHES.clear()
+    LAUNCHES.clear()
     assert_counts(x, case, **more)
-    assert tables.LAUNCHES["joint_histogram", "cpu", x.dtype] == len(
-        more.get("modes", (False, True))
-    )  # not the reference
+    assert LAUNCHES["joint_histogram", "cpu", x.dtype] == len(more.get("modes", (False, True)))  # not the reference
 
 
 def test_it_is_interpreted():
@@ -46,7 +46,9 @@ def test_a_scaling_against_the_oracle(desc, remove_near):
     case = next(case for case in MAPS if case.desc == desc)
     with gr.use_backend("triton"):
         g = scaling(case.tensor(), case, remove_near)
-    assert np.abs(g.numpy() - oracle_scaling(case.tensor().double().numpy(), case, remove_near)).max() < TOLERANCE
+    assert (
+        np.abs(g.numpy() - oracle_scaling(case.tensor().double().numpy(), case, remove_near)).max() < SCALING_TOLERANCE
+    )
 
 
 def test_513_channels():
@@ -124,10 +126,10 @@ def test_bins_beyond_the_most_write_nowhere_else(most, bins):
 
 def test_a_plane_beyond_32_bits_goes_to_the_reference(monkeypatch):
     monkeypatch.setattr(rule, "PLACES", 55)
-    tables.LAUNCHES.clear()
+    LAUNCHES.clear()
     for op in (joint_histogram, in_two_batches):
         assert_counts(SMALL.tensor(), SMALL, op=op)
-    assert not tables.LAUNCHES
+    assert not LAUNCHES
 
 
 @pytest.mark.parametrize("empty", [(0, 3, 4, 4), (3, 0, 4, 4), (3, 2, 0, 4), (3, 2, 4, 0)])

@@ -1,6 +1,7 @@
-"""The Triton pair ranges on CPU tensors, against the reference; test_triton_pair_ranges.py runs this file with TRITON_INTERPRET=1.
+"""The Triton pair ranges on CPU tensors, against the reference.
 
-A program takes 5-10 ms in the interpreter, so a case is cut to a few channels.
+test_triton_pair_ranges.py runs this file with TRITON_INTERPRET=1. A program takes 20-40 ms in the interpreter, so a
+case is cut to a few channels.
 """
 
 from __future__ import annotations
@@ -10,30 +11,21 @@ import sys
 import implementations
 import pytest
 import torch
-from cases_pairs import LAYOUTS, PAIRS, Pairs, laid_out, make
-from test_triton_pair_ranges import DTYPES, assert_ranges
+from cases_pairs import DTYPES, LAYOUTS, PAIRS, Pairs, laid_out, make
+from triton_pairs import assert_ranges, few_channels
 
-from gradrep_kernels.ops.triton import pair_ranges, tables
+from gradrep_kernels.ops.triton import pair_ranges
 from gradrep_kernels.ops.triton import pair_walk as rule
+from gradrep_kernels.ops.triton.launching import LAUNCHES
 
 module = sys.modules["gradrep_kernels.ops.triton.pair_ranges"]
 SMALL = Pairs("small", (3, 2, 5, 6))
 
 
-def few_channels(x: torch.Tensor, case: Pairs) -> torch.Tensor:
-    """The first channels, at least one."""
-    n, _, h, w = x.shape
-    places, groups = (
-        n * (h + 2 * case.padding[0]) * (w + 2 * case.padding[1]),
-        -(-len(case.flat_displacements()) // (2 * rule.GROUP.value)),
-    )
-    return x[:, : max(1, 16 // (groups * -(-places // 1024)))]
-
-
 def assert_interpreted(x: torch.Tensor, case: Pairs) -> None:
-    tables.LAUNCHES.clear()
+    LAUNCHES.clear()
     assert_ranges(x, case)
-    assert dict(tables.LAUNCHES) == {("pair_ranges", "cpu", x.dtype): 2}  # not the reference
+    assert dict(LAUNCHES) == {("pair_ranges", "cpu", x.dtype): 2}  # not the reference
 
 
 def test_it_is_interpreted():
@@ -63,9 +55,9 @@ def test_any_split_gives_the_same(monkeypatch, programs):
 
 def test_a_plane_beyond_32_bits_goes_to_the_reference(monkeypatch):
     monkeypatch.setattr(rule, "PLACES", 55)
-    tables.LAUNCHES.clear()
+    LAUNCHES.clear()
     assert_ranges(SMALL.tensor(), SMALL)
-    assert not tables.LAUNCHES
+    assert not LAUNCHES
 
 
 @pytest.mark.parametrize("empty", [(0, 3, 4, 4), (3, 0, 4, 4), (3, 2, 0, 4), (3, 2, 4, 0)])

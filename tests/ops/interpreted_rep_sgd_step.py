@@ -1,24 +1,24 @@
-"""The Triton step on CPU tensors, against the reference; test_triton_rep_sgd_step.py runs this file with TRITON_INTERPRET=1.
+"""The Triton step on CPU tensors, against the reference.
 
-A program takes 5-10 ms in the interpreter, so cases are small: a few dozen programs each.
+test_triton_rep_sgd_step.py runs this file with TRITON_INTERPRET=1. A program takes 20-40 ms in the interpreter, so
+cases are small: a few dozen programs each.
 """
 
 from __future__ import annotations
 
-import sys
-
 import cases
+import checks
 import implementations
 import pytest
-import test_rep_sgd_step as on_any_device
 import torch
-from test_rep_sgd_step import Problem, assert_same_bits
+from cases import Problem, assert_same_bits
 
 from gradrep_kernels import FusedRepSGD, use_backend
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import rep_sgd_step, tables
+from gradrep_kernels.ops.triton import addressing, plans, rep_sgd_step, staging
+from gradrep_kernels.ops.triton.launching import LAUNCHES
 
-BLOCK = tables.BLOCK[torch.float32]
+BLOCK = plans.BLOCK[torch.float32]
 SHAPES = {
     **{
         name: cases.SHAPES[name]
@@ -53,9 +53,9 @@ def assert_step(problem: Problem, **amp) -> None:
 @pytest.fixture
 def no_plans(monkeypatch):
     """A memory of its own, for tests that change what plans depend on."""
-    plans = tables.Plans("rep_sgd_step", tables.BLOCK, distinct=True)
-    monkeypatch.setattr(sys.modules["gradrep_kernels.ops.triton.rep_sgd_step"], "_plans", plans)
-    return plans
+    own = plans.Plans("rep_sgd_step", plans.BLOCK, writes=True)
+    monkeypatch.setattr(rep_sgd_step, "plans", own)
+    return own
 
 
 def test_it_is_interpreted():
@@ -71,7 +71,7 @@ def test_every_form_of_multiplier(form, channels_last):
         )
 
 
-@pytest.mark.parametrize("hyper", cases.HYPERS, ids=on_any_device.HYPER_IDS)
+@pytest.mark.parametrize("hyper", cases.HYPERS, ids=lambda hyper: hyper.name)
 def test_every_hyper_parameter(hyper):
     for dtype in (torch.float32, torch.float64):
         for first in (False, True):
@@ -111,7 +111,7 @@ def test_float16_has_the_references_bits(form):
 
 
 def test_bfloat16_is_rounded_once():
-    """The interpreter cuts float32 off where a GPU rounds it to bfloat16 (a GPU's bits are test_rep_sgd_step.py's matter)."""
+    """The interpreter cuts float32 off where a GPU rounds it to bfloat16. (test_rep_sgd_step.py tests a GPU's bits.)"""
     problem = Problem(SHAPES.values(), dtype=torch.bfloat16, hypers=FOUR_GROUPS)
     wide = problem.clone()
     for name in ("params", "grads", "buffers"):
@@ -138,7 +138,7 @@ def test_unscaling_and_overflow():
 
 
 def test_zeros_infinities_and_nan_pass_through():
-    on_any_device.test_zeros_infinities_and_nan_pass_through("triton", "cpu")
+    checks.zeros_infinities_and_nan_pass_through(rep_sgd_step, "cpu")
 
 
 def test_the_sign_of_zero():
@@ -161,7 +161,7 @@ def test_an_identity_without_a_scale_is_not_read():
 
 
 def test_what_the_kernel_does_not_take_goes_to_the_reference():
-    on_any_device.test_what_the_kernel_does_not_take_goes_to_the_reference("triton", "cpu")
+    checks.what_the_kernel_does_not_take_goes_to_the_reference(rep_sgd_step, "cpu")
 
 
 SCALES = {
@@ -189,38 +189,38 @@ def test_unusual_scales_are_read_too(name):
         for identity in [None, torch.rand(12, dtype=torch.float64)[::2]] if len(shape) == 4 else [None]:
             problem = Problem([shape], "none", channels_last=channels_last)
             problem.scales, problem.identities = [scale()], [identity]
-            tables.LAUNCHES.clear()
+            LAUNCHES.clear()
             assert_step(problem)
-            assert tables.LAUNCHES["rep_sgd_step", "cpu", torch.float32] == 1  # not the reference
+            assert LAUNCHES["rep_sgd_step", "cpu", torch.float32] == 1  # not the reference
 
 
 def test_any_dense_layout_is_taken():
-    """A transposed linear layer, channels_last_3d, and a 1x1 convolution whose gradient has other strides of dimensions of size 1."""
+    """A transposed linear layer, channels_last_3d, and a 1x1 convolution with other strides of dimensions of size 1."""
     for shape, order in (((9, 14), (1, 0)), ((4, 3, 2, 3, 3), (0, 2, 3, 4, 1)), ((5, 4, 3), (2, 0, 1))):
         problem = Problem([shape], "dense")
         for name in ("params", "grads", "buffers"):
             t = getattr(problem, name)[0]
             setattr(problem, name, [t.permute(order).contiguous().permute([order.index(d) for d in range(len(order))])])
-        tables.LAUNCHES.clear()
+        LAUNCHES.clear()
         assert_step(problem)
-        assert sum(tables.LAUNCHES.values()) == 1
+        assert sum(LAUNCHES.values()) == 1
     problem = Problem([(6, 5, 1, 1)])
     problem.grads = [problem.grads[0].as_strided((6, 5, 1, 1), (5, 1, 5, 5))]
-    tables.LAUNCHES.clear()
+    LAUNCHES.clear()
     expected = expect(problem)
     assert torch.equal(run(problem).params[0], expected.params[0])
-    assert sum(tables.LAUNCHES.values()) == 1
+    assert sum(LAUNCHES.values()) == 1
 
 
 def test_one_launch_per_dtype_for_all_groups():
-    problems = [Problem([(70,), (6, 6, 3, 3), (300,)], dtype=dtype) for dtype in tables.COMPUTE]
+    problems = [Problem([(70,), (6, 6, 3, 3), (300,)], dtype=dtype) for dtype in plans.COMPUTE]
     mixed = Problem([], hypers=cases.HYPERS)
     for name in ("params", "grads", "buffers", "scales", "identities"):
         setattr(mixed, name, [t for p in problems for t in getattr(p, name)])
     mixed.groups, mixed.first = [n % len(cases.HYPERS) for n in range(12)], [False] * 12
-    tables.LAUNCHES.clear()
+    LAUNCHES.clear()
     run(mixed)
-    assert dict(tables.LAUNCHES) == {("rep_sgd_step", "cpu", dtype): 1 for dtype in tables.COMPUTE}
+    assert dict(LAUNCHES) == {("rep_sgd_step", "cpu", dtype): 1 for dtype in plans.COMPUTE}
 
 
 def test_tensors_that_overlap_are_updated_one_after_another():
@@ -232,15 +232,15 @@ def test_tensors_that_overlap_are_updated_one_after_another():
         problem.buffers = [torch.ones(60), torch.ones(60)]
         problem.scales = problem.identities = [None, None]
         problem.groups, problem.first = [0, 0], [False, False]
-        tables.LAUNCHES.clear()
+        LAUNCHES.clear()
         problem.run(step)
     assert torch.equal(flat, expected)
-    assert not tables.LAUNCHES  # the interpreter's programs run one after another: only a GPU would show the race
+    assert not LAUNCHES  # the interpreter's programs run one after another: only a GPU would show the race
 
 
 def test_parts_of_large_tensors(monkeypatch, no_plans):
     """Every tensor in parts of at most 50 elements, as tensors beyond 2^30 elements are."""
-    monkeypatch.setattr(tables, "PIECE", 50)
+    monkeypatch.setattr(addressing, "PIECE", 50)
     for form, identity in (("repopt", False), ("dense", False), ("per_input", False), ("repopt", True)):
         for channels_last in (False, True):
             assert_step(Problem([(6, 5, 3, 3), (7, 2, 3, 3), (120,)], form, identity, channels_last=channels_last))
@@ -296,16 +296,16 @@ def test_a_plan_is_checked_at_every_step(no_plans):
         change(problem)
         change(twin)
         if name == "nothing":
-            assert len(no_plans._plans) == len(no_plans._calls) == 1
+            assert len(no_plans.plans) == len(no_plans.calls) == 1
     assert_same_bits(run(problem), twin.run(reference.rep_sgd_step))
 
 
 def test_it_forgets(monkeypatch, no_plans):
-    monkeypatch.setattr(tables, "REMEMBERED", 3)
+    monkeypatch.setattr(staging, "REMEMBERED", 3)
     for n in range(1, 9):
         assert_step(Problem([(n,)]))
-    assert len(no_plans._plans) <= 3
-    assert len(no_plans._calls) <= 3
+    assert len(no_plans.plans) <= 3
+    assert len(no_plans.calls) <= 3
 
 
 def test_a_step_of_the_optimizer_moves_the_version_counters():
@@ -329,4 +329,4 @@ def test_a_step_of_the_optimizer_moves_the_version_counters():
 
 
 def test_nothing_to_do():
-    on_any_device.test_nothing_to_do("triton", "cpu")
+    checks.nothing_to_do(rep_sgd_step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cases
+import checks
 import implementations
 import numpy as np
 import pytest
@@ -99,13 +100,7 @@ def test_unaligned_gradients_of_a_chunk_and_more(backend, device, dtype):
 
 @pytest.mark.parametrize(("backend", "device"), NORM)
 def test_kernel_on_what_is_unusual(backend, device):
-    norm = implementations.get("rep_grad_norm", backend, device)
-    strided = torch.arange(20.0).reshape(4, 5)[:, ::2].to(device)
-    assert float(norm([strided], [None], [None])) == pytest.approx(float(strided.norm()), rel=1e-6)
-    half = torch.ones(3, dtype=torch.complex64, device=device) * (3 + 4j)
-    assert float(norm([half], [None], [None])) == pytest.approx(75**0.5)
-    for bad in (float("inf"), float("nan")):
-        assert not torch.isfinite(norm([torch.tensor([1.0, bad], device=device)], [None], [None]))
+    checks.norm_of_what_is_unusual(implementations.get("rep_grad_norm", backend, device), device)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -3,86 +3,15 @@
 from __future__ import annotations
 
 import cases
+import checks
 import implementations
 import pytest
 import torch
+from cases import Problem, assert_same_bits
 
 from gradrep_kernels.ops import reference
 
 HYPER_IDS = [h.name for h in cases.HYPERS]
-
-
-class Problem:
-    """Parameters, gradients and buffers of a set of shapes, as the op takes them."""
-
-    def __init__(
-        self,
-        shapes,
-        form="repopt",
-        identity=True,
-        dtype=torch.float32,
-        hypers=(cases.HYPERS[3],),
-        channels_last=False,
-        first=False,
-        device="cpu",
-    ):
-        def make(seed):
-            tensors = [cases.tensor(shape, 100 * seed + n, dtype) for n, shape in enumerate(shapes)]
-            if channels_last:
-                tensors = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
-            return [t.to(device) for t in tensors]
-
-        mults = []
-        for n, shape in enumerate(shapes):
-            there = form if form in cases.scale_shapes(shape) else "none"
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            mults.append(cases.multiplier(shape, there, identity and cases.takes_identity(shape), wide, seed=n))
-        self.params, self.grads, self.buffers = make(1), make(2), make(3)
-        self.scales = [None if m is None else m.scale.to(device) for m in mults]
-        self.identities = [None if m is None or m.identity is None else m.identity.to(device) for m in mults]
-        self.groups = [n % len(hypers) for n in range(len(shapes))]
-        self.first = [first] * len(shapes)
-        self.hyper = torch.tensor(
-            [
-                [
-                    float(h.options.get(key, 0))
-                    for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-                ]
-                for h in hypers
-            ],
-            dtype=torch.float64,
-        )
-
-    def lists(self):
-        return self.params, self.grads, self.buffers, self.scales, self.identities, self.first, self.groups
-
-    def clone(self, device=None):
-        twin = object.__new__(Problem)
-        twin.__dict__.update(self.__dict__)
-        for name in ("params", "grads", "buffers"):
-            setattr(
-                twin,
-                name,
-                [t.clone(memory_format=torch.preserve_format).to(device or t.device) for t in getattr(self, name)],
-            )
-        for name in ("scales", "identities"):
-            setattr(twin, name, [None if t is None else t.to(device or t.device) for t in getattr(self, name)])
-        return twin
-
-    def run(self, step, **more):
-        step(*self.lists(), self.hyper, **more)
-        return self
-
-
-def assert_same_bits(actual: Problem, expected: Problem):
-    for name in ("params", "buffers", "grads"):
-        for n, (a, b) in enumerate(zip(getattr(actual, name), getattr(expected, name))):
-            a = a.cpu()
-            assert a.stride() == b.stride()
-            # NaN payloads are the processor's own affair
-            assert torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)), (
-                f"{name}[{n}] of shape {tuple(b.shape)}: {(a != b).sum()} elements differ"
-            )
 
 
 # ---- the reference against a stranger
@@ -242,68 +171,14 @@ def test_unscaling_and_overflow(backend, device, dtype):
 
 @pytest.mark.parametrize(("backend", "device"), STEP)
 def test_zeros_infinities_and_nan_pass_through(backend, device):
-    step = implementations.get("rep_sgd_step", backend, device)
-    for hyper in cases.HYPERS:
-        problem = Problem([(64,), (8, 8, 3, 3)], hypers=(hyper,))
-        for n, value in enumerate((0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45)):
-            for t in (*problem.params, *problem.grads, *problem.buffers):
-                t.view(-1)[n::17] = value
-        expected = problem.clone().run(reference.rep_sgd_step)
-        actual = problem.clone(device).run(step)
-        assert_same_bits(actual, expected)
-        for a, b in zip(actual.params, expected.params):
-            assert torch.equal(a.cpu().signbit() & ~a.cpu().isnan(), b.signbit() & ~b.isnan())  # −0 is not 0
+    checks.zeros_infinities_and_nan_pass_through(implementations.get("rep_sgd_step", backend, device), device)
 
 
 @pytest.mark.parametrize(("backend", "device"), STEP)
 def test_what_the_kernel_does_not_take_goes_to_the_reference(backend, device):
-    """Unlike strides, overlapping gradients, unlike dtypes, complex; beside tensors that the kernel does take."""
-    step = implementations.get("rep_sgd_step", backend, device)
-
-    def make():
-        p = [
-            cases.tensor((8, 6, 3, 3), 1, torch.float32),
-            cases.tensor((30, 20), 2, torch.float32),
-            cases.tensor((40,), 3, torch.float32),
-        ]
-        g = [
-            cases.tensor((8, 6, 3, 3), 4, torch.float32).to(memory_format=torch.channels_last),
-            cases.tensor((20, 30), 5, torch.float32).t(),
-        ]
-        g.append(torch.tensor([0.5]).expand(40))
-        p += [
-            cases.tensor((33, 2), 6, torch.float32),
-            cases.tensor((11, 2), 7, torch.float32),
-            torch.view_as_complex(cases.tensor((9, 2), 8, torch.float32)),
-        ]
-        g += [
-            cases.tensor((33, 2), 9, torch.bfloat16),
-            cases.tensor((11, 4), 10, torch.float32)[:, ::2],
-            torch.view_as_complex(cases.tensor((9, 2), 11, torch.float32)),
-        ]
-        problem = Problem([], hypers=(cases.HYPERS[6],))
-        problem.params, problem.grads, problem.buffers = p, g, [x.clone() * 0.5 for x in p]
-        problem.scales = [torch.rand(8, 1, 3, 3), None, torch.tensor(2.0), torch.rand(33, 1), None, torch.rand(9)]
-        problem.identities = [torch.ones(8)] + [None] * 5
-        problem.first, problem.groups = [False] * 6, [0] * 6
-        return problem
-
-    torch.manual_seed(0)
-    one = make()
-    other = one.clone()
-    other.grads = one.grads
-    moved = one.clone(device)
-    moved.grads = [
-        torch.empty_strided(g.shape, g.stride(), dtype=g.dtype, device=device).copy_(g)
-        if 0 not in g.stride()
-        else g.to(device)
-        for g in one.grads
-    ]
-    moved.run(step)
-    other.run(reference.rep_sgd_step)
-    for name in ("params", "buffers"):
-        for a, b in zip(getattr(moved, name), getattr(other, name)):
-            assert torch.equal(a.cpu(), b)
+    checks.what_the_kernel_does_not_take_goes_to_the_reference(
+        implementations.get("rep_sgd_step", backend, device), device
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -325,10 +200,8 @@ def test_threads_do_not_change_the_result(threads):
 
 @pytest.mark.parametrize(("backend", "device"), STEP)
 def test_nothing_to_do(backend, device):
-    implementations.get("rep_sgd_step", backend, device)(
-        [], [], [], [], [], [], [], torch.zeros(0, 6, dtype=torch.float64)
-    )
-    reference.rep_sgd_step([], [], [], [], [], [], [], torch.zeros(0, 6, dtype=torch.float64))
+    checks.nothing_to_do(implementations.get("rep_sgd_step", backend, device))
+    checks.nothing_to_do(reference.rep_sgd_step)
 
 
 def test_the_registered_default_is_there():

@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from cases_pairs import LAYOUTS, PAIRS, Pairs, laid_out, make, same_bits
+from cases_pairs import DTYPES, LAYOUTS, MANY, PAIRS, Pairs, laid_out, make
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import interpreter
 from implementations import on_gpu
+from triton_pairs import assert_ranges
 
-from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import pair_ranges, tables
+from gradrep_kernels.ops.triton import pair_ranges
 from gradrep_kernels.ops.triton import pair_walk as rule
-
-
-def assert_ranges(x: torch.Tensor, case: Pairs, op: Callable = pair_ranges) -> None:
-    """Both modes against the reference on the CPU; the map stays as it is."""
-    for remove_near in (False, True):
-        arguments = (case.flat_displacements(), list(case.padding), remove_near)
-        expected, expected_n = reference.pair_ranges(x.cpu(), *arguments)
-        before, version = x.clone(), x._version
-        ranges, n = op(x, *arguments)
-        assert torch.equal(n.cpu(), expected_n)
-        assert same_bits(ranges.cpu(), expected)
-        assert ranges.is_contiguous()
-        assert n.is_contiguous()
-        assert same_bits(x.double(), before.double())
-        assert x._version == version
+from gradrep_kernels.ops.triton.launching import LAUNCHES
 
 
 def test_in_the_interpreter():
@@ -43,7 +28,7 @@ def test_in_the_interpreter():
 
 
 def quotient(n: int, magic: int, shift: int) -> int:
-    """tables.quotient with the widths of a GPU."""
+    """division.quotient with the widths of a GPU."""
     assert 0 <= n < 2**31
     return (2 * n * (magic % 2**32) >> 32) >> shift
 
@@ -102,13 +87,6 @@ def test_what_goes_to_the_reference():
 
 # ---- on a GPU
 
-MANY = (
-    Pairs("many images", (1000, 3, 9, 9)),
-    Pairs("large maps", (2, 2, 300, 301)),
-    Pairs("many of both", (200, 65, 16, 16), kind="noise"),
-)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 
 @on_gpu
 @pytest.mark.parametrize("case", PAIRS + MANY, ids=lambda case: case.desc)
@@ -156,11 +134,11 @@ def test_the_host_waits_for_nothing():
     for remove_near in (False, True):
         pair_ranges(x, [0, 1], [1, 1], remove_near)
     before = torch.cuda.get_sync_debug_mode()
-    tables.LAUNCHES.clear()
+    LAUNCHES.clear()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for remove_near in (False, True):
             pair_ranges(x, [0, 1, 1, 1], [1, 1], remove_near)  # new displacements, so a new table
     finally:
         torch.cuda.set_sync_debug_mode(before)
-    assert dict(tables.LAUNCHES) == {("pair_ranges", str(x.device), torch.float32): 2}
+    assert dict(LAUNCHES) == {("pair_ranges", str(x.device), torch.float32): 2}

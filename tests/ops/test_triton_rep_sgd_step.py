@@ -17,11 +17,13 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import interpreter
+from cases import Problem, assert_same_bits
 from implementations import on_gpu
-from test_rep_sgd_step import Problem, assert_same_bits
 
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import INTERPRETED, rep_sgd_step, supports, tables
+from gradrep_kernels.ops.triton import INTERPRETED, addressing, plans, rep_sgd_step, supports
+from gradrep_kernels.ops.triton.division import magic_division
+from gradrep_kernels.ops.triton.launching import LAUNCHES
 
 
 def test_in_the_interpreter():
@@ -36,7 +38,7 @@ def test_captures_in_the_interpreter():
 
 
 def quotient(n: int, magic: int, shift: int) -> int:
-    """tables.quotient with the widths of a GPU."""
+    """division.quotient with the widths of a GPU."""
     assert 0 <= 2 * n < 2**32
     assert 0 < magic < 2**32
     return (2 * n * magic >> 32) >> shift
@@ -51,19 +53,19 @@ def test_magic_division():
         2**31 - 1,
     ]
     for divisor in divisors:
-        magic, shift = tables.magic_division(divisor)
+        magic, shift = magic_division(divisor)
         multiples = [chance.randrange(2**31 // divisor + 1) * divisor for _ in range(20)]
         for n in (0, 1, divisor - 1, divisor, 2**31 - 1, *multiples, *(m - 1 for m in multiples)):
             if 0 <= n < 2**31:
                 assert quotient(n, magic, shift) == n // divisor
 
 
-NAMES = list(vars(tables))
-COLUMN = {name: getattr(tables, name).value for name in NAMES[NAMES.index("FIRST_CHUNK") : NAMES.index("GEOMETRY")]}
+NAMES = list(vars(addressing))
+COLUMN = {name: getattr(addressing, name).value for name in NAMES[NAMES.index("FIRST_CHUNK") : NAMES.index("GEOMETRY")]}
 
 
 def multiplier_index(geometry: np.ndarray, place: int) -> tuple[int, int, bool]:
-    """What tables.multiplier reads at a place of a piece: index in scale, index in identity, whether the identity is there."""
+    """What addressing.multiplier reads at a place: index in scale, index in identity, whether the identity is there."""
     row = {name: int(geometry[column]) for name, column in COLUMN.items()}
     divide = {name: (row[name + "_MAGIC"] % 2**32, row[name + "_SHIFT"]) for name in ("ROW", "INNER", "CHANNELS")}
     o = quotient(place, *divide["ROW"])
@@ -95,7 +97,7 @@ HUGE = {  # weight, scale, identity, channels_last
 
 
 def described(t: torch.Tensor | None):
-    """As tables.describe tells of a tensor where the kernels run."""
+    """As plans.describe tells of a tensor where the kernels run."""
     return t if t is None else (t.dtype, -1 if INTERPRETED else 0, t.shape, t.stride())
 
 
@@ -107,10 +109,10 @@ def test_tensors_beyond_32_bits(name):
     weight = weight.to(memory_format=torch.channels_last) if channels_last else weight
     scale = torch.empty(scale_shape, device="meta")
     parts = [scale, torch.empty(shape[0], device="meta") if identity else None]
-    route = tables.route(((described(weight),) * 3, *map(described, parts), 0))
+    route = plans.route(((described(weight),) * 3, *map(described, parts), 0))
     assert route.scale_copy is None
     assert route.identity_copy is None
-    chunks, geometry = tables.chunk_tables([(piece, 0) for piece in route.pieces], 1024)
+    chunks, geometry = addressing.chunk_tables([(piece, 0) for piece in route.pieces], 1024)
     assert [piece.start for piece in route.pieces] == list(
         np.cumsum([0] + [piece.numel for piece in route.pieces[:-1]])
     )
@@ -146,7 +148,7 @@ def test_tensors_beyond_32_bits(name):
 
 def test_parts_start_where_128_bit_accesses_can():
     weight = torch.empty(2**15 + 3, 2**13, 3, 3, device="meta", dtype=torch.bfloat16)
-    route = tables.route(((described(weight),) * 3, None, None, 0))
+    route = plans.route(((described(weight),) * 3, None, None, 0))
     assert len(route.pieces) > 1
     assert all(piece.start * weight.itemsize % 16 == 0 for piece in route.pieces)
 
@@ -161,9 +163,9 @@ def test_where_it_can_be_used():
 @pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: the kernels take CPU tensors")
 def test_cpu_tensors_among_the_others_go_to_the_reference():
     problem = Problem([(40,), (5, 5, 3, 3)])
-    tables.LAUNCHES.clear()
+    LAUNCHES.clear()
     assert_same_bits(problem.clone().run(rep_sgd_step), problem.clone().run(reference.rep_sgd_step))
-    assert not tables.LAUNCHES
+    assert not LAUNCHES
 
 
 def test_without_triton_the_import_says_why(monkeypatch):
@@ -191,7 +193,7 @@ def reference_of(problem: Problem, **amp) -> Problem:
 
 
 @on_gpu
-@pytest.mark.parametrize("dtype", tables.COMPUTE, ids=str)
+@pytest.mark.parametrize("dtype", plans.COMPUTE, ids=str)
 def test_one_kernel_for_all_parameters_and_groups(dtype):
     problem = on_device(dtype=dtype)
     problem.run(rep_sgd_step)
@@ -207,7 +209,7 @@ def test_one_kernel_for_all_parameters_and_groups(dtype):
 
 
 @on_gpu
-@pytest.mark.parametrize("dtype", tables.COMPUTE, ids=str)
+@pytest.mark.parametrize("dtype", plans.COMPUTE, ids=str)
 def test_tensors_that_are_not_aligned(dtype):
     """Gradients as views into DDP's buckets start anywhere."""
     problem = on_device(dtype=dtype)
@@ -236,7 +238,7 @@ def test_the_host_waits_for_nothing():
 @on_gpu
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_cuda_graph_reads_live_values(warm):
-    """Learning rate, loss scale and overflow change between replays; tables are uploaded before or inside the capture."""
+    """Learning rate, loss scale and overflow change between replays. Tables are uploaded before or in the capture."""
     Problem([(40,)], device="cuda").run(rep_sgd_step)  # a module cannot be loaded inside a capture
     problem = on_device()
     problem.hyper = problem.hyper.cuda()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases_sgs import MAPS, Map, oracle_scaling
+from checks import SCALING_TOLERANCE, scaling
 from implementations import DEVICES
 
 import gradrep_kernels as gr
@@ -21,17 +22,9 @@ from gradrep_kernels.sgs.dependence import (
     spatial_dependence,
 )
 
-TOLERANCE = 1e-5  # G has float32 digits; the rest is rounding in Eq. 7
 PUBLISHED = (
     Path(os.environ.get("GRADREP_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data")) / "sgs_published.npz"
 )
-
-
-def scaling(x: torch.Tensor, case: Map, remove_near: bool = False) -> torch.Tensor:
-    return gr.spatial_gradient_scaling(
-        x, case.kernel_size, padding=case.padding, dilation=case.dilation, k=case.k, remove_near=remove_near
-    )
-
 
 BACKENDS = [("auto", "cpu"), ("reference", "cpu")]  # interpreted Triton: interpreted_joint_histogram.py
 BACKENDS += [
@@ -48,7 +41,7 @@ def test_against_the_oracle(case, remove_near, backend, device):
         g = scaling(x.to(device), case, remove_near).cpu()
     assert g.dtype == torch.float32
     assert g.shape == case.kernel_size
-    assert np.abs(g.numpy() - oracle_scaling(x.double().numpy(), case, remove_near)).max() < TOLERANCE
+    assert np.abs(g.numpy() - oracle_scaling(x.double().numpy(), case, remove_near)).max() < SCALING_TOLERANCE
     assert g.mean() == pytest.approx(1, abs=1e-6)
     assert torch.equal(g, g.flip(0, 1))
     assert g.argmax() == g.numel() // 2
@@ -67,7 +60,7 @@ def test_against_the_published_code(backend, device):
             g = gr.spatial_gradient_scaling(
                 x, (int(kh), int(kw)), padding=int(padding), k=k, remove_near=bool(remove_near)
             )
-        assert np.abs(g.cpu().numpy() - data[f"{name}/G"]).max() < TOLERANCE, name
+        assert np.abs(g.cpu().numpy() - data[f"{name}/G"]).max() < SCALING_TOLERANCE, name
 
 
 class TestWhereThePublishedScriptDiffers:

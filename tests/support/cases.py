@@ -10,7 +10,7 @@ from gradrep_kernels import GradMult
 
 CHUNK = 32768  # elements of one piece of work in the C++ step (csrc/step_plan.h)
 
-# Sizes that break things: nothing, one, around the vector tile (16 K) and the chunk, primes, non-square and even kernels.
+# Sizes that break things: none, one, around the vector tile (16 K) and the chunk, primes, non-square and even kernels.
 SHAPES = {
     "empty": (0, 3),
     "scalar": (),
@@ -90,7 +90,7 @@ def tensor(shape, seed: int, dtype=torch.float64) -> torch.Tensor:
 
 
 def unaligned(t: torch.Tensor, elements: int = 1) -> torch.Tensor:
-    """A copy of `t` that starts `elements` after an aligned place in memory, as a view into a bucket or an FSDP shard may."""
+    """A copy of `t` that starts `elements` after an aligned place, as a view into a bucket or an FSDP shard may."""
     beside = torch.full((t.numel() + elements + 8,), torch.inf, dtype=t.dtype, device=t.device)
     return beside[elements:].as_strided(t.shape, t.stride()).copy_(t)
 
@@ -111,3 +111,76 @@ def multiplier(shape, form: str, identity: bool, dtype=torch.float32, seed: int 
 
 def takes_identity(shape) -> bool:
     return len(shape) == 4 and shape[2] % 2 == 1 and shape[3] % 2 == 1
+
+
+class Problem:
+    """Parameters, gradients and buffers of a set of shapes, as the op takes them."""
+
+    def __init__(
+        self,
+        shapes,
+        form="repopt",
+        identity=True,
+        dtype=torch.float32,
+        hypers=(HYPERS[3],),
+        channels_last=False,
+        first=False,
+        device="cpu",
+    ):
+        def make(seed):
+            tensors = [tensor(shape, 100 * seed + n, dtype) for n, shape in enumerate(shapes)]
+            if channels_last:
+                tensors = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
+            return [t.to(device) for t in tensors]
+
+        mults = []
+        for n, shape in enumerate(shapes):
+            there = form if form in scale_shapes(shape) else "none"
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            mults.append(multiplier(shape, there, identity and takes_identity(shape), wide, seed=n))
+        self.params, self.grads, self.buffers = make(1), make(2), make(3)
+        self.scales = [None if m is None else m.scale.to(device) for m in mults]
+        self.identities = [None if m is None or m.identity is None else m.identity.to(device) for m in mults]
+        self.groups = [n % len(hypers) for n in range(len(shapes))]
+        self.first = [first] * len(shapes)
+        self.hyper = torch.tensor(
+            [
+                [
+                    float(h.options.get(key, 0))
+                    for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+                ]
+                for h in hypers
+            ],
+            dtype=torch.float64,
+        )
+
+    def lists(self):
+        return self.params, self.grads, self.buffers, self.scales, self.identities, self.first, self.groups
+
+    def clone(self, device=None):
+        twin = object.__new__(Problem)
+        twin.__dict__.update(self.__dict__)
+        for name in ("params", "grads", "buffers"):
+            setattr(
+                twin,
+                name,
+                [t.clone(memory_format=torch.preserve_format).to(device or t.device) for t in getattr(self, name)],
+            )
+        for name in ("scales", "identities"):
+            setattr(twin, name, [None if t is None else t.to(device or t.device) for t in getattr(self, name)])
+        return twin
+
+    def run(self, step, **more):
+        step(*self.lists(), self.hyper, **more)
+        return self
+
+
+def assert_same_bits(actual: Problem, expected: Problem):
+    for name in ("params", "buffers", "grads"):
+        for n, (a, b) in enumerate(zip(getattr(actual, name), getattr(expected, name))):
+            a = a.cpu()
+            assert a.stride() == b.stride()
+            # NaN payloads are the processor's own affair
+            assert torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)), (
+                f"{name}[{n}] of shape {tuple(b.shape)}: {(a != b).sum()} elements differ"
+            )

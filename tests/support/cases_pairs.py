@@ -1,4 +1,4 @@
-"""Feature maps on which every implementation of `pair_ranges` and `joint_histogram` must equal the reference, bit for bit."""
+"""Feature maps on which every implementation of the pair ops must equal the reference, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAYOUTS = ("contiguous", "channels_last", "cut", "every_other", "columns_first",
 
 
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values at other addresses, the neighbours in memory being NaN ("one_image_repeated": the first image N times)."""
+    """The same values at other addresses, between NaN in memory. ("one_image_repeated": the first image N times)"""
     n, c, h, w = x.shape
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
@@ -163,6 +163,16 @@ PAIRS = (
     Pairs("NaN fp16", (3, 4, 9, 11), dtype=torch.float16, kind="NaN"),
     Pairs("infinities bf16", (3, 4, 9, 11), dtype=torch.bfloat16, kind="infinities"),
 )
+
+
+MANY = (
+    Pairs("many images", (1000, 3, 9, 9)),
+    Pairs("large maps", (2, 2, 300, 301)),
+    Pairs("many of both", (200, 65, 16, 16), kind="noise"),
+)
+"""Maps for a GPU: more programs than fit on it."""
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -1,4 +1,6 @@
-"""What compilers make of the GPU kernels, in float32, as a Markdown table (bench/results/compiled.md). Needs Triton and nvcc, no GPU.
+"""Print what compilers make of the GPU kernels, in float32, as a Markdown table.
+
+It needs Triton and nvcc, no GPU.
 
 python tests/support/compiled_figures.py > bench/results/compiled.md
 """
@@ -6,18 +8,13 @@ python tests/support/compiled_figures.py > bench/results/compiled.md
 from __future__ import annotations
 
 import re
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
-
 import compile_gate
-import test_compile_gate
-import test_compile_gate_cuda
-import test_compile_gate_histogram
 import torch
 import triton
+from gate_variants import compiled_over_pairs, compiled_over_parameters
 
 from gradrep_kernels.ops.triton.joint_histogram import block, joint_histogram_kernel, private_cells
 from gradrep_kernels.ops.triton.pair_ranges import BLOCK, pair_ranges_kernel
@@ -33,7 +30,7 @@ CUDA = {  # kernels as the compiler names them
 
 
 def triton_kernels(target: str) -> dict[str, compile_gate.Compiled]:
-    step, pairs = test_compile_gate.compiled, test_compile_gate_histogram.compiled
+    step, pairs = compiled_over_parameters, compiled_over_pairs
     table = {"CELLS": private_cells(23), "BLOCK": block(compile_gate.TARGETS[target].warp_size)}
     plain = {"grad_scale": None, "found_inf": None}
     return {
@@ -46,15 +43,15 @@ def triton_kernels(target: str) -> dict[str, compile_gate.Compiled]:
 
 def figures() -> dict[str, dict[str, compile_gate.Compiled]]:
     """By kernel and target."""
-    found: dict[str, dict[str, compile_gate.Compiled]] = {}
+    rows: dict[str, dict[str, compile_gate.Compiled]] = {}
     for target in compile_gate.TARGETS:
         for kernel, made in triton_kernels(target).items():
-            found.setdefault(kernel, {})[target] = made
+            rows.setdefault(kernel, {})[target] = made
     with tempfile.TemporaryDirectory() as folder:
-        _, compiled = compile_gate.compile_cuda(Path(folder), test_compile_gate_cuda.TARGETS)
+        _, compiled = compile_gate.compile_cuda(Path(folder), compile_gate.CUDA_TARGETS)
     for kernel, start in CUDA.items():
-        found[kernel] = {target: made for (name, target), made in compiled.items() if start in name}
-    return found
+        rows[kernel] = {target: made for (name, target), made in compiled.items() if start in name}
+    return rows
 
 
 def table() -> str:
@@ -75,9 +72,11 @@ if __name__ == "__main__":
     nvcc = re.search(r"release ([\d.]+)", compile_gate.setup_py().ask_nvcc("--version"))[1]
     print("# What compilers make of the GPU kernels\n")
     print(
-        f"No GPU is needed for this, and none ran. Triton {triton.__version__}, nvcc {nvcc}. `python tests/support/compiled_figures.py`\n"
+        f"No GPU is needed for this, and none ran. Triton {triton.__version__}, nvcc {nvcc}. "
+        "`python tests/support/compiled_figures.py`\n"
     )
     print(
-        "Registers of a thread, static bytes of shared memory of a block; nothing spills. CUDA C++ is not compiled for AMD.\n"
+        "Registers of a thread, static bytes of shared memory of a block; nothing spills. "
+        "CUDA C++ is not compiled for AMD.\n"
     )
     print(table())

@@ -1,4 +1,7 @@
-"""Triton: the portable GPU implementations, same file names as reference/. Importing this raises ImportError, with the reason, where Triton is absent."""
+"""The portable GPU implementations, in Triton. Files are named as in reference/.
+
+Importing this raises ImportError, with the reason, where Triton is absent.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ except ImportError as error:
     ) from error
 
 from gradrep_kernels.ops.triton.joint_histogram import joint_histogram, joint_histogram_
+from gradrep_kernels.ops.triton.launching import INTERPRETED
 from gradrep_kernels.ops.triton.pair_ranges import pair_ranges
 from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm
 from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step
-from gradrep_kernels.ops.triton.tables import INTERPRETED
 
 __all__ = [
     "INTERPRETED",

@@ -1,11 +1,15 @@
-"""Second pass of spatial gradient scaling in Triton: bin numbers and counts in one kernel, with no temporary of the map's size.
+"""Second pass of spatial gradient scaling in Triton: bin numbers and counts in one kernel.
 
-A program counts into private tables in registers, GROUP of them, block by block with tl.histogram, and adds them to the result
-once. On AMD, and up to Triton 3.7 on NVIDIA, tl.histogram takes a population count per 32 (64) cells and pair, so a table is
-not rounded up to a power of two: 23 and 24 bins take 512 + 64 cells. From 3.8 on NVIDIA has shared-memory atomics.
+It makes no temporary of the map's size.
 
-For (2560, 64, 32, 32), 3x3, 23 bins the machine code for sm_90 issues 185 instructions a pair up to Triton 3.7, 117 of them
-integer arithmetic, and 87 from 3.8: at best 6.0 and 2.2 ms on an H200, where reading the map takes 0.16 ms. (Not measured.)
+A program counts into private tables in registers, GROUP of them, block by block with tl.histogram, and adds them to the
+result once. On AMD, and up to Triton 3.7 on NVIDIA, tl.histogram takes a population count per 32 (64) cells and pair,
+so a table is not rounded up to a power of two: 23 and 24 bins take 512 + 64 cells. From 3.8 on NVIDIA has shared-memory
+atomics.
+
+For (2560, 64, 32, 32), 3x3, 23 bins the machine code for sm_90 issues 185 instructions a pair up to Triton 3.7, 117 of
+them integer arithmetic, and 87 from 3.8: at best 6.0 and 2.2 ms on an H200, where reading the map takes 0.16 ms. (Not
+measured.)
 """
 
 from __future__ import annotations
@@ -22,7 +26,10 @@ from gradrep_kernels.ops.triton import pair_walk as rule
 GROUP = rule.GROUP
 
 CELLS = {22: 512, 24: 512 + 64, 32: 512 + 512}
-"""Most bins -> cells of a private table. Sturges' rule gives at most 24 bins up to 8.4 million pairs, 32 up to 2 billion."""
+"""Most bins -> cells of a private table.
+
+Sturges' rule gives at most 24 bins up to 8.4 million pairs, 32 up to 2 billion.
+"""
 
 FIRST = tl.constexpr(512)
 """Cells of a table that are counted by themselves. The rest must be a power of two, and divide them."""
@@ -144,7 +151,10 @@ def joint_histogram_kernel(
 
 
 def block(lanes: int = rule.LANES) -> int:
-    """Places that a program takes at a time: 4 a thread, 2 on AMD, where the ballots of 4 do not fit into the scalar registers."""
+    """Places that a program takes at a time: 4 a thread, 2 on AMD.
+
+    The ballots of 4 do not fit into the scalar registers there.
+    """
     return 2**15 // lanes
 
 
@@ -162,10 +172,12 @@ def joint_histogram(
     padding: list[int],
     remove_near: bool,
 ) -> Tensor:
-    """As `reference.joint_histogram`, to the last count. The host waits for nothing, and a CUDA graph can record it.
+    """As `reference.joint_histogram`, to the last count.
 
-    With more than 32 bins every pair is an atomic addition to the result itself: the time is that of its most frequent cell.
-    A padded image of more than 2^29 pixels goes to the reference.
+    The host waits for nothing, and a CUDA graph can record it.
+
+    With more than 32 bins every pair is an atomic addition to the result itself: the time is that of its most frequent
+    cell. A padded image of more than 2^29 pixels goes to the reference.
     """
     counts = x.new_zeros((x.shape[1], len(displacements) // 2, max_bins, max_bins), dtype=torch.int64)
     joint_histogram_(counts, x, displacements, ranges, bins, padding, remove_near)

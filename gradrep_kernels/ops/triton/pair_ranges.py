@@ -1,4 +1,7 @@
-"""First pass of spatial gradient scaling in Triton: the ranges of both sides and the number of pairs, with no copy of the map."""
+"""First pass of spatial gradient scaling in Triton: ranges of both sides and number of pairs.
+
+It makes no copy of the map.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ from gradrep_kernels.ops.triton import pair_walk as rule
 GROUP = rule.GROUP
 
 BLOCK = 256
-"""Places that a program takes at a time, each for GROUP displacements: one a thread, so that 32 warps fit on a multiprocessor."""
+"""Places that a program takes at a time, each for GROUP displacements.
+
+One a thread, so that 32 warps fit on a multiprocessor.
+"""
 
 ALL = tl.constexpr(tl.PropagateNan.ALL)
 

@@ -1,14 +1,15 @@
-"""What the kernels over pairs of pixels share: which program takes which pixels, and the rule of reference/bins.py on the device.
+"""The walk over pairs of pixels: which program takes which pixels, and the rule for bins on the device.
+
+The rule is that of reference/pair_rule.py.
 
 The padded images of a channel follow one another: place n * plane + i * columns + j is row i, column j of image n, with
-plane = rows * columns. A program takes GROUP displacements of one channel and a run of places: whole images, or a part of a
-large one. So a pixel is read once for GROUP displacements, and neighbouring programs take neighbouring channels, which share
-cache lines in channels_last. The padding is nowhere in memory: loads outside the map are masked.
+plane = rows * columns. A program takes GROUP displacements of one channel and a run of places: whole images, or a part
+of a large one. So a pixel is read once for GROUP displacements, and neighbouring programs take neighbouring channels,
+which share cache lines in channels_last. The padding is nowhere in memory: loads outside the map are masked.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradrep_kernels.ops.triton import tables
+from gradrep_kernels.ops.triton import launching, staging
+from gradrep_kernels.ops.triton.division import magic_division, quotient
 
 GROUP = tl.constexpr(4)
 """Displacements of a program: all of 3x3, and a divisor of 5x5's 12 and 7x7's 24."""
@@ -34,10 +36,11 @@ PROGRAMS = 4096
 LANES = 64 if torch.version.hip else 32
 
 ARGUMENTS = [
-    "x", "displacements", "stride_n", "stride_c", "stride_h", "stride_w", "images", "channels", "height", "width", "pad_rows", "pad_columns",
+    "x", "displacements", "stride_n", "stride_c", "stride_h", "stride_w", "images", "channels", "height", "width",
+    "pad_rows", "pad_columns",
     "plane_magic", "plane_shift", "row_magic", "row_shift", "pairs", "images_each", "parts", "span",
 ]  # fmt: skip
-"""What every kernel here takes first (see `work`)."""
+"""The first arguments of every kernel over pairs (see `work`)."""
 
 # ---- on the device
 
@@ -79,9 +82,9 @@ def pixels(
 ):
     """Row, column and offset in memory of the next BLOCK places."""
     n = done + tl.arange(0, BLOCK)
-    image = tables.quotient(start + n, plane_magic.to(tl.uint32, bitcast=True), plane_shift)
+    image = quotient(start + n, plane_magic.to(tl.uint32, bitcast=True), plane_shift)
     in_plane = start + n - image * plane
-    i = tables.quotient(in_plane, row_magic.to(tl.uint32, bitcast=True), row_shift)
+    i = quotient(in_plane, row_magic.to(tl.uint32, bitcast=True), row_shift)
     j = in_plane - i * columns
     offset = image.to(tl.int64) * stride_n + i.to(tl.int64) * stride_h + j.to(tl.int64) * stride_w
     return tl.where(n < places, i, NOWHERE), j, offset
@@ -105,7 +108,7 @@ def bin_number(values, lo, inv, bins):
 
 # ---- on the host
 
-_displacement_tables: dict[tuple, Tensor] = {}
+displacement_tables: dict[tuple, Tensor] = {}
 
 
 def options(lanes: int = LANES) -> dict[str, Any]:
@@ -118,16 +121,16 @@ def options(lanes: int = LANES) -> dict[str, Any]:
 
 def displacement_table(displacements: tuple[int, ...], device: torch.device) -> Tensor:
     """[D, 2] int32 on the device. Farther ones than a plane can be long have no pairs either."""
-    in_capture = tables.capturing(device)  # where a table that another stream uploaded may not have arrived
-    key = (displacements, device, tables.stream(device))
-    if key in _displacement_tables and not in_capture:
-        tables.staging.reserve()
-        return _displacement_tables[key]
-    table = tables.upload(
+    in_capture = staging.capturing(device)  # where a table that another stream uploaded may not have arrived
+    key = (displacements, device, staging.stream(device))
+    if key in displacement_tables and not in_capture:
+        staging.room.reserve()
+        return displacement_tables[key]
+    table = staging.upload(
         torch.tensor(displacements, device="cpu").clamp(-PLACES, PLACES).to(torch.int32).view(-1, 2), device
     )
     if not in_capture:
-        tables.remember(_displacement_tables, key, table)
+        staging.remember(displacement_tables, key, table)
     return table
 
 
@@ -140,7 +143,10 @@ class Work(NamedTuple):
 
 
 def work(x: Tensor, displacements: Sequence[int], padding: Sequence[int], block: int) -> Work | None:
-    """Programs take some `block` places at a time. None where the reference must serve: no pair at all, or a plane of more than PLACES."""
+    """Deal a call to programs, which take some `block` places at a time.
+
+    None if the reference must serve: there is no pair at all, or a plane has more than PLACES.
+    """
     (images, channels, height, width), pairs = x.shape, len(displacements) // 2
     columns = width + 2 * padding[1]
     plane = (height + 2 * padding[0]) * columns
@@ -152,7 +158,7 @@ def work(x: Tensor, displacements: Sequence[int], padding: Sequence[int], block:
     span = min(images_each * plane, triton.cdiv(share, block) * block)
     parts = triton.cdiv(images_each * plane, span)
     chunks = triton.cdiv(images, images_each) * parts
-    magic = [number for size in (plane, columns) for number in tables.magic_division(size)]
+    magic = [number for size in (plane, columns) for number in magic_division(size)]
     values = (
         x, displacement_table(tuple(displacements), x.device), *x.stride(), images, channels, height, width, *padding,
         *(number - 2**32 if number >= 2**31 else number for number in magic), pairs, images_each, parts, span,
@@ -162,6 +168,4 @@ def work(x: Tensor, displacements: Sequence[int], padding: Sequence[int], block:
 
 def launch(op: str, kernel: Any, work: Work, **arguments: Any) -> None:
     x = work.arguments["x"]
-    tables.LAUNCHES[op, str(x.device), x.dtype] += 1
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        kernel[(work.programs,)](**work.arguments, **arguments, **options())
+    launching.launch(op, x.device, x.dtype, kernel, work.programs, **work.arguments, **arguments, **options())

@@ -1,0 +1,62 @@
+"""The step's frame under a second update, with two states.
+
+test_triton_step_frame.py runs this file with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import cases
+import pytest
+import torch
+from second_step import pack, reference, second_step, second_step_kernel
+
+from gradrep_kernels.ops.triton.launching import LAUNCHES
+from gradrep_kernels.ops.triton.step_op import StepOp
+
+SHAPES = [(1030,), (5, 5, 3, 3), (1,), (12, 4, 3, 3)]
+HYPER = torch.tensor([[0.1, 0.5, 0.9], [0.01, 0.0, 1.0]], dtype=torch.float64)
+
+
+def columns(dtype=torch.float32) -> list[list]:
+    arrays = [[cases.tensor(shape, 10 * n + k, dtype) for k, shape in enumerate(SHAPES)] for n in range(4)]
+    mults = [cases.multiplier(shape, "dense", len(shape) == 4, dtype) for shape in SHAPES]
+    return [*arrays, [m.scale for m in mults], [m.identity for m in mults], [False, True, False, False], [0, 1, 1, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("aligned", [True, False])
+def test_all_states_have_the_references_bits(aligned, dtype):
+    ours, twin = columns(dtype), columns(dtype)
+    if not aligned:
+        ours[3] = [cases.unaligned(t) for t in ours[3]]
+    LAUNCHES.clear()
+    second_step(*ours, HYPER)
+    reference(*twin, HYPER)
+    assert LAUNCHES["reference", "cpu", dtype] == 1
+    for got, wanted in zip(ours[:4], twin[:4]):
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+
+
+def test_it_is_called_as_the_reference_is():
+    assert inspect.signature(second_step) == inspect.signature(reference)
+    assert second_step.states == ["fast", "slow"]
+    names = list(inspect.signature(reference).parameters)
+    ours, twin = columns(), columns()
+    second_step(**dict(zip(names, [*ours, HYPER])), found_inf=torch.tensor([1.0]))
+    assert all(torch.equal(a, b) for a, b in zip(ours[0], twin[0]))
+    second_step(*ours[:3], **dict(zip(names[3:], [*ours[3:], HYPER])), grad_scale=None)
+    reference(*twin, HYPER)
+    assert all(torch.equal(a, b) for got, wanted in zip(ours[:4], twin[:4]) for a, b in zip(got, wanted))
+    with pytest.raises(TypeError, match="missing a required argument: 'hyper'"):
+        second_step(*ours)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        second_step(*ours, HYPER, None, None, None)
+
+
+def test_a_leaf_that_does_not_fit_is_refused():
+    with pytest.raises(TypeError, match=r"takes the states \['fast', 'slow'\], its kernel 1 of them"):
+        StepOp(reference, second_step_kernel, 1, pack, lambda group: 1)
+    with pytest.raises(TypeError, match="has not the form of a step"):
+        StepOp(lambda params, hyper: None, second_step_kernel, 2, pack, lambda group: 2)

@@ -1,0 +1,34 @@
+"""The variants of the Triton kernels that launches make, compiled as the launches do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import compile_gate
+import torch
+
+from gradrep_kernels.ops.reference.pair_rule import compute_dtype
+from gradrep_kernels.ops.triton import pair_walk, plans
+
+TYPE = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TABLES = {"chunks": "*i32", "geometry": "*i32", "pointers": "*i64"}
+"""Of the kernels over parameters."""
+POINTERS = {"displacements": "*i32", "bins": "*i32", "counts": "*i64", "n": "*i64"}
+"""Of the kernels over pairs of pixels."""
+
+
+def compiled_over_parameters(kernel, dtype, target, types, constants) -> compile_gate.Compiled:
+    constants = {"DTYPE": plans.TRITON_DTYPE[dtype], "BLOCK": plans.BLOCK[dtype], **constants}
+    options = plans.options(dtype, compile_gate.TARGETS[target].warp_size)
+    return compile_gate.compile_variant(kernel, {**TABLES, **types}, constants, target, **options)
+
+
+def compiled_over_pairs(
+    kernel, dtype, target, constants, types: Mapping[str, str] | None = None
+) -> compile_gate.Compiled:
+    wide = TYPE[compute_dtype(dtype)]
+    types = {"x": TYPE[dtype], "ranges": wide, "ends": wide, **POINTERS, **(types or {})}
+    options = pair_walk.options(compile_gate.TARGETS[target].warp_size)
+    return compile_gate.compile_variant(
+        kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, constants, target, **options
+    )
