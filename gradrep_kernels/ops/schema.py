@@ -36,9 +36,34 @@ class StepRule:
     states: tuple[str, ...]  # the columns with the optimizer's arrays
     multipliers: tuple[str, ...]  # the columns with the parts of the multipliers, of which any entry may be None
     hyper: tuple[str, ...]  # the columns of the table of hyper-parameters: names of a param group's entries
-    keeps_state: Callable[
-        [Tensor], list[bool]
-    ]  # table [G, H] -> for each group, whether its states are read and written
+    keeps_state: Callable[[Tensor], list[bool]]  # table [G, H] -> whether each group's states are read and written
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("params", "grads", *self.states, *self.multipliers, "first_steps", "groups")
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (*self.columns, "hyper", "grad_scale", "found_inf")
+
+    def dealt(self, given: Sequence[Any], named: dict[str, Any]) -> tuple[Sequence[list], Tensor, Any, Any]:
+        """Deal the arguments of a call, of which any may be named: (columns, hyper, grad_scale, found_inf)."""
+        names = self.arguments
+        if named or len(given) != len(names):
+            values = {"grad_scale": None, "found_inf": None, **dict(zip(names, given)), **named}
+            twice = named.keys() & set(names[: len(given)])
+            if len(given) > len(names) or twice or values.keys() != set(names):
+                raise TypeError(f"a step takes {', '.join(names)}; got {len(given)} arguments and {list(named)}")
+            given = [values[name] for name in names]
+        return given[:-3], *given[-3:]
+
+    def taken_apart(self, columns: Sequence[Any]) -> tuple[Any, Any, Sequence[Any], Sequence[Any], Any, Any]:
+        """Take the columns, or one parameter's row of them, apart.
+
+        They are (params, grads, states, multipliers, first_steps, groups).
+        """
+        behind = 2 + len(self.states)
+        return *columns[:2], columns[2:behind], columns[behind:-2], *columns[-2:]
 
 
 @dataclass(frozen=True)
@@ -51,11 +76,6 @@ class Op:
     reference: Callable | None = None  # None for the ops of a plan, which only a backend with kernels has
     fake: Callable | None = None  # shapes without data, for an op that returns tensors
     step: StepRule | None = None
-
-    @property
-    def columns(self) -> int:
-        """How many of a step op's arguments have one entry for each parameter."""
-        return 4 + len(self.step.states) + len(self.step.multipliers)
 
 
 def op(
@@ -78,6 +98,8 @@ def op(
 
     def declare(reference: Callable) -> Callable:
         name = reference.__name__
+        if step is not None and tuple(inspect.signature(reference).parameters) != step.arguments:
+            raise TypeError(f"{name}: a step with this rule takes {', '.join(step.arguments)}")
         reference.op = Op(name, schema_of(reference, writes, returns), meaning, reference, fake, step)
         return reference
 

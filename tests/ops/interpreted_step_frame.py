@@ -10,10 +10,10 @@ import inspect
 import cases
 import pytest
 import torch
-from second_step import pack, reference, second_step, second_step_kernel
+from second_step import reference, second_step
 
+from gradrep_kernels.ops.schema import op
 from gradrep_kernels.ops.triton.launching import LAUNCHES
-from gradrep_kernels.ops.triton.step_op import StepOp
 
 SHAPES = [(1030,), (5, 5, 3, 3), (1,), (12, 4, 3, 3)]
 HYPER = torch.tensor([[0.1, 0.5, 0.9], [0.01, 0.0, 1.0]], dtype=torch.float64)
@@ -41,7 +41,6 @@ def test_all_states_have_the_references_bits(aligned, dtype):
 
 def test_it_is_called_as_the_reference_is():
     assert inspect.signature(second_step) == inspect.signature(reference)
-    assert second_step.states == ["fast", "slow"]
     names = list(inspect.signature(reference).parameters)
     ours, twin = columns(), columns()
     second_step(**dict(zip(names, [*ours, HYPER])), found_inf=torch.tensor([1.0]))
@@ -49,14 +48,14 @@ def test_it_is_called_as_the_reference_is():
     second_step(*ours[:3], **dict(zip(names[3:], [*ours[3:], HYPER])), grad_scale=None)
     reference(*twin, HYPER)
     assert all(torch.equal(a, b) for got, wanted in zip(ours[:4], twin[:4]) for a, b in zip(got, wanted))
-    with pytest.raises(TypeError, match="missing a required argument: 'hyper'"):
+    with pytest.raises(TypeError, match=r"a step takes .* got 8 arguments"):
         second_step(*ours)
-    with pytest.raises(TypeError, match="too many positional arguments"):
+    with pytest.raises(TypeError, match=r"a step takes .* got 12 arguments"):
         second_step(*ours, HYPER, None, None, None)
 
 
 def test_a_leaf_that_does_not_fit_is_refused():
-    with pytest.raises(TypeError, match=r"takes the states \['fast', 'slow'\], its kernel 1 of them"):
-        StepOp(reference, second_step_kernel, 1, pack, lambda group: 1)
-    with pytest.raises(TypeError, match="has not the form of a step"):
-        StepOp(lambda params, hyper: None, second_step_kernel, 2, pack, lambda group: 2)
+    def no_step(params: list[torch.Tensor], hyper: torch.Tensor) -> None: ...
+
+    with pytest.raises(TypeError, match="no_step: a step with this rule takes params, grads, fast, slow, scales"):
+        op("what it means", step=reference.op.step)(no_step)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradrep_kernels.ops.reference.multiply import multiply
+from gradrep_kernels.ops.schema import StepRule, op
 from gradrep_kernels.ops.triton.addressing import multiplier
 from gradrep_kernels.ops.triton.step_frame import ARGUMENTS, step_frame
 from gradrep_kernels.ops.triton.step_op import StepOp
@@ -16,6 +17,16 @@ STATES = tl.constexpr(2)
 COLUMNS = tl.constexpr(3)
 
 
+@op(
+    "shows what a leaf costs",
+    writes=("params", "fast", "slow"),
+    step=StepRule(
+        states=("fast", "slow"),
+        multipliers=("scales", "identities"),
+        hyper=("lr", "fast_decay", "slow_decay"),
+        keeps_state=lambda hyper: [True] * len(hyper),
+    ),
+)
 def reference(
     params: list[Tensor],
     grads: list[Tensor],
@@ -64,4 +75,4 @@ def pack(hyper: Tensor, dtype: torch.dtype) -> Tensor:
     return hyper.to(dtype)
 
 
-second_step = StepOp(reference, second_step_kernel, STATES.value, pack, lambda group: 2)
+second_step = StepOp(reference, second_step_kernel, pack)

@@ -25,21 +25,22 @@ def takes(p: Tensor, grad: Tensor, states: Sequence[Tensor]) -> bool:
 
 
 def step_front(name: str) -> Callable[..., None]:
-    """Make the front of the C++ kernel of a step op. It takes the reference's arguments, by position.
+    """Make the front of the C++ kernel of a step op. It takes the reference's arguments.
 
     Parameters that the kernel cannot update go to the reference, which gives the same result.
     """
     op, kernel = OPS[name], registered(name)
     reference, rule = op.reference, op.step
-    first_state, behind_states = 2, 2 + len(rule.states)
 
     @functools.wraps(reference)
-    def front(*arguments, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        columns, (hyper, *scaler) = arguments[: op.columns], arguments[op.columns :]
-        grad_scale, found_inf = (*scaler, grad_scale, found_inf)[:2] if scaler else (grad_scale, found_inf)
+    def front(*arguments, **named) -> None:
+        columns, hyper, grad_scale, found_inf = rule.dealt(arguments, named)
         keeps_state = rule.keeps_state(hyper)
         rows = list(zip(*columns))
-        taken = [takes(*row[:2], row[first_state:behind_states] if keeps_state[row[-1]] else ()) for row in rows]
+        taken = []
+        for row in rows:
+            p, grad, states, _, _, group = rule.taken_apart(row)
+            taken.append(takes(p, grad, states if keeps_state[group] else ()))
         numbers = [None if number is None else number.float() for number in (grad_scale, found_inf)]
         for step, wanted in ((kernel, True), (reference, False)):
             chosen = [list(column) for column in zip(*(row for row, take in zip(rows, taken) if take is wanted))]

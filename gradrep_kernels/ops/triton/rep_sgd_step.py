@@ -61,9 +61,4 @@ def pack(hyper: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat((hyper[:, :2], 1 - hyper[:, 2:3], hyper[:, 3:4], switches), dim=1).to(dtype)
 
 
-def states_used(group: list[float]) -> int:
-    """Without momentum the buffer is not used, and may be any tensor."""
-    return 0 if group[1] == 0 else 1
-
-
-rep_sgd_step = StepOp(reference.rep_sgd_step, rep_sgd_step_kernel, STATES.value, pack, states_used)
+rep_sgd_step = StepOp(reference.rep_sgd_step, rep_sgd_step_kernel, pack)
