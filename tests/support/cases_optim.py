@@ -7,6 +7,9 @@ from torch import nn
 
 import gradrep_kernels as gr
 
+MOMENTUM = {"momentum": 0.9, "weight_decay": 0.01}
+STEADY = 4  # steps after which a cached plan, where there is one, is in use
+
 
 def net(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
     """Plain, grouped, depthwise and 5 x 5 convolutions on 3 x 6 x 6 images, vectors and a matrix."""
@@ -123,3 +126,49 @@ def assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-13) -> 
         rtol=0,
         atol=tolerance * (1.0 + (float(b.detach().abs().max()) if b.numel() else 0.0)),
     )
+
+
+def weights(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def buffers(opt) -> list[torch.Tensor]:
+    return [state["momentum_buffer"].clone() for state in opt.state.values()]
+
+
+def all_equal(a, b) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def overflow(pair) -> None:
+    next(pair.ours.parameters()).grad.view(-1)[1] = float("inf")
+
+
+def scaled_step(scaler, opt) -> None:
+    scaler.scale(torch.zeros(()))  # makes the scale; gradients are set by hand
+    scaler.step(opt)
+    scaler.update()
+
+
+def clip_twin(pair: Pair, max_norm: float) -> None:
+    norm = (
+        sum(float((q.grad.double().square() * pair.masks.get(q, torch.ones(()))).sum()) for q in pair.twin.parameters())
+        ** 0.5
+    )
+    for q in pair.twin.parameters():
+        q.grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
+
+
+def amp_steps(pair: Pair, scaler, steps: int = STEADY, clip: float | None = None) -> None:
+    """Gradients times the scale for ours, as they are for the twin."""
+    for step in range(steps):
+        pair.set_grads(30 + step)
+        scaler.scale(torch.zeros(()))
+        for p in pair.ours.parameters():
+            p.grad.mul_(scaler.get_scale())
+        if clip is not None:
+            scaler.unscale_(pair.opt)
+            pair.opt.clip_grad_norm_(clip)
+            clip_twin(pair, clip)
+        scaled_step(scaler, pair.opt)
+        oracle_step(pair.sgd, pair.masks)
