@@ -176,7 +176,7 @@ class RepOptimizer(Optimizer):
         if found_inf is not None and not work.is_steady and found_inf.item() != 0:
             return  # a skipped step must not leave a state behind
         take_steps(work, rule, hyper_table(groups, OPS[rule.op].step.hyper), (grad_scale, found_inf))
-        for p, key, state in work.new_states:
+        for (p, key), state in work.new_states.items():
             self.state[p][key] = state
         for group, p in work.sparse:
             if grad_scale is not None:
