@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases_optim import (
-    MOMENTUM,
-    STEADY,
-    Pair,
-    all_equal,
-    amp_steps,
-    assert_close,
-    buffers,
-    net,
-    overflow,
-    scaled_step,
-    weights,
-)
-
-from gradrep_kernels import FusedRepSGD
-
-pytestmark = pytest.mark.usefixtures("backend")
+from cases_optim import STEADY, Pair, all_equal, amp_steps, assert_close, net, overflow, scaled_step
 
 
-def test_overflow_on_the_first_amp_step_leaves_no_state():
-    pair = Pair(torch.float32, fused=True, **MOMENTUM)
+def test_overflow_on_the_first_amp_step_leaves_no_state(case):
+    pair = Pair(case, torch.float32, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     pair.set_grads(0)
     overflow(pair)
-    before, grads = weights(pair.ours), [p.grad.clone() for p in pair.ours.parameters()]
+    before, grads = pair.weights(), [p.grad.clone() for p in pair.ours.parameters()]
     scaled_step(scaler, pair.opt)
-    assert all_equal(before, weights(pair.ours))
+    assert all_equal(before, pair.weights())
     assert all_equal(grads, [p.grad for p in pair.ours.parameters()])
     assert not pair.opt.state
     assert scaler.get_scale() == 4.0
@@ -40,22 +24,22 @@ def test_overflow_on_the_first_amp_step_leaves_no_state():
 
 @pytest.mark.parametrize("steps", [0, 1, STEADY])
 @pytest.mark.parametrize("found", [2.0, 8.0, 0.5, float("nan")])
-def test_any_found_inf_that_is_not_zero_skips_the_step(found, steps):
+def test_any_found_inf_that_is_not_zero_skips_the_step(case, found, steps):
     """GradScaler adds up one flag per device: 2 with two devices."""
-    pair = Pair(torch.float32, fused=True, **MOMENTUM)
+    pair = Pair(case, torch.float32, fused=True)
     pair.train(steps)
     pair.set_grads(0)
-    before = weights(pair.ours), buffers(pair.opt), [p.grad.clone() for p in pair.ours.parameters()]
+    before = pair.weights(), pair.arrays(), [p.grad.clone() for p in pair.ours.parameters()]
     pair.opt.grad_scale, pair.opt.found_inf = torch.tensor(2.0), torch.tensor(found)
     pair.opt.step()
-    assert all_equal(before[0], weights(pair.ours))
-    assert all_equal(before[1], buffers(pair.opt))
+    assert all_equal(before[0], pair.weights())
+    assert all_equal(before[1], pair.arrays())
     assert all_equal(before[2], [p.grad for p in pair.ours.parameters()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.bool])
-def test_the_scalers_numbers_in_other_dtypes(dtype):
-    pair = Pair(fused=True, **MOMENTUM)
+def test_the_scalers_numbers_in_other_dtypes(case, dtype):
+    pair = Pair(case, fused=True)
     for step in range(2 * STEADY):
         pair.opt.found_inf = torch.tensor(step == STEADY).to(dtype)
         pair.opt.grad_scale = torch.tensor(1).to(dtype)
@@ -68,8 +52,8 @@ def test_the_scalers_numbers_in_other_dtypes(dtype):
 
 
 @pytest.mark.parametrize("steps", [0, STEADY])
-def test_unscaling_bumps_the_version_counters_of_gradients(steps):
-    pair = Pair(fused=True, **MOMENTUM)
+def test_unscaling_bumps_the_version_counters_of_gradients(case, steps):
+    pair = Pair(case, fused=True)
     pair.train(steps)
     pair.set_grads(0)
     grads = [p.grad for p in pair.ours.parameters()]
@@ -80,8 +64,8 @@ def test_unscaling_bumps_the_version_counters_of_gradients(steps):
 
 
 @pytest.mark.parametrize("steps", [0, STEADY])
-def test_unscaling_leaves_the_origin_of_a_lazy_clone_alone(steps):
-    pair = Pair(fused=True, **MOMENTUM)
+def test_unscaling_leaves_the_origin_of_a_lazy_clone_alone(case, steps):
+    pair = Pair(case, fused=True)
     pair.train(steps)
     pair.set_grads(0)
     p = next(pair.ours.parameters())
@@ -95,9 +79,9 @@ def test_unscaling_leaves_the_origin_of_a_lazy_clone_alone(steps):
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("fused", [None, True])
-def test_grad_scaler(fused, clip):
-    """Without fused the scaler unscales; with it the step does; unscale_ and clipping before the step work with both."""
-    pair = Pair(torch.float32, fused=fused, groups=2, **MOMENTUM)
+def test_grad_scaler(case, fused, clip):
+    """Without fused the scaler unscales, with it the step; unscale_ and clipping before the step work with both."""
+    pair = Pair(case, torch.float32, fused=fused, groups=2)
     amp_steps(pair, torch.amp.GradScaler("cpu", init_scale=16.0), clip=clip)
     pair.assert_equal(1e-6)
     for p, q in zip(pair.ours.parameters(), pair.twin.parameters()):
@@ -105,39 +89,39 @@ def test_grad_scaler(fused, clip):
 
 
 @pytest.mark.parametrize("fused", [None, True])
-def test_overflow_on_a_later_step_changes_nothing(fused):
-    pair = Pair(torch.float32, fused=fused, **MOMENTUM)
+def test_overflow_on_a_later_step_changes_nothing(case, fused):
+    pair = Pair(case, torch.float32, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     amp_steps(pair, scaler)
     pair.set_grads(0)
     overflow(pair)
-    before = weights(pair.ours), buffers(pair.opt)
+    before = pair.weights(), pair.arrays()
     scaled_step(scaler, pair.opt)
-    assert all_equal(before[0], weights(pair.ours))
-    assert all_equal(before[1], buffers(pair.opt))
+    assert all_equal(before[0], pair.weights())
+    assert all_equal(before[1], pair.arrays())
     assert scaler.get_scale() == 4.0
     amp_steps(pair, scaler)
     pair.assert_equal(1e-6)
 
 
-def test_overflow_when_a_late_parameter_would_get_its_buffer():
-    pair = Pair(torch.float32, fused=True, **MOMENTUM)
+def test_overflow_when_a_late_parameter_would_get_its_arrays(case):
+    pair = Pair(case, torch.float32, fused=True)
     late = next(pair.ours.parameters())
     for step in range(STEADY):
         pair.set_grads(step)
         late.grad = None
         pair.opt.step()
     pair.set_grads(9)
-    before = weights(pair.ours)
+    before = pair.weights()
     pair.opt.grad_scale, pair.opt.found_inf = torch.tensor(2.0), torch.tensor(1.0)
     pair.opt.step()
     assert late not in pair.opt.state
-    assert all_equal(before, weights(pair.ours))
+    assert all_equal(before, pair.weights())
 
 
-def test_in_kernel_unscaling_is_only_there_when_asked_for():
+def test_in_kernel_unscaling_is_only_there_when_asked_for(case):
     """Lightning refuses gradient clipping for optimizers that have the attribute."""
     params = list(net().parameters())
-    assert not hasattr(FusedRepSGD(params), "_step_supports_amp_scaling")
-    assert FusedRepSGD(params, fused=True)._step_supports_amp_scaling
-    assert FusedRepSGD([{"params": params, "fused": True}]).state_dict()["param_groups"][0]["fused"] is None
+    assert not hasattr(case.make(params), "_step_supports_amp_scaling")
+    assert case.make(params, fused=True)._step_supports_amp_scaling
+    assert case.make([{"params": params, "fused": True}]).state_dict()["param_groups"][0]["fused"] is None

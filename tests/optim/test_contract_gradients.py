@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases_optim import (
-    MOMENTUM,
-    STEADY,
-    Pair,
-    all_equal,
-    assert_close,
-    oracle_step,
-    set_grads,
-)
+from cases_optim import STEADY, Pair, all_equal, assert_close, oracle_step, set_grads
 from torch import nn
 
-from gradrep_kernels import FusedRepSGD, GradMult
-
-pytestmark = pytest.mark.usefixtures("backend")
+from gradrep_kernels import GradMult
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_gradients_in_another_memory_format(late):
+def test_gradients_in_another_memory_format(case, late):
     """Gradient strides unlike the parameter's, from the start or after steps in which they agreed."""
-    pair = Pair(fused=True, **MOMENTUM)
+    pair = Pair(case, fused=True)
     pair.train(STEADY if late else 0)
     for step in range(3):
         pair.set_grads(step)
@@ -32,25 +22,23 @@ def test_gradients_in_another_memory_format(late):
                 p.grad = p.grad.to(memory_format=torch.channels_last)
             elif p.dim() == 2:
                 p.grad = p.grad.t().contiguous().t()
-        pair.opt.step()
-        oracle_step(pair.sgd, pair.masks)
+        pair.step()
     pair.assert_equal()
 
 
-def test_a_gradient_that_first_appears_on_a_later_step():
+def test_a_gradient_that_first_appears_on_a_later_step(case):
     """Its first step is its own, not the group's."""
-    pair = Pair(fused=True, momentum=0.9, dampening=0.5)
-    late = [list(model.parameters())[2] for model in (pair.ours, pair.twin)]
+    pair = Pair(case, fused=True)
+    late = [list(model.parameters())[2] for model in pair.models]
     for step in range(STEADY + 3):
         pair.set_grads(step)
         if step < STEADY:
             late[0].grad = late[1].grad = None
-        pair.opt.step()
-        oracle_step(pair.sgd, pair.masks)
+        pair.step()
     pair.assert_equal()
 
 
-def test_gradients_that_are_expanded_sliced_or_overlapping():
+def test_gradients_that_are_expanded_sliced_or_overlapping(case):
     def make():
         torch.manual_seed(0)
         return [nn.Parameter(torch.randn(6, 4, dtype=torch.float64)) for _ in range(4)]
@@ -61,13 +49,13 @@ def test_gradients_that_are_expanded_sliced_or_overlapping():
 
     ours, twin = make(), make()
     masks = {q: torch.rand(4, dtype=torch.float64) for q in twin}
-    opt = FusedRepSGD(ours, lr=0.1, **MOMENTUM, grad_mults={p: masks[q] for p, q in zip(ours, twin)})
-    sgd = torch.optim.SGD(twin, lr=0.1, **MOMENTUM, foreach=False)
+    opt = case.make(ours, lr=0.1, **case.hyper, grad_mults={p: masks[q] for p, q in zip(ours, twin)})
+    oracle = case.oracle(twin, lr=0.1, **case.hyper)
     for step in range(STEADY):
         for p, q, g, h in zip(ours, twin, grads(step), grads(step)):
             p.grad, q.grad = g, h
         opt.step()
-        oracle_step(sgd, masks)
+        oracle_step(oracle, masks)
     for p, q in zip(ours, twin):
         assert_close(p, q)
 
@@ -81,9 +69,12 @@ def test_gradients_that_are_expanded_sliced_or_overlapping():
         (torch.bfloat16, torch.float32, 1e-2),
     ],
 )
-def test_gradients_of_another_dtype(dtype, grad_dtype, tolerance):
-    """torch keeps the momentum in the gradient's dtype, we in the wider one: float32 momentum for bf16 weights with float32 gradients."""
-    pair = Pair(dtype, momentum=0.9)
+def test_gradients_of_another_dtype(case, dtype, grad_dtype, tolerance):
+    """Arrays have the wider dtype of weight and gradient: float32 for bf16 weights with float32 gradients.
+
+    torch's SGD keeps the momentum in the gradient's dtype.
+    """
+    pair = Pair(case, dtype, hyper=case.without_decay)
     for p in pair.ours.parameters():
         p.grad_dtype = grad_dtype
     for step in range(STEADY):
@@ -95,23 +86,25 @@ def test_gradients_of_another_dtype(dtype, grad_dtype, tolerance):
                 multiplied, q.grad, q.grad_dtype = q.grad * pair.masks[q], None, torch.float64
                 q.grad = multiplied
         pair.opt.step()
-        pair.sgd.step()
+        pair.oracle.step()
     for p, q in zip(pair.ours.parameters(), pair.twin.parameters()):
         assert p.grad.dtype == grad_dtype
-        assert pair.opt.state[p]["momentum_buffer"].dtype == torch.promote_types(dtype, grad_dtype)
+        for key in case.states:
+            assert pair.opt.state[p][key].dtype == torch.promote_types(dtype, grad_dtype)
         assert_close(p, q, tolerance)
 
 
-def test_sparse_gradients_with_a_multiplier_or_weight_decay_are_refused_before_anything_is_changed():
+def test_sparse_gradients_that_cannot_be_applied_are_refused_before_anything_is_changed(case):
+    """Those of parameters with a multiplier, and what the rule does not allow."""
     embedding, linear = nn.Embedding(10, 3, sparse=True), nn.Linear(3, 2)
     params = [linear.weight, linear.bias, embedding.weight]
     linear(embedding(torch.tensor([1, 2]))).sum().backward()
     before = [p.detach().clone() for p in params]
     for options, what in (
-        ({"grad_mults": {embedding.weight: torch.ones(3)}}, "a Grad Mult"),
-        ({"weight_decay": 0.1}, "weight decay"),
+        ({**case.without_decay, "grad_mults": {embedding.weight: torch.ones(3)}}, "a Grad Mult"),
+        *case.not_with_sparse,
     ):
-        opt = FusedRepSGD(params, lr=0.1, momentum=0.9, **options)
+        opt = case.make(params, lr=0.1, **options)
         with pytest.raises(
             ValueError,
             match=rf"parameter 2 of shape \[10, 3\]: {what} cannot be applied to a gradient of layout torch.sparse_coo",
@@ -120,22 +113,23 @@ def test_sparse_gradients_with_a_multiplier_or_weight_decay_are_refused_before_a
         assert all_equal(before, [p.detach() for p in params])
         assert not opt.state
     with pytest.raises(ValueError, match="a Grad Mult cannot be applied to a gradient of layout"):
-        FusedRepSGD(params, grad_mults={embedding.weight: torch.ones(3)}).clip_grad_norm_(1.0)
+        case.make(params, grad_mults={embedding.weight: torch.ones(3)}).clip_grad_norm_(1.0)
 
 
 @pytest.mark.parametrize(
     "lr", [0.1, torch.tensor(0.1, dtype=torch.float64, requires_grad=True)], ids=["lr", "tensor_lr"]
 )
-def test_differentiable(lr):
+def test_differentiable(case, lr):
     """d(loss after two steps) / d(gradients, initial weight, lr), through the multiplier."""
     torch.manual_seed(0)
     start, *grads = (torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     mult = GradMult(torch.rand(4, 1, 3, 3).double(), torch.ones(4).double())
-    options = {"lr": lr, "momentum": 0.9 if isinstance(lr, float) else 0.0, "weight_decay": 0.1, "differentiable": True}
+    hyper = case.hyper if isinstance(lr, float) else case.plain
+    options = {"lr": lr, **hyper, "weight_decay": 0.1, "differentiable": True}
 
     def run(multiplied):
         w = start.clone()
-        opt = FusedRepSGD([w], **options, grad_mults={w: mult}) if multiplied else torch.optim.SGD([w], **options)
+        opt = case.make([w], **options, grad_mults={w: mult}) if multiplied else case.oracle([w], **options)
         w.retain_grad()
         for grad in grads:
             w.grad = grad if multiplied else grad * mult.dense(w.shape)
@@ -149,27 +143,39 @@ def test_differentiable(lr):
         assert_close(ours, theirs, 1e-12)
 
 
-def test_gradients_in_the_same_and_in_new_memory():
-    pair = Pair(momentum=0.9)
+def test_gradients_in_the_same_and_in_new_memory(case):
+    pair = Pair(case)
     for step in range(8):
-        for model in (pair.ours, pair.twin):
+        for model in pair.models:
             kept = [p.grad for p in model.parameters()]
             set_grads(model.parameters(), step)
             for p, grad in zip(model.parameters(), kept):
                 if grad is not None and step % 3:
                     p.grad = grad.copy_(p.grad)
-        pair.opt.step()
-        oracle_step(pair.sgd, pair.masks)
+        pair.step()
     pair.assert_equal()
 
 
 @pytest.mark.parametrize("to_none", [True, False])
-def test_zero_grad(to_none):
-    pair = Pair(momentum=0.9)
+def test_zero_grad(case, to_none):
+    pair = Pair(case)
     for step in range(STEADY):
         pair.train(1, seed=step)
         pair.opt.zero_grad(set_to_none=to_none)
-        pair.sgd.zero_grad(set_to_none=to_none)
-        pair.opt.step()
-        oracle_step(pair.sgd, pair.masks)
+        pair.oracle.zero_grad(set_to_none=to_none)
+        pair.step()
     pair.assert_equal()
+
+
+def test_clipping_sparse_gradients(case):
+    """By the norm of what is there; rows that occur twice are added first."""
+    torch.manual_seed(0)
+    embedding, linear = nn.Embedding(10, 3, sparse=True, dtype=torch.float64), nn.Linear(3, 2, dtype=torch.float64)
+    params = [embedding.weight, *linear.parameters()]
+    opt = case.make(params, lr=0.1)
+    linear(embedding(torch.tensor([3, 1, 1, 7]))).square().sum().backward()
+    full = [p.grad.to_dense().clone() for p in params]
+    norm = opt.clip_grad_norm_(1e-3)
+    assert float(norm) == pytest.approx(float(torch.stack([g.square().sum() for g in full]).sum().sqrt()))
+    for p, g in zip(params, full):
+        assert_close(p.grad.to_dense(), g * (1e-3 / (norm + 1e-6)))

@@ -6,14 +6,8 @@ import warnings
 
 import pytest
 import torch
-from cases_optim import (
-    STEADY,
-    Pair,
-)
+from cases_optim import STEADY, Pair
 from torch.optim import lr_scheduler
-
-pytestmark = pytest.mark.usefixtures("backend")
-
 
 SCHEDULERS = {
     "one_cycle": lambda opt: lr_scheduler.OneCycleLR(
@@ -29,47 +23,44 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_lr_and_momentum_schedulers(name):
+def test_lr_and_momentum_schedulers(case, name):
     """OneCycle takes the momentum to 0 and back: buffers appear on the way, and wait while it is 0."""
-    pair = Pair(groups=2, momentum=0.9)
-    ours, theirs = SCHEDULERS[name](pair.opt), SCHEDULERS[name](pair.sgd)
+    pair = Pair(case, groups=2)
+    ours, theirs = SCHEDULERS[name](pair.opt), SCHEDULERS[name](pair.oracle)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a scheduler warns where it thinks that step() was not called
         for step in range(12):
             pair.train(1, seed=step)
             for scheduler in (ours, theirs):
                 scheduler.step(*([1.0] if name == "plateau" else []))
-            assert [g["lr"] for g in pair.opt.param_groups] == [g["lr"] for g in pair.sgd.param_groups]
+            assert [g["lr"] for g in pair.opt.param_groups] == [g["lr"] for g in pair.oracle.param_groups]
     pair.assert_equal()
 
 
-@pytest.mark.parametrize(
-    ("key", "values"),
-    {"weight_decay": (0.0, 0.1), "dampening": (0.5, 0.0), "nesterov": (True, False), "maximize": (True, False)}.items(),
-)
-def test_every_hyper_parameter_is_read_at_every_step(key, values):
-    pair = Pair(momentum=0.9)
-    for value in values:
-        for opt in (pair.opt, pair.sgd):
-            opt.param_groups[0][key] = value
-        pair.train(STEADY)
-    pair.assert_equal()
+def test_every_hyper_parameter_is_read_at_every_step(case):
+    for key, values in case.changes.items():
+        pair = Pair(case, hyper=case.without_decay)
+        for value in values:
+            for opt in pair.optimizers:
+                opt.param_groups[0][key] = value
+            pair.train(STEADY)
+        pair.assert_equal()
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_tensor_lr_and_weight_decay(shape):
+def test_tensor_lr_and_weight_decay(case, shape):
     """Changed in place, as schedulers do with tensors."""
-    pair = Pair(lr=torch.tensor(0.05).reshape(shape), momentum=0.9, weight_decay=torch.tensor(0.01))
+    pair = Pair(case, lr=torch.tensor(0.05).reshape(shape), hyper={**case.hyper, "weight_decay": torch.tensor(0.01)})
     pair.train(STEADY)
-    for opt in (pair.opt, pair.sgd):
+    for opt in pair.optimizers:
         opt.param_groups[0]["lr"].fill_(0.2)
         opt.param_groups[0]["weight_decay"].fill_(0.0)
     pair.train(STEADY).assert_equal(1e-8)  # torch reads them as float32 in places
 
 
-def test_a_scheduler_on_a_tensor_lr():
-    pair = Pair(lr=torch.tensor(0.05, dtype=torch.float64), momentum=0.9)
-    schedulers = [lr_scheduler.ExponentialLR(opt, 0.5) for opt in (pair.opt, pair.sgd)]
+def test_a_scheduler_on_a_tensor_lr(case):
+    pair = Pair(case, lr=torch.tensor(0.05, dtype=torch.float64), hyper=case.without_decay)
+    schedulers = [lr_scheduler.ExponentialLR(opt, 0.5) for opt in pair.optimizers]
     for step in range(5):
         pair.train(1, seed=step)
         for scheduler in schedulers:

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases_optim import (
-    MOMENTUM,
-    STEADY,
-    Pair,
-    all_equal,
-    assert_close,
-    batch,
-    oracle_step,
-    overflow,
-    weights,
-)
+from cases_optim import STEADY, Pair, all_equal, assert_close, batch, overflow
 from implementations import on_gpu
-
-pytestmark = pytest.mark.usefixtures("backend")
 
 
 def captured(pair: Pair) -> torch.cuda.CUDAGraph:
-    """A graph of one step of ours, on the GPU; buffers and what is derived from the multipliers are made before."""
+    """A graph of one step of ours, on the GPU; arrays and what is derived from the multipliers are made before."""
     pair.ours.cuda()
     pair.train(3)
     graph = torch.cuda.CUDAGraph()
@@ -37,34 +25,37 @@ def replay(pair: Pair, graph, steps: int = 3) -> None:
             q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(step))
             p.grad.copy_(q.grad)
         graph.replay()
-        oracle_step(pair.sgd, pair.masks)
+        pair.oracle_step()
     for p, q in zip(pair.ours.parameters(), pair.twin.parameters()):
         assert_close(p.cpu(), q, 1e-6)
 
 
 @on_gpu
-@pytest.mark.parametrize("options", [{}, MOMENTUM])
-def test_cuda_graph(options):
-    pair = Pair(torch.float32, **options)
+@pytest.mark.parametrize("plain", [True, False])
+def test_cuda_graph(case, plain):
+    pair = Pair(case, torch.float32, hyper=case.plain if plain else case.hyper)
     replay(pair, captured(pair))
 
 
 @on_gpu
-def test_cuda_graph_follows_a_tensor_lr(backend):
-    if backend == "reference":
+def test_cuda_graph_follows_a_tensor_lr(case):
+    if not case.is_served_by_kernels("cuda"):
         pytest.skip("the reference reads hyper-parameters on the host")
-    pair = Pair(torch.float32, **MOMENTUM)
+    pair = Pair(case, torch.float32)
     lr = torch.tensor(0.05, device="cuda")
     pair.opt.param_groups[0]["lr"] = lr
     graph = captured(pair)
     for value in (0.05, 0.2, 0.01):
         lr.fill_(value)
-        pair.sgd.param_groups[0]["lr"] = value
+        pair.oracle.param_groups[0]["lr"] = value
         replay(pair, graph, steps=2)
 
 
 class WholeStep:
-    """Forward, backward and step of a Pair on the GPU, in one graph; float64, for convolutions in float32 may use TF32."""
+    """Forward, backward and step of a Pair on the GPU, in one graph.
+
+    float64, for convolutions in float32 may use TF32.
+    """
 
     def __init__(self, pair: Pair, images: int = 4, by_hand: bool = False):
         self.pair, self.x = pair, batch(torch.float64, images=images).cuda()
@@ -84,9 +75,9 @@ class WholeStep:
         self.pair.opt.step()
 
     def theirs(self) -> None:
-        self.pair.sgd.zero_grad()
+        self.pair.oracle.zero_grad()
         self.pair.twin(self.x.cpu()).square().mean().backward()
-        oracle_step(self.pair.sgd, self.pair.masks)
+        self.pair.oracle_step()
 
     def capture(self, by_hand: bool = False) -> None:
         self.pair.opt.zero_grad()  # so that the gradients are in the graph's memory
@@ -115,18 +106,18 @@ class WholeStep:
 
 @on_gpu
 @pytest.mark.parametrize("by_hand", [False, True])
-@pytest.mark.parametrize("options", [{}, MOMENTUM])
-def test_cuda_graph_of_the_whole_training_step(options, by_hand):
+@pytest.mark.parametrize("plain", [True, False])
+def test_cuda_graph_of_the_whole_training_step(case, plain, by_hand):
     """After a warm-up on another stream; the gradients' addresses are new in the capture."""
-    whole = WholeStep(Pair(**options), by_hand=by_hand)
+    whole = WholeStep(Pair(case, hyper=case.plain if plain else case.hyper), by_hand=by_hand)
     for seed in range(3):
         whole.replay(seed)
     whole.check()
 
 
 @on_gpu
-def test_two_cuda_graphs_of_one_optimizer_in_turns():
-    pair = Pair(**MOMENTUM)
+def test_two_cuda_graphs_of_one_optimizer_in_turns(case):
+    pair = Pair(case)
     graphs = [WholeStep(pair, images) for images in (4, 3)]
     for seed in range(4):
         graphs[seed % 2].replay(seed)
@@ -134,11 +125,11 @@ def test_two_cuda_graphs_of_one_optimizer_in_turns():
 
 
 @on_gpu
-def test_spatial_scalings_set_between_cuda_graphs(backend):
-    """Neither a step nor anything else comes between the setting and the capture; the first graph keeps its multipliers."""
-    if backend == "reference":
+def test_spatial_scalings_set_between_cuda_graphs(case):
+    """Nothing comes between the setting and the capture, not even a step; the first graph keeps its multipliers."""
+    if not case.is_served_by_kernels("cuda"):
         pytest.skip("the reference keeps no multipliers for a graph once others are set")
-    whole = WholeStep(Pair(**MOMENTUM))
+    whole = WholeStep(Pair(case))
     weight, twin = next(whole.pair.ours.parameters()), next(whole.pair.twin.parameters())
     plain, graphs = whole.pair.masks[twin], []
     for scaling in (torch.rand(3, 3), torch.rand(3, 3)):
@@ -151,9 +142,9 @@ def test_spatial_scalings_set_between_cuda_graphs(backend):
 
 
 @on_gpu
-def test_models_on_two_kinds_of_device():
+def test_models_on_two_kinds_of_device(case):
     """Some parameters on the CPU, some on the GPU, one scaler."""
-    pair = Pair(torch.float32, fused=True, **MOMENTUM)
+    pair = Pair(case, torch.float32, fused=True)
     pair.ours[:4].cuda()
     scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
     for step in range(STEADY):
@@ -163,11 +154,11 @@ def test_models_on_two_kinds_of_device():
             p.grad.mul_(8.0)
         scaler.step(pair.opt)
         scaler.update()
-        oracle_step(pair.sgd, pair.masks)
+        pair.oracle_step()
     pair.set_grads(0)
     overflow(pair)
-    before = weights(pair.ours)
+    before = pair.weights()
     scaler.step(pair.opt)
-    assert all_equal(before, weights(pair.ours))
+    assert all_equal(before, pair.weights())
     for p, q in zip(pair.ours.parameters(), pair.twin.parameters()):
         assert_close(p.cpu(), q, 1e-6)
