@@ -544,7 +544,7 @@ def work(rank: int, world: int, folder: str) -> None:
     torch.save(failures, f"{folder}/failures{world}_{rank}")
     with contextlib.suppress(Exception):  # after a failure the ranks may be out of step
         dist.barrier()
-    # Gloo's threads, when torn down at exit, end one process in ten with "terminate called without an active exception".
+    # Gloo's threads end one process in ten with "terminate called without an active exception" when torn down at exit.
     os._exit(0)
 
 

@@ -74,7 +74,7 @@ SIGNUM = OptimizerCase(
     hyper={"momentum": 0.9, "weight_decay": 0.01},
     plain={"momentum": 0.0},
     variants=(
-        cases.Hyper("sign", {"lr": 0.1, "momentum": 0.0}),
+        cases.Hyper("no_memory", {"lr": 0.1, "momentum": 0.0}),
         cases.Hyper("momentum_weight_decay", {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.05}),
         cases.Hyper("maximize_all", {"lr": 0.02, "momentum": 0.7, "weight_decay": 0.01, "maximize": True}),
     ),

@@ -1,10 +1,13 @@
 """A second optimizer with Grad Mult, which the package does not have: the proof that an optimizer is a leaf.
 
-Signum (Bernstein et al., 2018, "signSGD", Algorithm 2) with decoupled weight decay:
+Signum (Bernstein et al., 2018, "signSGD", Algorithm 2) with decoupled weight decay and a soft sign:
 
-    g ← −g if maximize;  g ← M ⊙ g;  v ← μ v + (1 − μ) g;  W ← W − lr (sign(v) + wd · W)
+    g ← −g if maximize;  g ← M ⊙ g;  v ← μ v + (1 − μ) g;  W ← W − lr (v / (1 + |v|) + wd · W)
 
-First Signum as torch would have it, which is the oracle. Then the leaf, which shares only the twin for torch.compile.
+A hard sign(v) would not do: a constant M > 0 does not change it, so that weights could not tell whether M is applied.
+
+First Signum as torch would have it, which is the oracle. Then the leaf, which shares with it only what torch.compile
+traces.
 """
 
 from __future__ import annotations
@@ -55,8 +58,9 @@ def signum(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], gr
     """Update a group, parameter by parameter."""
     for p, grad, exp_avg in zip(params, grads, exp_avgs):
         grad = -grad if group["maximize"] else grad
-        exp_avg.mul_(group["momentum"]).add_(grad, alpha=1 - group["momentum"])
-        p.sub_(group["lr"] * (torch.sign(exp_avg) + group["weight_decay"] * p))
+        exp_avg.mul_(group["momentum"]).add_(grad * (1 - group["momentum"]))
+        average = exp_avg.clone()  # autograd saves it in a differentiable step, and the next step changes exp_avg
+        p.sub_(group["lr"] * (average / (1 + average.abs()) + group["weight_decay"] * p))
 
 
 # ---- the leaf
@@ -96,7 +100,7 @@ def rep_signum_step(
         g = multiply(-g if maximize else g, scale, identity, dtype)
         average = v.to(dtype) * momentum + g * (1 - momentum)
         v.copy_(average)
-        p.copy_(w - (average.sign() + w * weight_decay) * lr)
+        p.copy_(w - (average / (1 + average.abs()) + w * weight_decay) * lr)
 
 
 def _functional_signum(optimizer: Signum, group: dict[str, Any], multiplied: Callable[[Tensor, Tensor], Tensor]):
