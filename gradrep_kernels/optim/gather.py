@@ -64,7 +64,7 @@ class Gathered:
 
     arguments: dict[Destination, StepArguments] = field(default_factory=dict)
     sparse: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)  # group, parameter
-    new_states: list[tuple[Tensor, str, Tensor]] = field(default_factory=list)  # parameter, key, its first array
+    new_states: dict[tuple[Tensor, str], Tensor] = field(default_factory=dict)  # parameter and key: its first array
 
     @property
     def is_steady(self) -> bool:
@@ -95,8 +95,10 @@ def gather(
             states = {kept.key: state.get(p, {}).get(kept.key) for kept in used}
             for kept in used:
                 if states[kept.key] is None:
-                    states[kept.key], first = kept.new(p, grad), True
-                    gathered.new_states.append((p, kept.key, states[kept.key]))
+                    first, place = True, (p, kept.key)
+                    if place not in gathered.new_states:  # a parameter that is listed twice has one array
+                        gathered.new_states[place] = kept.new(p, grad)
+                    states[kept.key] = gathered.new_states[place]
             if unscales and grad is not p.grad:
                 p.grad = grad
             mult = multipliers.total(p)

@@ -14,8 +14,7 @@ from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _glob
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.reference import rep_grad_norm
-from gradrep_kernels.ops.reference.multiply import multiply
-from gradrep_kernels.ops.reference.rep_sgd_step import compute_dtype
+from gradrep_kernels.ops.reference.multiply import compute_dtype, multiply
 from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim import checkpoint
 from gradrep_kernels.optim.eager import eager
@@ -92,7 +91,8 @@ class RepOptimizer(Optimizer):
     def set_spatial_scaling(self, param: Tensor, scaling: Tensor | None) -> None:
         """Set (or with None remove) the second factor, G of spatial gradient scaling  # [kh, kw]
 
-        It is no part of a checkpoint. For CSLA = GR to stay exact G must not change while a momentum buffer lives.
+        It is no part of a checkpoint. For CSLA = GR to stay exact G must not change while gradients that it multiplied
+        live on in the optimizer's arrays, such as a momentum buffer.
         """
         if isinstance(scaling, Tensor) and scaling.dim() != 2:
             raise ValueError(f"a spatial scaling must have shape [kh, kw], got {list(scaling.shape)}")
@@ -176,7 +176,7 @@ class RepOptimizer(Optimizer):
         if found_inf is not None and not work.is_steady and found_inf.item() != 0:
             return  # a skipped step must not leave a state behind
         take_steps(work, rule, hyper_table(groups, OPS[rule.op].step.hyper), (grad_scale, found_inf))
-        for p, key, state in work.new_states:
+        for (p, key), state in work.new_states.items():
             self.state[p][key] = state
         for group, p in work.sparse:
             if grad_scale is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradrep_kernels.grad_mult import GradMult
-from gradrep_kernels.ops.reference.rep_sgd_step import compute_dtype
+from gradrep_kernels.ops.reference.multiply import compute_dtype
 
 PLAIN = (Tensor, torch.nn.Parameter)  # not a subclass, which may hold other tensors inside
 

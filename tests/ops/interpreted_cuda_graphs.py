@@ -17,7 +17,7 @@ import cases
 import pytest
 import torch
 from cases import Problem, assert_same_bits
-from cases_optim import Pair, oracle_step
+from cases_optim import SGD, Pair
 from cases_pairs import make
 
 import gradrep_kernels as gr
@@ -318,7 +318,7 @@ def test_spatial_scalings_set_between_captures_of_an_optimizer(gpu, monkeypatch,
 
     monkeypatch.setattr(gr.GradMult, "__mul__", made)
     with gr.use_backend("triton"):
-        pair = Pair(torch.float32, momentum=0.9)
+        pair = Pair(SGD, torch.float32, hyper={"momentum": 0.9})
         pair.train(2)
         weight, twin = next(pair.ours.parameters()), next(pair.twin.parameters())
         plain, graphs = pair.masks[twin], []
@@ -327,14 +327,14 @@ def test_spatial_scalings_set_between_captures_of_an_optimizer(gpu, monkeypatch,
             pair.masks[twin] = plain * scaling
             if not on_host:
                 pair.opt.step()
-                oracle_step(pair.sgd, pair.masks)
+                pair.oracle_step()
             with gpu.capture() as graph:
                 pair.opt.step()
             graphs.append((graph, pair.masks[twin]))
         gpu.forget()
         for graph, pair.masks[twin] in graphs * 2:
             graph.replay()
-            oracle_step(pair.sgd, pair.masks)
+            pair.oracle_step()
     pair.assert_equal(1e-6)
 
 

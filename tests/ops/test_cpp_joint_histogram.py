@@ -276,7 +276,7 @@ def check_drawn(case, threads, cut):
     ranges, n = cpp("pair_ranges")(x, displacements, padding, remove_near)
     count = lambda part: cpp("joint_histogram")(
         part, displacements, ranges, bins, int(bins.max()), padding, remove_near
-    )  # noqa: E731
+    )
     parts = [x[:cut], x[cut:]]
     ends, numbers = zip(*(cpp("pair_ranges")(part, displacements, padding, remove_near) for part in parts))
     assert same_bits(

@@ -24,8 +24,8 @@ SELECTED = {
         " or test_unscaling or zeros_infinities"
     ),
     "ops/test_rep_grad_norm.py": "test_kernel_agrees_with_the_reference and float32 and (repopt or dense or per_input)",
-    # The cached plan.
-    "optim/test_optim_contract.py": "auto and (memory_has_moved or share_memory or bumps_the_version or lazy_clone)",
+    "optim/test_contract_memory.py": "sgd-auto and (memory_has_moved or share_memory or bumps_the_version)",  # the plan
+    "optim/test_contract_amp.py": "sgd-auto and (bumps_the_version or lazy_clone)",
     "ops/test_cpp_joint_histogram.py": "not test_drawn_cases",  # pair_ranges too; the named cases take 14 s
 }
 

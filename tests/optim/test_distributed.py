@@ -1,7 +1,9 @@
-"""Several processes train what one process trains: DDP, ZeroRedundancyOptimizer, FSDP2, tensor parallelism, distributed checkpoint.
+"""Several processes train what one process trains.
 
-Two and three gloo processes on the CPU run all checks of a world in one go (starting them is what takes the time); every check is a test
-of its own. All in float64: weights must equal those of one process to the last few bits.
+DDP, ZeroRedundancyOptimizer, FSDP2, tensor parallelism and distributed checkpoint, on two to four gloo processes on the
+CPU. The processes of a world run all its checks in one go, and are forked from a server that has imported torch: nine
+imports would take 60 s. Every check is a test of its own. All in float64: weights must equal those of one process to
+the last few bits.
 """
 
 from __future__ import annotations
@@ -9,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import multiprocessing
 import os
 import traceback
 
 import pytest
+import rep_signum
 import torch
-from cases_optim import assert_close, batch, dense, mults, net
+from cases_optim import CASES, SGD, OptimizerCase, assert_close, batch, dense, mults, net
 from torch import nn
 
 from gradrep_kernels import FusedRepSGD, GradMult
@@ -24,7 +28,7 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
 )
 
-OPTIONS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+OPTIONS = {"lr": 0.05, **SGD.hyper}
 STEPS, MORE = 3, 3  # before and after a checkpoint
 IMAGES = 12  # shared out evenly among two, three and four ranks
 MAX_NORM = 0.3  # clips
@@ -39,7 +43,10 @@ def mine(step: int) -> torch.Tensor:
 
 
 def train(model, optimizer, steps, images=mine, clip=None) -> list[torch.Tensor]:
-    """The mean over the ranks of a mean over their images is the mean over all images; returns the norms that were clipped."""
+    """The mean over the ranks of a mean over their images is the mean over all images.
+
+    Returns the norms that were clipped.
+    """
     norms = []
     for step in steps:
         optimizer.zero_grad()
@@ -50,10 +57,10 @@ def train(model, optimizer, steps, images=mine, clip=None) -> list[torch.Tensor]
     return norms
 
 
-def one_process(steps=range(STEPS), clip=False, scaling=None):
+def one_process(steps=range(STEPS), clip=False, scaling=None, case: OptimizerCase = SGD):
     """What all others must end with: (model, optimizer, norms)."""
     model = net(torch.float64)
-    optimizer = FusedRepSGD(model.parameters(), **OPTIONS, grad_mults=mults(model))
+    optimizer = case.make(model.parameters(), lr=0.05, **case.hyper, grad_mults=mults(model))
     if scaling is not None:
         optimizer.set_spatial_scaling(model[2].weight, scaling)
     norms = train(model, optimizer, steps, data, optimizer.clip_grad_norm_ if clip else None)
@@ -73,30 +80,31 @@ def assert_same(model, expected) -> None:
 # ---- data parallel
 
 
-def ddp(bucket_view: bool) -> None:
+def ddp(bucket_view: bool, case: OptimizerCase = SGD) -> None:
     model = net(torch.float64)
-    optimizer = FusedRepSGD(model.parameters(), **OPTIONS, grad_mults=mults(model))
+    optimizer = case.make(model.parameters(), lr=0.05, **case.hyper, grad_mults=mults(model))
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=bucket_view)
     norms = train(wrapped, optimizer, range(STEPS), clip=optimizer.clip_grad_norm_)
-    expected, _, expected_norms = one_process(clip=True)
+    expected, _, expected_norms = one_process(clip=True, case=case)
     assert_same(model, expected)
     for a, b in zip(norms, expected_norms):
         assert_close(a, b)
 
 
 def check_ddp():
-    ddp(bucket_view=False)
+    for case in CASES:
+        ddp(bucket_view=False, case=case)
 
 
 def check_ddp_with_gradients_as_bucket_views():
     ddp(bucket_view=True)
 
 
-def set_mults_under_zero(zero, found) -> None:
+def set_mults_under_zero(zero, multipliers) -> None:
     """Each rank's inner optimizer holds some of the parameters."""
     for group in zero.optim.param_groups:
         for p in group["params"]:
-            zero.optim.set_grad_mult(p, found.get(p))
+            zero.optim.set_grad_mult(p, multipliers.get(p))
 
 
 def zero_redundancy(bucket_view: bool):
@@ -156,7 +164,7 @@ def check_zero_redundancy_optimizer_refuses_grad_mults_on_every_rank():
 # ---- fully sharded
 
 
-def sharded(dim: int = 0, multiplied: bool = True, **options):
+def sharded(dim: int = 0, multiplied: bool = True, case: OptimizerCase = SGD, **options):
     """(model, optimizer) under FSDP2, a unit per convolution; 5, 6 and 8 rows share unevenly."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
@@ -170,29 +178,31 @@ def sharded(dim: int = 0, multiplied: bool = True, **options):
         if isinstance(module, nn.Conv2d):
             fully_shard(module, shard_placement_fn=placement)
     fully_shard(model, shard_placement_fn=placement)
-    return model, FusedRepSGD(model.parameters(), **OPTIONS, **options, grad_mults=mults(model) if multiplied else None)
+    grad_mults = mults(model) if multiplied else None
+    return model, case.make(model.parameters(), lr=0.05, **case.hyper, **options, grad_mults=grad_mults)
 
 
-def fsdp(dim: int) -> None:
+def fsdp(dim: int, case: OptimizerCase) -> None:
     from torch.distributed.tensor import DTensor, Shard
 
-    model, optimizer = sharded(dim)
+    model, optimizer = sharded(dim, case=case)
     if dim:
         assert Shard(dim) in {p.placements[0] for p in model.parameters()}
     scaling = torch.rand(3, 3, generator=torch.Generator().manual_seed(5)) + 0.5
     optimizer.set_spatial_scaling(model[2].weight, scaling)
     versions = [p._version for p in model.parameters()]
     norms = train(model, optimizer, range(STEPS), clip=optimizer.clip_grad_norm_)
-    expected, plain, expected_norms = one_process(clip=True, scaling=scaling)
+    expected, plain, expected_norms = one_process(clip=True, scaling=scaling, case=case)
     assert_same(model, expected)
     for a, b in zip(norms, expected_norms):
         assert not isinstance(a, DTensor)
         assert_close(a, b)
     for p, q, version in zip(model.parameters(), expected.parameters(), versions):
-        buffer = optimizer.state[p]["momentum_buffer"]
-        assert isinstance(buffer, DTensor)
-        assert buffer.placements == p.placements
-        assert_close(buffer.full_tensor(), plain.state[q]["momentum_buffer"])
+        for key in case.states:
+            array = optimizer.state[p][key]
+            assert isinstance(array, DTensor)
+            assert array.placements == p.placements
+            assert_close(array.full_tensor(), plain.state[q][key])
         assert p._version > version
     for p, q in zip(model.parameters(), expected.parameters()):
         ours, theirs = optimizer.grad_mult(p), plain.grad_mult(q)
@@ -204,17 +214,19 @@ def fsdp(dim: int) -> None:
 
 
 def check_fsdp2_uneven_shards():
-    fsdp(0)
+    for case in CASES:
+        fsdp(0, case)
 
 
 def check_fsdp2_sharded_along_dimension_1():
-    fsdp(1)
+    for case in CASES:
+        fsdp(1, case)
 
 
 def check_fsdp2_grad_scaler():
     """Overflow on one rank only: no rank may step. Then unscaled steps as if nothing had been."""
-    for fused in (None, True):
-        model, optimizer = sharded(fused=fused)
+    for case, fused in [(case, fused) for case in CASES for fused in (None, True)]:
+        model, optimizer = sharded(case=case, fused=fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         start = [whole(p.detach()).clone() for p in model.parameters()]
         for step in (-1, *range(STEPS)):
@@ -229,7 +241,7 @@ def check_fsdp2_grad_scaler():
             if step < 0:
                 assert not optimizer.state
                 assert all(torch.equal(whole(p.detach()), w) for p, w in zip(model.parameters(), start))
-        assert_same(model, one_process()[0])
+        assert_same(model, one_process(case=case)[0])
 
 
 def check_fsdp2_compiled_step():
@@ -310,7 +322,10 @@ def placed(shape, mesh, placements):
 
 
 def check_every_placement_of_a_weight():
-    """Multipliers of every form, with and without an identity whose diagonal is shifted or cut, along every dimension, more ranks than rows."""
+    """Multipliers of every form along every dimension, also on more ranks than rows.
+
+    With and without an identity, whose diagonal is shifted or cut.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard
 
@@ -500,10 +515,19 @@ WORLDS = {
     4: [check_every_placement_on_two_dimensions_of_ranks, check_fsdp2_over_tensor_parallelism],
 }
 FOLDER = {check_checkpoint_saved, *LOADS}
+PRELOADED = [  # by the server that ranks are forked from; none of them starts a thread
+    "torch._dynamo.backends.debugging",
+    "torch._functorch.aot_autograd",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "torch.distributed.tensor.parallel",
+]
 
 
 def work(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
+    rep_signum.enter()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meet{world}",
@@ -520,25 +544,29 @@ def work(rank: int, world: int, folder: str) -> None:
     torch.save(failures, f"{folder}/failures{world}_{rank}")
     with contextlib.suppress(Exception):  # after a failure the ranks may be out of step
         dist.barrier()
-    os._exit(
-        0
-    )  # gloo's threads, when torn down at exit, end one process in ten with "terminate called without an active exception"
+    # Gloo's threads end one process in ten with "terminate called without an active exception" when torn down at exit.
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
-    """world -> {check: tracebacks by rank}; each world is started when first asked for, those that load after the one that saves."""
-    folder, found = str(tmp_path_factory.mktemp("distributed")), {}
+    """world -> {check: tracebacks by rank}.
+
+    Each world is started when first asked for, those that load a checkpoint after the one that saves it.
+    """
+    folder, outcomes = str(tmp_path_factory.mktemp("distributed")), {}
+    multiprocessing.set_forkserver_preload(PRELOADED)
 
     def of(world):
-        if world not in found:
+        if world not in outcomes:
             if world == 3:
                 of(2)
-            found[world] = f"the {world} processes did not end well"  # said to every test, not tried again by each
-            torch.multiprocessing.spawn(work, (world, folder), nprocs=world)
-            found[world] = [torch.load(f"{folder}/failures{world}_{rank}") for rank in range(world)]
-        assert not isinstance(found[world], str), found[world]
-        return found[world]
+            # Every test says so; none tries again.
+            outcomes[world] = f"the {world} processes did not end well"
+            torch.multiprocessing.start_processes(work, (world, folder), nprocs=world, start_method="forkserver")
+            outcomes[world] = [torch.load(f"{folder}/failures{world}_{rank}") for rank in range(world)]
+        assert not isinstance(outcomes[world], str), outcomes[world]
+        return outcomes[world]
 
     of.folder = f"{folder}/checkpoint"
     return of
@@ -550,12 +578,12 @@ def failures(tmp_path_factory):
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_ranks(failures, world, check):
-    found = [
+    tracebacks = [
         f"rank {rank}:\n{failed[check.__name__]}"
         for rank, failed in enumerate(failures(world))
         if check.__name__ in failed
     ]
-    assert not found, "\n".join(found)
+    assert not tracebacks, "\n".join(tracebacks)
 
 
 def test_checkpoint_of_two_ranks_in_one_process(failures):

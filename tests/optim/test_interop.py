@@ -1,6 +1,7 @@
 """FusedRepSGD inside Accelerate, Lightning and timm.
 
-The first two come with the extra `interop`; timm by `pip install --no-deps timm`, for it would pull torchvision and with it another torch.
+The first two come with the extra `interop`; timm by `pip install --no-deps timm`, for it would pull torchvision and
+with it another torch.
 """
 
 from __future__ import annotations
@@ -80,7 +81,10 @@ def accelerated(accelerator):
 
 
 def test_accelerate_trains_saves_and_resumes(accelerator, tmp_path):
-    """prepare() sends the state_dict through load_state_dict; multipliers and momentum survive save_state / load_state."""
+    """prepare() sends the state_dict through load_state_dict.
+
+    Multipliers and momentum survive save_state / load_state.
+    """
     model, optimizer, batches, scheduler = accelerated(accelerator)
     for (x,) in batches:
         optimizer.zero_grad()
@@ -206,7 +210,7 @@ VISION = [
 
 @pytest.fixture
 def timm_optim():
-    """timm.optim; importing it imports timm's models and those torchvision, which stands in as a mock where it is not installed."""
+    """timm.optim. Importing it imports timm's models, and those torchvision: a mock stands in where that is missing."""
     if importlib.util.find_spec("timm") is None:
         pytest.skip("needs timm: pip install --no-deps timm (and the extra interop)")
     stubs = (

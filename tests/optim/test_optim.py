@@ -1,4 +1,4 @@
-"""FusedRepSGD against torch.optim.SGD(foreach=False) on M ⊙ g; multipliers, clipping, checkpoints, wrong input."""
+"""Optimizers with Grad Mult against their oracle on M ⊙ g; multipliers, clipping, checkpoints, wrong input."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ import pickle
 import cases
 import pytest
 import torch
-from cases_optim import Pair, assert_close, batch, dense, mults, net, oracle_step, set_grads
+from cases_optim import CASES, SGD, Pair, assert_close, batch, csla_norm, dense, mults, named, net, set_grads
 from torch import nn
 
 import gradrep_kernels as gr
 from gradrep_kernels import FusedRepSGD, GradMult
 
-HYPERS = {"argvalues": [h.options for h in cases.HYPERS], "ids": [h.name for h in cases.HYPERS]}
+VARIANTS = [
+    pytest.param(case, variant.options, id=f"{case.name}-{variant.name}") for case in CASES for variant in case.variants
+]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(**named(CASES))
+def case(request):
+    return request.param
 
 
 # ---- the step
 
 
-@pytest.mark.parametrize("options", **HYPERS)
+@pytest.mark.parametrize(("case", "options"), VARIANTS)
 @pytest.mark.parametrize("multiplied", [False, True])
-def test_each_step_is_sgd_on_multiplied_gradients(options, multiplied):
-    """Four steps (first, second, and the cached steady state), each from the oracle's state, to 1e-15 of max(|W|, lr |d|)."""
-    pair = Pair(multiplied=multiplied, groups=2, **options)
+def test_each_step_is_the_oracles_on_multiplied_gradients(case, options, multiplied):
+    """Four steps (first, second, and the cached steady state), each from the oracle's state.
+
+    They agree to 1e-15 of max(|W|, lr |d|).
+    """
+    pair = Pair(case, multiplied=multiplied, groups=2, hyper=options)
     for step in range(4):
         before = [q.detach().clone() for q in pair.twin.parameters()]
         pair.train(1, seed=step)
@@ -42,16 +44,16 @@ def test_each_step_is_sgd_on_multiplied_gradients(options, multiplied):
             assert bool(((p - q).abs() <= cases.FLOAT64_TOLERANCE * largest).all())
             with torch.no_grad():
                 p.copy_(q)
-                if "momentum_buffer" in pair.opt.state[p]:
-                    pair.opt.state[p]["momentum_buffer"].copy_(pair.sgd.state[q]["momentum_buffer"])
+                for key in pair.opt.state[p]:
+                    pair.opt.state[p][key].copy_(pair.oracle.state[q][key])
     pair.assert_equal()
 
 
-@pytest.mark.parametrize("options", **HYPERS)
+@pytest.mark.parametrize(("case", "options"), VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_no_worse_than_twice_eager_torch(options, dtype):
+def test_low_precision_is_no_worse_than_twice_eager_torch(case, options, dtype):
     """Against float64, three steps on the same gradients; the multipliers keep float32."""
-    low, exact = Pair(dtype, groups=2, **options), Pair(groups=2, **options)
+    low, exact = Pair(case, dtype, groups=2, hyper=options), Pair(case, groups=2, hyper=options)
     with torch.no_grad():
         for p, q in zip(exact.twin.parameters(), low.twin.parameters()):
             p.copy_(q)
@@ -60,8 +62,8 @@ def test_low_precision_is_no_worse_than_twice_eager_torch(options, dtype):
         for p, q in zip(exact.twin.parameters(), low.twin.parameters()):
             p.grad = q.grad.double()
         low.opt.step()
-        oracle_step(low.sgd, low.masks)
-        oracle_step(exact.sgd, exact.masks)
+        low.oracle_step()
+        exact.oracle_step()
     rows = zip(low.ours.parameters(), low.twin.parameters(), exact.twin.parameters())
     ours, theirs = zip(
         *((float((p - e).detach().abs().max()), float((q - e).detach().abs().max())) for p, q, e in rows)
@@ -69,8 +71,8 @@ def test_low_precision_is_no_worse_than_twice_eager_torch(options, dtype):
     assert max(ours) <= 2 * max(theirs)
 
 
-def test_a_closure_runs_with_gradients_and_its_loss_is_returned():
-    pair = Pair(momentum=0.9)
+def test_a_closure_runs_with_gradients_and_its_loss_is_returned(case):
+    pair = Pair(case)
     x = batch(torch.float64)
 
     def closure():
@@ -82,13 +84,13 @@ def test_a_closure_runs_with_gradients_and_its_loss_is_returned():
     loss = pair.opt.step(closure)
     assert loss.requires_grad
     pair.twin(x).square().mean().backward()
-    oracle_step(pair.sgd, pair.masks)
+    pair.oracle_step()
     pair.assert_equal()
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.1}])
-def test_gradients_are_left_alone(options):
-    pair = Pair(torch.float32, **options)
+@pytest.mark.parametrize("plain", [True, False])
+def test_gradients_are_left_alone(case, plain):
+    pair = Pair(case, torch.float32, hyper=case.plain if plain else case.hyper)
     for step in range(4):
         pair.set_grads(step)
         before = [(p.grad, p.grad.clone(), p.grad._version) for p in pair.ours.parameters()]
@@ -99,9 +101,9 @@ def test_gradients_are_left_alone(options):
             assert grad._version == version
 
 
-def test_multipliers_of_every_kind_of_argument():
+def test_multipliers_of_every_kind_of_argument(case):
     """A GradMult, a tensor of full size and one that broadcasts."""
-    pair = Pair(multiplied=False, momentum=0.9)
+    pair = Pair(case, multiplied=False)
     full = torch.rand(6, 3, 3, 3)
     given = dict(
         zip(
@@ -127,8 +129,8 @@ def test_a_multiplier_is_a_copy():
     assert p.tolist() == [0.0, -1.0, -2.0]
 
 
-def test_a_multiplier_can_be_changed_and_removed_between_steps():
-    pair = Pair(momentum=0.9)
+def test_a_multiplier_can_be_changed_and_removed_between_steps(case):
+    pair = Pair(case)
     pair.train(3)
     first, second, third = list(pair.ours.parameters())[:3]
     new = GradMult(torch.rand(1, 1, 3, 3) + 0.1)
@@ -142,8 +144,8 @@ def test_a_multiplier_can_be_changed_and_removed_between_steps():
     assert pair.opt.grad_mult(second) is None
 
 
-def test_spatial_scaling_is_a_second_factor():
-    pair = Pair(momentum=0.9)
+def test_spatial_scaling_is_a_second_factor(case):
+    pair = Pair(case)
     pair.train(3)
     g = torch.rand(3, 3) + 0.5
     weight = next(pair.ours.parameters())
@@ -193,14 +195,9 @@ def test_param_groups_splits_by_what_decays():
 # ---- clipping
 
 
-def csla_norm(params, masks) -> float:
-    squares = (p.grad.double().square() * masks.get(p, torch.ones(())) for p in params)
-    return float(sum(s.sum() for s in squares)) ** 0.5
-
-
 @pytest.mark.parametrize("max_norm", [1.0, 1e6])
-def test_clipping_by_the_norm_of_the_csla_model(max_norm):
-    pair = Pair()
+def test_clipping_by_the_norm_of_the_csla_model(case, max_norm):
+    pair = Pair(case)
     pair.set_grads(0)
     before = [p.grad.clone() for p in pair.ours.parameters()]
     expected = csla_norm(pair.twin.parameters(), pair.masks)
@@ -213,8 +210,8 @@ def test_clipping_by_the_norm_of_the_csla_model(max_norm):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_without_multipliers_clipping_is_torchs(dtype):
-    pair = Pair(dtype, multiplied=False)
+def test_without_multipliers_clipping_is_torchs(case, dtype):
+    pair = Pair(case, dtype, multiplied=False)
     pair.set_grads(0)
     ours = pair.opt.clip_grad_norm_(2.0)
     theirs = nn.utils.clip_grad_norm_(pair.twin.parameters(), 2.0)
@@ -226,8 +223,8 @@ def test_without_multipliers_clipping_is_torchs(dtype):
         assert_close(p.grad, q.grad, tolerance)
 
 
-def test_clipping_counts_the_spatial_factor_and_skips_what_has_no_gradient():
-    pair = Pair()
+def test_clipping_counts_the_spatial_factor_and_skips_what_has_no_gradient(case):
+    pair = Pair(case)
     pair.set_grads(0)
     params, twins = list(pair.ours.parameters()), list(pair.twin.parameters())
     g = torch.rand(3, 3, dtype=torch.float64)
@@ -239,13 +236,13 @@ def test_clipping_counts_the_spatial_factor_and_skips_what_has_no_gradient():
     )
 
 
-def test_clipping_without_any_gradient():
-    assert float(Pair().opt.clip_grad_norm_(1.0)) == 0.0
+def test_clipping_without_any_gradient(case):
+    assert float(Pair(case).opt.clip_grad_norm_(1.0)) == 0.0
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_clipping_a_norm_that_is_not_finite(bad):
-    pair = Pair()
+def test_clipping_a_norm_that_is_not_finite(case, bad):
+    pair = Pair(case)
     pair.set_grads(0)
     weight = next(pair.ours.parameters())
     weight.grad.view(-1)[3] = bad
@@ -266,9 +263,10 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.01}])
-def test_a_run_resumed_from_a_file_ends_with_the_same_bits(options):
-    whole, first, second = (Pair(torch.float32, **options) for _ in range(3))
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_run_resumed_from_a_file_ends_with_the_same_bits(case, plain):
+    options = case.plain if plain else case.hyper
+    whole, first, second = (Pair(case, torch.float32, hyper=options) for _ in range(3))
     whole.train(6)
     first.train(3)
     weights, state = through_a_file(first.ours.state_dict()), through_a_file(first.opt.state_dict())
@@ -280,12 +278,12 @@ def test_a_run_resumed_from_a_file_ends_with_the_same_bits(options):
         assert torch.equal(a, b)
 
 
-def test_checkpoint_to_torch_sgd_and_back():
-    pair = Pair(multiplied=False, groups=2, momentum=0.9, weight_decay=0.01, fused=True)
+def test_checkpoint_to_torchs_optimizer_and_back(case):
+    pair = Pair(case, multiplied=False, groups=2, fused=True)
     pair.train(3)
-    to_torch, to_ours = through_a_file(pair.opt.state_dict()), through_a_file(pair.sgd.state_dict())
+    to_torch, to_ours = through_a_file(pair.opt.state_dict()), through_a_file(pair.oracle.state_dict())
     assert all(not group["fused"] for group in to_torch["param_groups"])
-    pair.sgd.load_state_dict(to_torch)
+    pair.oracle.load_state_dict(to_torch)
     pair.opt.load_state_dict(to_ours)
     pair.train(3, seed=20).assert_equal()
 
@@ -301,8 +299,8 @@ def test_a_checkpoint_of_a_fused_sgd_does_not_make_ours_unscale():
     assert not getattr(opt, "_step_supports_amp_scaling", False)
 
 
-def test_grad_mults_are_restored_where_none_are_live():
-    saved, fresh = Pair(), Pair(multiplied=False)
+def test_grad_mults_are_restored_where_none_are_live(case):
+    saved, fresh = Pair(case), Pair(case, multiplied=False)
     saved.train(2)
     fresh.opt.load_state_dict(through_a_file(saved.opt.state_dict()))
     for p, q in zip(saved.ours.parameters(), fresh.ours.parameters()):
@@ -314,14 +312,17 @@ def test_grad_mults_are_restored_where_none_are_live():
     )
 
 
-def test_fp32_multipliers_survive_a_bf16_model():
-    """Optimizer.load_state_dict casts state to the parameter's dtype; 9e-12, the smallest real one, must not become 0 or 2e-4 off."""
+def test_fp32_multipliers_survive_a_bf16_model(case):
+    """Optimizer.load_state_dict casts state to the parameter's dtype.
+
+    9e-12, the smallest real one, must not become 0 or 2e-4 off.
+    """
     model = net(torch.float16)
     weight = next(model.parameters())
     mult = GradMult(torch.full((6, 1, 3, 3), 9.123456e-12))
     opt, fresh = (
-        FusedRepSGD(model.parameters(), grad_mults={weight: mult}),
-        FusedRepSGD(net(torch.float16).parameters()),
+        case.make(model.parameters(), grad_mults={weight: mult}),
+        case.make(net(torch.float16).parameters()),
     )
     fresh.load_state_dict(through_a_file(opt.state_dict()))
     restored = fresh.grad_mult(fresh.param_groups[0]["params"][0])
@@ -329,8 +330,8 @@ def test_fp32_multipliers_survive_a_bf16_model():
     assert torch.equal(restored.scale, mult.scale)
 
 
-def test_equal_grad_mults_on_resume_are_no_matter():
-    saved, live = Pair(momentum=0.9), Pair(momentum=0.9)
+def test_equal_grad_mults_on_resume_are_no_matter(case):
+    saved, live = Pair(case), Pair(case)
     saved.train(2)
     before = live.opt.grad_mult(next(live.ours.parameters()))
     live.opt.load_state_dict(through_a_file(saved.opt.state_dict()))
@@ -338,14 +339,17 @@ def test_equal_grad_mults_on_resume_are_no_matter():
     assert len(live.opt.state) == len(list(live.ours.parameters()))
 
 
-def test_different_grad_mults_on_resume_are_refused_and_nothing_changed():
-    saved, live = Pair(momentum=0.9), Pair(momentum=0.9)
+def test_different_grad_mults_on_resume_are_refused_and_nothing_changed(case):
+    saved, live = Pair(case), Pair(case)
     saved.train(2)
     weight = list(live.ours.parameters())[5]
     live.opt.set_grad_mult(weight, torch.rand(8, 1, 5, 5))
     live.opt.set_grad_mult(next(live.ours.parameters()), None)
     state = through_a_file(saved.opt.state_dict())
-    message = r"parameter 0 of shape \[6, 3, 3, 3\] has one only in the checkpoint; parameter 5 of shape \[8, 1, 5, 5\] has another one\. Set"
+    message = (
+        r"parameter 0 of shape \[6, 3, 3, 3\] has one only in the checkpoint; "
+        r"parameter 5 of shape \[8, 1, 5, 5\] has another one\. Set"
+    )
     with pytest.raises(ValueError, match=message):
         live.opt.load_state_dict(state)
     assert not live.opt.state
@@ -355,8 +359,8 @@ def test_different_grad_mults_on_resume_are_refused_and_nothing_changed():
     assert live.opt.grad_mult(next(live.ours.parameters())) is None
 
 
-def test_a_checkpoint_without_multipliers_is_refused_where_some_are_live():
-    saved, live = Pair(multiplied=False, momentum=0.9), Pair(momentum=0.9)
+def test_a_checkpoint_without_multipliers_is_refused_where_some_are_live(case):
+    saved, live = Pair(case, multiplied=False), Pair(case)
     saved.train(1)
     with pytest.raises(
         ValueError, match=r"parameter 0 of shape \[6, 3, 3, 3\] has none in the checkpoint;.*; and 1 more\. Set"
@@ -364,10 +368,10 @@ def test_a_checkpoint_without_multipliers_is_refused_where_some_are_live():
         live.opt.load_state_dict(saved.opt.state_dict())
 
 
-def test_an_sgd_checkpoint_leaves_the_live_ones():
-    pair, live = Pair(multiplied=False, momentum=0.9), Pair(momentum=0.9)
+def test_a_checkpoint_of_torchs_optimizer_leaves_the_live_ones(case):
+    pair, live = Pair(case, multiplied=False), Pair(case)
     pair.train(2)
-    live.opt.load_state_dict(through_a_file(pair.sgd.state_dict()))
+    live.opt.load_state_dict(through_a_file(pair.oracle.state_dict()))
     assert live.opt.grad_mult(next(live.ours.parameters())) is live.mults[next(live.ours.parameters())]
     assert live.opt.param_groups[0]["grad_mults_fingerprint"] != 0
 
@@ -379,8 +383,8 @@ def test_an_sgd_checkpoint_leaves_the_live_ones():
         (False, True, "group 0 had none, and some are set"),
     ],
 )
-def test_the_fingerprint_tells_of_multipliers_that_a_checkpoint_has_lost(saved_has, live_has, message):
-    saved, live = Pair(multiplied=saved_has), Pair(multiplied=live_has)
+def test_the_fingerprint_tells_of_multipliers_that_a_checkpoint_has_lost(case, saved_has, live_has, message):
+    saved, live = Pair(case, multiplied=saved_has), Pair(case, multiplied=live_has)
     state = saved.opt.state_dict()
     del state["grad_mults"]  # as distributed checkpoint does
     with pytest.raises(ValueError, match=message):
@@ -392,8 +396,8 @@ def test_the_fingerprint_tells_of_multipliers_that_a_checkpoint_has_lost(saved_h
     saved.opt.load_state_dict(state)  # the same ones are live
 
 
-def test_the_fingerprint_tells_other_multipliers_apart():
-    saved, live = Pair(), Pair()
+def test_the_fingerprint_tells_other_multipliers_apart(case):
+    saved, live = Pair(case), Pair(case)
     live.opt.set_grad_mult(next(live.ours.parameters()), GradMult(torch.ones(3, 3)))
     state = saved.opt.state_dict()
     del state["grad_mults"]
@@ -401,8 +405,8 @@ def test_the_fingerprint_tells_other_multipliers_apart():
         live.opt.load_state_dict(state)
 
 
-def test_a_checkpoint_whose_grad_mults_are_no_grad_mults():
-    opt = Pair(multiplied=False).opt
+def test_a_checkpoint_whose_grad_mults_are_no_grad_mults(case):
+    opt = Pair(case, multiplied=False).opt
     for broken, message in (
         ([], "must be a dict, got list"),
         ({0: {"scale": torch.ones(1)}}, "must hold a 'scale' and an 'identity' per parameter: KeyError"),
@@ -414,8 +418,8 @@ def test_a_checkpoint_whose_grad_mults_are_no_grad_mults():
 
 
 @pytest.mark.parametrize("multiplied", [False, True], ids=["none live", "some live"])
-def test_a_checkpoint_with_grad_mults_of_parameters_that_are_not_there(multiplied):
-    opt = Pair(multiplied=multiplied).opt
+def test_a_checkpoint_with_grad_mults_of_parameters_that_are_not_there(case, multiplied):
+    opt = Pair(case, multiplied=multiplied).opt
     count = len(opt.param_groups[0]["params"])
     before = opt.state_dict()
     for position in (-1, count, count + 93):
@@ -426,8 +430,8 @@ def test_a_checkpoint_with_grad_mults_of_parameters_that_are_not_there(multiplie
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-def test_a_copy_goes_on_by_itself(copied):
-    pair = Pair(momentum=0.9, fused=True)
+def test_a_copy_goes_on_by_itself(case, copied):
+    pair = Pair(case, fused=True)
     pair.train(4)  # in the steady state, whose cached plan must not be shared
     twin = copy.copy(pair)
     twin.ours, twin.opt = copied((pair.ours, pair.opt))
@@ -438,10 +442,15 @@ def test_a_copy_goes_on_by_itself(copied):
     assert all(torch.equal(p, b) for p, b in zip(pair.ours.parameters(), before))
 
 
-def test_a_pickled_torch_sgd_state_becomes_ours():
-    sgd = torch.optim.SGD(net().parameters(), lr=0.1, momentum=0.9, fused=True)
-    opt = FusedRepSGD.__new__(FusedRepSGD)
-    opt.__setstate__(sgd.__getstate__())
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [*((case, {}) for case in CASES), (SGD, {"fused": True})],
+    ids=[*(c.name for c in CASES), "fused_sgd"],
+)
+def test_a_pickled_state_of_torchs_optimizer_becomes_ours(case, options):
+    torchs = case.oracle(net().parameters(), lr=0.1, **case.hyper, **options)
+    opt = case.make.__new__(case.make)
+    opt.__setstate__(torchs.__getstate__())
     set_grads(opt.param_groups[0]["params"], 0)
     opt.step()
     assert opt.param_groups[0]["fused"] is None
@@ -451,7 +460,7 @@ def test_a_pickled_torch_sgd_state_becomes_ours():
 # ---- wrong input
 
 
-def named(model):
+def with_names(model):
     return [{"params": list(model.named_parameters())}]
 
 
@@ -473,32 +482,32 @@ def named(model):
         (torch.ones(1, dtype=torch.complex64), TypeError, r"scale must be real, got torch.complex64"),
     ],
 )
-def test_a_wrong_multiplier_names_its_parameter(mult, error, message):
+def test_a_wrong_multiplier_names_its_parameter(case, mult, error, message):
     model = net()
     weight = next(model.parameters())
     with pytest.raises(error, match=rf"^parameter 0 of shape \[6, 3, 3, 3\]: {message}"):
-        FusedRepSGD(model.parameters(), grad_mults={weight: mult})
-    opt = FusedRepSGD(named(model))
+        case.make(model.parameters(), grad_mults={weight: mult})
+    opt = case.make(with_names(model))
     with pytest.raises(error, match=rf"^parameter '0\.weight': {message}"):
         opt.set_grad_mult(weight, mult)
     assert opt.grad_mult(weight) is None
 
 
-def test_an_identity_on_an_even_kernel():
+def test_an_identity_on_an_even_kernel(case):
     p = nn.Parameter(torch.ones(2, 2, 4, 3))
     with pytest.raises(
         ValueError, match=r"parameter 0 of shape \[2, 2, 4, 3\]: identity needs an odd kernel, got 4 x 3"
     ):
-        FusedRepSGD([p], grad_mults={p: GradMult(torch.ones(1), torch.ones(2))})
+        case.make([p], grad_mults={p: GradMult(torch.ones(1), torch.ones(2))})
 
 
-def test_an_unknown_parameter():
+def test_an_unknown_parameter(case):
     model, other = net(), net()
     weight = next(other.parameters())
     message = r"unknown parameter \(shape \[6, 3, 3, 3\]\): it is not in this optimizer's param_groups"
     with pytest.raises(ValueError, match=message):
-        FusedRepSGD(model.parameters(), grad_mults={weight: torch.ones(1)})
-    opt = FusedRepSGD(model.parameters())
+        case.make(model.parameters(), grad_mults={weight: torch.ones(1)})
+    opt = case.make(model.parameters())
     for call in (
         lambda: opt.set_grad_mult(weight, None),
         lambda: opt.grad_mult(weight),
@@ -510,9 +519,9 @@ def test_an_unknown_parameter():
         opt.set_grad_mult("0.weight", torch.ones(1))
 
 
-def test_one_wrong_multiplier_among_right_ones_changes_nothing():
+def test_one_wrong_multiplier_among_right_ones_changes_nothing(case):
     model = net()
-    opt = FusedRepSGD(model.parameters(), grad_mults=mults(model))
+    opt = case.make(model.parameters(), grad_mults=mults(model))
     before = opt.state_dict()["grad_mults"]
     with pytest.raises(ValueError, match="does not broadcast"):
         opt.set_spatial_scaling(next(model.parameters()), torch.ones(5, 5))
@@ -541,6 +550,6 @@ def test_wrong_hyper_parameters(options, error, message):
         FusedRepSGD(net().parameters(), **options)
 
 
-def test_grad_mults_are_no_option_of_a_group():
+def test_grad_mults_are_no_option_of_a_group(case):
     with pytest.raises(ValueError, match=r"grad_mults is not an option of a parameter group: call set_grad_mult"):
-        FusedRepSGD([{"params": list(net().parameters()), "grad_mults": {}}])
+        case.make([{"params": list(net().parameters()), "grad_mults": {}}])

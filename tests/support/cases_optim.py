@@ -1,11 +1,100 @@
-"""What the optimizer's tests share: a small network with multipliers of every form, and torch's SGD on M ⊙ g as the oracle."""
+"""What the optimizers' tests share: the optimizers, a small network with multipliers of every form, and the oracle.
+
+The oracle of an optimizer is torch's of the same rule, on M ⊙ g.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cases
 import torch
+from rep_signum import RepSignum, Signum
 from torch import nn
+from torch.optim import Optimizer
 
 import gradrep_kernels as gr
+from gradrep_kernels.ops import backends
+from gradrep_kernels.ops.registry import OPS
+from gradrep_kernels.optim.rep_optimizer import RepOptimizer
+
+STEADY = 4  # steps after which a cached plan, where there is one, is in use
+
+
+@dataclass(frozen=True)
+class OptimizerCase:
+    """An optimizer with Grad Mult, and all that the contract must know of its rule."""
+
+    name: str
+    make: type[RepOptimizer]
+    oracle: Callable[..., Optimizer]
+    states: tuple[str, ...]  # keys of the arrays that it keeps for each parameter
+    hyper: dict[str, Any]  # hyper-parameters with which it keeps all of them, and weights decay; lr apart
+    plain: dict[str, Any]  # those of its shortest form, without weight decay
+    variants: tuple[cases.Hyper, ...]  # every branch of its rule, lr included
+    changes: dict[str, tuple[Any, Any]]  # values that a hyper-parameter takes one after the other in mid-run
+    takes_complex: bool = True
+    not_with_sparse: tuple[tuple[dict[str, Any], str], ...] = ()  # options that keep sparse gradients out: the reason
+    kernels: bool = True  # whether the package has kernels of it, or only a reference
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Where its contract is tested: without kernels one backend is as good as another."""
+        return ("auto", "reference") if self.kernels else ("auto",)
+
+    @property
+    def without_decay(self) -> dict[str, Any]:
+        return {**self.hyper, "weight_decay": 0.0}
+
+    def is_served_by_kernels(self, device: str) -> bool:
+        """Whether its step is now served by something else than the reference."""
+        op = self.make.update_rule.op
+        return backends.implementation(op, device) is not OPS[op].reference
+
+
+SGD = OptimizerCase(
+    "sgd",
+    gr.FusedRepSGD,
+    functools.partial(torch.optim.SGD, foreach=False),
+    states=("momentum_buffer",),
+    hyper={"momentum": 0.9, "weight_decay": 0.01},
+    plain={},
+    variants=tuple(cases.HYPERS),
+    changes={"weight_decay": (0.0, 0.1), "dampening": (0.5, 0.0), "nesterov": (True, False), "maximize": (True, False)},
+    not_with_sparse=(({"momentum": 0.9, "weight_decay": 0.1}, "weight decay"),),
+)
+SIGNUM = OptimizerCase(
+    "signum",
+    RepSignum,
+    Signum,
+    states=("exp_avg",),
+    hyper={"momentum": 0.9, "weight_decay": 0.01},
+    plain={"momentum": 0.0},
+    variants=(
+        cases.Hyper("no_memory", {"lr": 0.1, "momentum": 0.0}),
+        cases.Hyper("momentum_weight_decay", {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.05}),
+        cases.Hyper("maximize_all", {"lr": 0.02, "momentum": 0.7, "weight_decay": 0.01, "maximize": True}),
+    ),
+    changes={"weight_decay": (0.0, 0.1), "momentum": (0.9, 0.5), "maximize": (True, False)},
+    takes_complex=False,
+    not_with_sparse=(({}, "Signum"),),
+    kernels=False,
+)
+CASES = (SGD, SIGNUM)
+
+
+def named(optimizers: Sequence[OptimizerCase]) -> dict[str, Any]:
+    """The arguments of a fixture or a parametrization over optimizers, on the backend that serves anyhow."""
+    return {"params": optimizers, "ids": [case.name for case in optimizers]}
+
+
+def served(optimizers: Sequence[OptimizerCase]) -> dict[str, Any]:
+    """The arguments of a fixture over (optimizer, backend)."""
+    pairs = [(case, backend) for case in optimizers for backend in case.backends]
+    return {"params": pairs, "ids": [f"{case.name}-{backend}" for case, backend in pairs]}
 
 
 def net(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
@@ -31,17 +120,17 @@ def batch(dtype: torch.dtype = torch.float32, seed: int = 3, images: int = 4) ->
 def mults(model: nn.Module, seed: int = 1) -> dict[nn.Parameter, gr.GradMult]:
     """Convolutions: [O, 1, kh, kw], every second one with an identity; matrices: dense. float32, as real ones are."""
     g = torch.Generator().manual_seed(seed)
-    found = {}
+    multipliers = {}
     for p in model.parameters():
         if p.dim() == 4:
             scale, identity = (
                 0.3 + torch.rand(p.shape[0], 1, *p.shape[2:], generator=g),
                 torch.rand(p.shape[0], generator=g),
             )
-            found[p] = gr.GradMult(scale, identity if len(found) % 2 == 0 else None)
+            multipliers[p] = gr.GradMult(scale, identity if len(multipliers) % 2 == 0 else None)
         elif p.dim() == 2:
-            found[p] = gr.GradMult(torch.rand(p.shape, generator=g) * 2)
-    return found
+            multipliers[p] = gr.GradMult(torch.rand(p.shape, generator=g) * 2)
+    return multipliers
 
 
 def dense(mult: gr.GradMult, shape, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -57,25 +146,41 @@ def set_grads(params, seed: int) -> None:
         p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=g, dtype=torch.float64))
 
 
-def oracle_step(sgd: torch.optim.SGD, masks: dict[nn.Parameter, torch.Tensor]) -> None:
-    """One step of torch's SGD on M ⊙ g; the gradients are put back."""
+def set_both_grads(ours, twins, seed: int) -> None:
+    """The same gradients for two lists of parameters."""
+    set_grads(ours, seed)
+    set_grads(twins, seed)
+
+
+def oracle_step(oracle: Optimizer, masks: dict[nn.Parameter, torch.Tensor]) -> None:
+    """One step of the oracle on M ⊙ g; the gradients are put back."""
     kept = {p: p.grad for p in masks if p.grad is not None}
     for p, grad in kept.items():
         p.grad = grad * masks[p].to(grad.dtype)
-    sgd.step()
+    oracle.step()
     for p, grad in kept.items():
         p.grad = grad
 
 
 class Pair:
-    """The same network twice: `ours` under FusedRepSGD, `twin` under torch.optim.SGD with dense multipliers.
+    """The same network twice: `ours` under the optimizer of a case, `twin` under its oracle, with dense multipliers.
 
-    The parameters are dealt to `groups` groups with learning rates lr, 2 lr, ... float64 unless another dtype is asked for.
+    The parameters are dealt to `groups` groups with learning rates lr, 2 lr, ... Where no hyper-parameters are given
+    they are the case's. float64 unless another dtype is asked for.
     """
 
     def __init__(
-        self, dtype: torch.dtype = torch.float64, multiplied: bool = True, groups: int = 1, lr=0.05, fused=None, **hyper
+        self,
+        case: OptimizerCase,
+        dtype: torch.dtype = torch.float64,
+        multiplied: bool = True,
+        groups: int = 1,
+        lr=0.05,
+        fused=None,
+        hyper: dict[str, Any] | None = None,
     ):
+        hyper = {"lr": lr, **(case.hyper if hyper is None else hyper)}
+        self.case, lr = case, hyper.pop("lr")
         self.ours, self.twin = net(dtype), net(dtype)
         self.mults = mults(self.ours) if multiplied else {}
         self.masks = {
@@ -83,36 +188,101 @@ class Pair:
             for p, q in zip(self.ours.parameters(), self.twin.parameters())
             if p in self.mults
         }
-        self.opt = gr.FusedRepSGD(
-            self._split(self.ours, groups, lr), **hyper, fused=fused, grad_mults=self.mults or None
-        )
-        self.sgd = torch.optim.SGD(self._split(self.twin, groups, lr), **hyper, foreach=False)
+        self.opt = case.make(self._split(self.ours, groups, lr), **hyper, fused=fused, grad_mults=self.mults or None)
+        self.oracle = case.oracle(self._split(self.twin, groups, lr), **hyper)
 
     @staticmethod
     def _split(model, groups, lr):
         params = list(model.parameters())
         return [{"params": params[n::groups], "lr": lr * (n + 1)} for n in range(groups)]
 
+    @property
+    def optimizers(self) -> tuple[RepOptimizer, Optimizer]:
+        return self.opt, self.oracle
+
+    @property
+    def models(self) -> tuple[nn.Module, nn.Module]:
+        return self.ours, self.twin
+
     def set_grads(self, seed: int) -> None:
-        set_grads(self.ours.parameters(), seed)
-        set_grads(self.twin.parameters(), seed)
+        set_both_grads(self.ours.parameters(), self.twin.parameters(), seed)
+
+    def step(self) -> None:
+        """One step of both on the gradients that are there."""
+        self.opt.step()
+        self.oracle_step()
+
+    def oracle_step(self) -> None:
+        oracle_step(self.oracle, self.masks)
 
     def train(self, steps: int = 3, seed: int = 10) -> Pair:
         """Steps on the same forced gradients; with three of them the steady state of our step is reached."""
         for step in range(steps):
             self.set_grads(seed + step)
-            self.opt.step()
-            oracle_step(self.sgd, self.masks)
+            self.step()
         return self
 
+    def weights(self) -> list[torch.Tensor]:
+        """Copies of ours."""
+        return [p.detach().clone() for p in self.ours.parameters()]
+
+    def arrays(self) -> list[torch.Tensor]:
+        """Copies of all arrays that our optimizer keeps."""
+        return [state[key].clone() for state in self.opt.state.values() for key in self.case.states]
+
     def assert_equal(self, tolerance: float = 1e-13) -> None:
-        """Weights and momentum agree to `tolerance` of the parameter's largest (default: some steps of float64)."""
+        """Weights and states agree to `tolerance` of the parameter's largest (default: some steps of float64)."""
         for p, q in zip(self.ours.parameters(), self.twin.parameters()):
             assert_close(p, q, tolerance)
-            a, b = self.opt.state.get(p, {}).get("momentum_buffer"), self.sgd.state.get(q, {}).get("momentum_buffer")
-            assert (a is None) == (b is None)
-            if a is not None:
-                assert_close(a, b, tolerance)
+            for key in self.case.states:
+                a, b = self.opt.state.get(p, {}).get(key), self.oracle.state.get(q, {}).get(key)
+                assert (a is None) == (b is None)
+                if a is not None:
+                    assert_close(a, b, tolerance)
+
+
+def all_equal(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+# ---- torch.amp.GradScaler, and clipping
+
+
+def overflow(pair: Pair) -> None:
+    next(pair.ours.parameters()).grad.view(-1)[1] = float("inf")
+
+
+def scaled_step(scaler: torch.amp.GradScaler, opt: Optimizer) -> None:
+    scaler.scale(torch.zeros(()))  # makes the scale; gradients are set by hand
+    scaler.step(opt)
+    scaler.update()
+
+
+def csla_norm(params, masks: dict[nn.Parameter, torch.Tensor]) -> float:
+    """√(Σ M ⊙ g²)"""
+    squares = (p.grad.double().square() * masks.get(p, torch.ones(())) for p in params)
+    return float(sum(s.sum() for s in squares)) ** 0.5
+
+
+def clip_twin(pair: Pair, max_norm: float) -> None:
+    norm = csla_norm(pair.twin.parameters(), pair.masks)
+    for q in pair.twin.parameters():
+        q.grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
+
+
+def amp_steps(pair: Pair, scaler: torch.amp.GradScaler, steps: int = STEADY, clip: float | None = None) -> None:
+    """Gradients times the scale for ours, as they are for the twin."""
+    for step in range(steps):
+        pair.set_grads(30 + step)
+        scaler.scale(torch.zeros(()))
+        for p in pair.ours.parameters():
+            p.grad.mul_(scaler.get_scale())
+        if clip is not None:
+            scaler.unscale_(pair.opt)
+            pair.opt.clip_grad_norm_(clip)
+            clip_twin(pair, clip)
+        scaled_step(scaler, pair.opt)
+        pair.oracle_step()
 
 
 def assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-13) -> None:

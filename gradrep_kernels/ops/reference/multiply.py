@@ -5,6 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float32 for bf16 and fp16, which are rounded once per stored tensor, and any other dtype itself."""
+    return _WIDER.get(dtype, dtype)
+
 
 def diagonal_taps(shape: torch.Size | tuple[int, ...], device=None) -> tuple[Tensor, Tensor, int, int]:
     """Index the identity's taps in a weight of `shape` [O, I, kh, kw]: (o, o mod I, centre row, centre column)."""

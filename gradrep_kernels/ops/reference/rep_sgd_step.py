@@ -8,18 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradrep_kernels.ops.reference.multiply import multiply
+from gradrep_kernels.ops.reference.multiply import compute_dtype, multiply
 from gradrep_kernels.ops.schema import StepRule, op
 
 HYPER = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 """Columns of the table of hyper-parameters, one row per parameter group."""
-
-_WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return float32 for bf16 and fp16, which are rounded once per stored tensor, and any other dtype itself."""
-    return _WIDER.get(dtype, dtype)
 
 
 def has_momentum(hyper: Tensor) -> list[bool]:

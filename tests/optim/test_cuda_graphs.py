@@ -1,0 +1,164 @@
+"""Steps in CUDA graphs, and models on two kinds of device. These need a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases_optim import STEADY, Pair, all_equal, assert_close, batch, overflow
+from implementations import on_gpu
+
+
+def captured(pair: Pair) -> torch.cuda.CUDAGraph:
+    """A graph of one step of ours, on the GPU; arrays and what is derived from the multipliers are made before."""
+    pair.ours.cuda()
+    pair.train(3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pair.opt.step()
+    return graph
+
+
+def replay(pair: Pair, graph, steps: int = 3) -> None:
+    """With new values in the gradients that were captured."""
+    for step in range(steps):
+        for p, q in zip(pair.ours.parameters(), pair.twin.parameters()):
+            q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(step))
+            p.grad.copy_(q.grad)
+        graph.replay()
+        pair.oracle_step()
+    for p, q in zip(pair.ours.parameters(), pair.twin.parameters()):
+        assert_close(p.cpu(), q, 1e-6)
+
+
+@on_gpu
+@pytest.mark.parametrize("plain", [True, False])
+def test_cuda_graph(case, plain):
+    pair = Pair(case, torch.float32, hyper=case.plain if plain else case.hyper)
+    replay(pair, captured(pair))
+
+
+@on_gpu
+def test_cuda_graph_follows_a_tensor_lr(case):
+    if not case.is_served_by_kernels("cuda"):
+        pytest.skip("the reference reads hyper-parameters on the host")
+    pair = Pair(case, torch.float32)
+    lr = torch.tensor(0.05, device="cuda")
+    pair.opt.param_groups[0]["lr"] = lr
+    graph = captured(pair)
+    for value in (0.05, 0.2, 0.01):
+        lr.fill_(value)
+        pair.oracle.param_groups[0]["lr"] = value
+        replay(pair, graph, steps=2)
+
+
+class WholeStep:
+    """Forward, backward and step of a Pair on the GPU, in one graph.
+
+    float64, for convolutions in float32 may use TF32.
+    """
+
+    def __init__(self, pair: Pair, images: int = 4, by_hand: bool = False):
+        self.pair, self.x = pair, batch(torch.float64, images=images).cuda()
+        pair.ours.cuda()
+        side = torch.cuda.Stream()  # the capture is on yet another one
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.ours()
+                self.theirs()
+        torch.cuda.current_stream().wait_stream(side)
+        self.capture(by_hand)
+
+    def ours(self) -> None:
+        self.pair.opt.zero_grad()
+        self.pair.ours(self.x).square().mean().backward()
+        self.pair.opt.step()
+
+    def theirs(self) -> None:
+        self.pair.oracle.zero_grad()
+        self.pair.twin(self.x.cpu()).square().mean().backward()
+        self.pair.oracle_step()
+
+    def capture(self, by_hand: bool = False) -> None:
+        self.pair.opt.zero_grad()  # so that the gradients are in the graph's memory
+        self.graph = torch.cuda.CUDAGraph()
+        if not by_hand:
+            with torch.cuda.graph(self.graph):
+                self.ours()
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.graph.capture_begin()
+            self.ours()
+            self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def replay(self, seed: int) -> None:
+        self.x.copy_(batch(torch.float64, seed, images=len(self.x)))
+        self.graph.replay()
+        self.theirs()
+
+    def check(self) -> None:
+        for p, q in zip(self.pair.ours.parameters(), self.pair.twin.parameters()):
+            assert_close(p.cpu(), q, 1e-10)
+
+
+@on_gpu
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("plain", [True, False])
+def test_cuda_graph_of_the_whole_training_step(case, plain, by_hand):
+    """After a warm-up on another stream; the gradients' addresses are new in the capture."""
+    whole = WholeStep(Pair(case, hyper=case.plain if plain else case.hyper), by_hand=by_hand)
+    for seed in range(3):
+        whole.replay(seed)
+    whole.check()
+
+
+@on_gpu
+def test_two_cuda_graphs_of_one_optimizer_in_turns(case):
+    pair = Pair(case)
+    graphs = [WholeStep(pair, images) for images in (4, 3)]
+    for seed in range(4):
+        graphs[seed % 2].replay(seed)
+    graphs[0].check()
+
+
+@on_gpu
+def test_spatial_scalings_set_between_cuda_graphs(case):
+    """Nothing comes between the setting and the capture, not even a step; the first graph keeps its multipliers."""
+    if not case.is_served_by_kernels("cuda"):
+        pytest.skip("the reference keeps no multipliers for a graph once others are set")
+    whole = WholeStep(Pair(case))
+    weight, twin = next(whole.pair.ours.parameters()), next(whole.pair.twin.parameters())
+    plain, graphs = whole.pair.masks[twin], []
+    for scaling in (torch.rand(3, 3), torch.rand(3, 3)):
+        whole.pair.opt.set_spatial_scaling(weight, scaling)
+        whole.capture()
+        graphs.append((whole.graph, plain * scaling))
+    for seed, (whole.graph, whole.pair.masks[twin]) in enumerate(graphs * 2):
+        whole.replay(seed)
+    whole.check()
+
+
+@on_gpu
+def test_models_on_two_kinds_of_device(case):
+    """Some parameters on the CPU, some on the GPU, one scaler."""
+    pair = Pair(case, torch.float32, fused=True)
+    pair.ours[:4].cuda()
+    scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
+    for step in range(STEADY):
+        pair.set_grads(step)
+        scaler.scale(torch.zeros((), device="cuda"))
+        for p in pair.ours.parameters():
+            p.grad.mul_(8.0)
+        scaler.step(pair.opt)
+        scaler.update()
+        pair.oracle_step()
+    pair.set_grads(0)
+    overflow(pair)
+    before = pair.weights()
+    scaler.step(pair.opt)
+    assert all_equal(before, pair.weights())
+    for p, q in zip(pair.ours.parameters(), pair.twin.parameters()):
+        assert_close(p.cpu(), q, 1e-6)
