@@ -1,4 +1,4 @@
-"""The C++ of `pair_ranges` and `joint_histogram`: ranges to the bit and counts to the last one, whatever the layout and the threads."""
+"""The C++ of `pair_ranges` and `joint_histogram`: ranges to the bit, counts to the last, on any layout and threads."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_layouts(layout, dtype, padding, remove_near):
     check(x, [0, 1, 1, -1, 1, 0, 1, 1], list(padding), remove_near)
 
 
-# 3x3 counts three of its four displacements in a cube of uint16 cells, 5x5 and 7x7 some, one displacement in tables alone.
+# 3x3 counts three of its four displacements in a cube of uint16 cells, 5x5 and 7x7 some, one displacement none.
 MANY_PIXELS = {
     "one image, more than a cell of a constant map can hold": ((1, 1, 401, 401), 1),
     "as many in many images of an odd number of cells": ((170, 1, 31, 33), 1),
@@ -274,9 +274,10 @@ def check_drawn(case, threads, cut):
     x, displacements, padding, remove_near, bins = case
     check(x, displacements, padding, remove_near, bins=bins, threads=(threads,))
     ranges, n = cpp("pair_ranges")(x, displacements, padding, remove_near)
-    count = lambda part: cpp("joint_histogram")(
-        part, displacements, ranges, bins, int(bins.max()), padding, remove_near
-    )
+
+    def count(part):
+        return cpp("joint_histogram")(part, displacements, ranges, bins, int(bins.max()), padding, remove_near)
+
     parts = [x[:cut], x[cut:]]
     ends, numbers = zip(*(cpp("pair_ranges")(part, displacements, padding, remove_near) for part in parts))
     assert same_bits(

@@ -14,7 +14,7 @@ from gradrep_kernels.ops import reference
 
 NORM = implementations.of("rep_grad_norm")
 SHAPES = list(cases.SHAPES.values())
-# Kernels sum in another order, in double on the CPU; on a GPU in float32 by fixed trees of at most 2¹⁰ terms, then in double.
+# Kernels sum in another order: in double on the CPU, on a GPU in float32 by trees of at most 2¹⁰ terms, then in double.
 TOLERANCE = {"cpu": 1e-7, "cuda": 1e-6}
 
 

@@ -142,7 +142,10 @@ def test_kernel_follows_every_hyper_parameter(backend, device, hyper, dtype):
 @pytest.mark.parametrize("what", [("grads",), ("params",), ("buffers",), ("grads", "params", "buffers")], ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_unaligned_tensors_of_a_block_and_more(backend, device, dtype, what):
-    """Gradients in the buckets of DistributedDataParallel and shards of FSDP start anywhere; a wide access there is an error that stays."""
+    """Gradients in DistributedDataParallel's buckets and shards of FSDP start anywhere.
+
+    On a GPU a wide access there is an error that stays.
+    """
     step = implementations.get("rep_sgd_step", backend, device)
     problem = Problem(
         [cases.SHAPES[name] for name in ("prime", "chunk", "chunk_minus_1", "chunk_plus_1", "conv_3x3_many_chunks")],

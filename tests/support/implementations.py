@@ -34,5 +34,8 @@ def get(op: str, backend: str, device: str):
 
 
 def on_gpu(test):
-    """For a test that is about a GPU: chosen by `-m gpu`, skipped where there is none and where Triton interprets kernels on the CPU."""
+    """Mark a test that is about a GPU, chosen by `-m gpu`.
+
+    It is skipped where there is none, and where Triton interprets kernels on the CPU.
+    """
     return pytest.mark.gpu(pytest.mark.skipif("cuda" not in DEVICES or INTERPRETED, reason="needs a CUDA GPU")(test))
