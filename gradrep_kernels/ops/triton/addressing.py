@@ -46,20 +46,14 @@ ALIGNED, HAS_SCALE, HAS_IDENTITY, FIRST_STEP = map(tl.constexpr, (1, 2, 4, 8))
 
 @triton.jit
 def own_chunk(chunks, geometry, pointers, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Where a program works: its rows of `geometry` and `pointers` (WIDTH wide), flags, start, end, wide.
-
-    Its chunk goes from element `start` to `end` of the piece. `wide` says that the chunk is whole and its tensors are
-    aligned, so that 128-bit accesses may serve it.
-    """
+    """Where a program works: its rows of `geometry` and `pointers` (WIDTH wide), first element, size of its piece."""
     program = tl.program_id(0)
     number = tl.load(chunks + program)
     piece = geometry + number * GEOMETRY
     pointers += number * WIDTH
     numel = tl.load(piece + NUMEL)
     start = (program - tl.load(piece + FIRST_CHUNK)) * CHUNK
-    flags = tl.load(pointers + FLAGS)
-    wide = (start + CHUNK <= numel) & ((flags & ALIGNED) != 0)
-    return piece, pointers, flags, start, tl.minimum(start + CHUNK, numel), wide
+    return piece, pointers, start, numel
 
 
 @triton.jit

@@ -10,6 +10,8 @@ from torch import Tensor
 from gradrep_kernels.ops import reference
 from gradrep_kernels.ops.triton import plans
 from gradrep_kernels.ops.triton.addressing import (  # by name: the key of Triton's cache holds no attributes of modules
+    ALIGNED,
+    FLAGS,
     GRAD,
     POINTERS,
     TAIL,
@@ -41,10 +43,10 @@ def rep_grad_norm_kernel(
     BLOCK: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = partial.dtype.element_ty
-    piece, pointers, _, start, end, wide = own_chunk(chunks, geometry, pointers, POINTERS, CHUNK)
+    piece, pointers, start, numel = own_chunk(chunks, geometry, pointers, POINTERS, CHUNK)
     grad = tl.load(pointers + GRAD)  # an integer: see `aligned`
     row_of_piece = multiplier_row(piece, pointers, COMPUTE)
-    if wide:
+    if (start + CHUNK <= numel) & ((tl.load(pointers + FLAGS) & ALIGNED) != 0):
         inside = tl.full([BLOCK], True, tl.int1)
         total = tl.zeros([BLOCK], COMPUTE)
         for part in range(CHUNK // BLOCK):
@@ -53,10 +55,11 @@ def rep_grad_norm_kernel(
             )
         tl.store(partial + tl.program_id(0), tl.sum(total, axis=0))
     else:
+        end = tl.minimum(start + CHUNK, numel)
         rest = tl.zeros([TAIL], COMPUTE)
         while start < end:
             place = start + tl.arange(0, TAIL)
-            rest += _squares(place, place < end, unaligned(grad, DTYPE), row_of_piece, COMPUTE)
+            rest += _squares(place, place < numel, unaligned(grad, DTYPE), row_of_piece, COMPUTE)
             start += TAIL
         tl.store(partial + tl.program_id(0), tl.sum(rest, axis=0))
 

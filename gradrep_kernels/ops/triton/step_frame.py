@@ -6,7 +6,9 @@ import triton
 import triton.language as tl
 
 from gradrep_kernels.ops.triton.addressing import (  # by name: the key of Triton's cache holds no attributes of modules
+    ALIGNED,
     FIRST_STEP,
+    FLAGS,
     GRAD,
     GROUP,
     POINTERS,
@@ -74,13 +76,14 @@ def step_frame(
     if found_inf is not None:  # noqa: SIM102 (a constant for the compiler, then a number on the device)
         if tl.load(found_inf) != 0:
             return
-    piece, pointers, flags, start, end, wide = own_chunk(chunks, geometry, pointers, STATE + STATES, BLOCK)
+    piece, pointers, start, numel = own_chunk(chunks, geometry, pointers, STATE + STATES, BLOCK)
     hyper += tl.load(piece + GROUP) * COLUMNS
+    flags = tl.load(pointers + FLAGS)
     first = (flags & FIRST_STEP) != 0
     # Integers: see `aligned`.
     param, grad, states = tl.load(pointers + PARAM), tl.load(pointers + GRAD), state_addresses(pointers, STATES)
     row_of_piece = multiplier_row(piece, pointers, hyper.dtype.element_ty)
-    if wide:
+    if (start + BLOCK <= numel) & ((flags & ALIGNED) != 0):
         place = start + tl.arange(0, BLOCK)
         inside = tl.full([BLOCK], True, tl.int1)
         UPDATE(
@@ -89,6 +92,7 @@ def step_frame(
             first, row_of_piece, hyper, grad_scale,
         )  # fmt: skip
     else:
+        end = tl.minimum(start + BLOCK, numel)
         while start < end:
             place = start + tl.arange(0, TAIL)
             UPDATE(
