@@ -7,8 +7,9 @@ TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CXX and CXXFLAGS are honoured as torc
 _C (CPU) and _C_cuda are separate modules: a CUDA build that fails must not lose the CPU kernels. Both use LibTorch's
 stable ABI and Python's limited API, so that one binary serves torch >= 2.11 and Python >= 3.10.
 
-nvcc is called here and not by torch's BuildExtension, which builds no module at all where a .cu file is among the sources
-and torch is a CPU build or of another CUDA release. The headers of a CPU build suffice, and so does nvcc without a GPU.
+nvcc is called here and not by torch's BuildExtension, which builds no module at all where a .cu file is among the
+sources and torch is a CPU build or of another CUDA release. The headers of a CPU build suffice, and so does nvcc
+without a GPU.
 """
 
 import functools
@@ -27,7 +28,8 @@ from setuptools.errors import ModuleError
 CHOICES = {"GRADREP_BUILD": ("auto", "require", "none"), "GRADREP_CUDA": ("auto", "1", "0", "only")}
 TORCH_TARGET = "0x020b000000000000"  # 2.11
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"  # where TORCH_CUDA_ARCH_LIST is unset and no GPU is visible
-# No FMA contraction, no approximate division, no flushed denormals: every operation is rounded on its own, as the reference does.
+# No FMA contraction, no approximate division, no flushed denormals: every operation is rounded on its own, as the
+# reference does.
 NVCC_FLAGS = [
     "-O3",
     "-std=c++20",
@@ -64,10 +66,12 @@ def cpp_extension():
     except Exception as error:  # a broken torch must not stop a pure Python install either
         if BUILD == "require":
             raise SystemExit(
-                f"gradrep_kernels: GRADREP_BUILD=require, but torch is not importable in the build environment ({error}); install torch first, then {INSTALL}"
+                f"gradrep_kernels: GRADREP_BUILD=require, but torch is not importable in the build environment "
+                f"({error}); install torch first, then {INSTALL}"
             ) from None
         say(
-            f"torch is not importable here ({error}), so the package is installed without compiled kernels. To get them: pip install torch, then {INSTALL}"
+            f"torch is not importable here ({error}), so the package is installed without compiled kernels. "
+            f"To get them: pip install torch, then {INSTALL}"
         )
         return None
     return cpp_extension
@@ -134,7 +138,8 @@ def why_no_cuda() -> str | None:
     if release is None:
         return f"{nvcc()} does not say its release"
     if torch.version.cuda is not None and torch.version.cuda.split(".")[0] != release[1]:
-        return f"nvcc is of CUDA {release[1]} and torch of CUDA {torch.version.cuda}; set CUDA_HOME to a toolkit of torch's"
+        releases = f"nvcc is of CUDA {release[1]} and torch of CUDA {torch.version.cuda}"
+        return f"{releases}; set CUDA_HOME to a toolkit of torch's"
     if torch.version.cuda is None and CUDA == "auto":
         return "torch is a CPU build; GRADREP_CUDA=1 builds it nevertheless, for another torch"
     return None
@@ -143,7 +148,8 @@ def why_no_cuda() -> str | None:
 def cuda_module(ext):
     import torch
 
-    # What torch loads at import is found by its name. A CPU build of torch has no libtorch_cuda, but libtorch.so leads to it.
+    # What torch loads at import is found by its name. A CPU build of torch has no libtorch_cuda, but libtorch.so leads
+    # to it.
     last = ["-Wl,--no-as-needed", "-ltorch_cuda" if torch.version.cuda else "-ltorch"]
     flags = ["-O2", "-g0", "-fvisibility=hidden"]
     linked = Path("csrc").glob("*.cu")
@@ -236,7 +242,8 @@ def commands(ext):
                     raise
                 first_line = (str(error).splitlines() or [""])[0][:200]
                 say(
-                    f"{name} could not be built ({type(error).__name__}: {first_line}); the package works without, more slowly. "
+                    f"{name} could not be built ({type(error).__name__}: {first_line}); "
+                    "the package works without, more slowly. "
                     f"GRADREP_BUILD=require shows the whole error, as in: GRADREP_BUILD=require {INSTALL}"
                 )
 
@@ -250,7 +257,10 @@ def commands(ext):
 
     class Wheel(BdistWheel):
         def get_tag(self):
-            """A wheel without a compiled module is for every platform: cached as one of this platform it would pass for complete."""
+            """Name a wheel without a compiled module as one for every platform.
+
+            Cached as one of this platform it would pass for complete.
+            """
             self.root_is_pure = not any(map(os.path.exists, self.get_finalized_command("build_ext").get_outputs()))
             return super().get_tag()
 

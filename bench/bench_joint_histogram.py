@@ -2,7 +2,8 @@
 
     python -m pytest bench/bench_joint_histogram.py [--quick] [--device cpu|cuda] [--threads 1,2] [--results DIR]
 
-A pair is one that is counted: p and its displaced neighbour inside the padded map, for half of the kernel's displacements.
+A pair is one that is counted: p and its displaced neighbour inside the padded map, for half of the kernel's
+displacements.
 Slow baselines run on a sub-sample of the channels, which their note states; their times are scaled to all.
 """
 
@@ -214,10 +215,8 @@ def test_layers(
         pairs = feature_maps.pairs(shape, layer.kernel, layer.padding)
         ways.append(Candidate(str(layer), run, pairs=pairs, bytes=2 * x.nbytes, note=f"{layer.count} in the network"))
     timed = compare(benchmark, setup, ways, threads=threads)
-    results.add(
-        f"{network}, {images} images, ReLU with 60 % zeros{', remove_near' if remove_near else ''}, {thread_count(threads)}",
-        timed,
-    )
+    what = ", remove_near" if remove_near else ""
+    results.add(f"{network}, {images} images, ReLU with 60 % zeros{what}, {thread_count(threads)}", timed)
 
 
 # -- G2, G3

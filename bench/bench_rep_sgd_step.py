@@ -1,10 +1,10 @@
-"""The step: FusedRepSGD with structured Grad Mults against torch.optim.SGD without any, and against the ways to multiply first.
+"""Time FusedRepSGD with structured Grad Mults against torch.optim.SGD without any, and against multiplying first.
 
     python -m pytest bench/bench_rep_sgd_step.py [--quick] [--device cpu|cuda] [--threads 1,2] [--results DIR]
 
-All candidates of a comparison share parameters, gradients and momentum buffers, and take turns (see harness.py). S1 and S3
-have comparisons of their own, with no masks and temporaries beside them. The dense masks hold ones, for they multiply the
-gradients in place once a round; a product's time does not depend on its values.
+All candidates of a comparison share parameters, gradients and momentum buffers, and take turns (see harness.py). S1 and
+S3 have comparisons of their own, with no masks and temporaries beside them. The dense masks hold ones, for they
+multiply the gradients in place once a round. A product's time does not depend on its values.
 On a CPU only float32 is timed: torch's fused SGD skips work there in bfloat16 and float16 (torch 2.11 to 2.13).
 """
 

@@ -2,9 +2,9 @@
 
     python -m pytest bench/bench_sgs.py [--quick] [--device cpu|cuda] [--threads 1,2] [--results DIR]
 
-The maps are the inputs of VGG-16's convolutions, untrained, on smooth 32 x 32 images. "Statistics only": the maps lie ready,
-and the whole of `SpatialGradientScaling.update` runs on them (ranges, counts, NMI, G, told to the optimizer) but for the
-network's own layers. Slow ways run on a sub-sample, which their note states; their times are scaled.
+The maps are the inputs of VGG-16's convolutions, untrained, on smooth 32 x 32 images. "Statistics only": the maps lie
+ready, and the whole of `SpatialGradientScaling.update` runs on them (ranges, counts, NMI, G, told to the optimizer)
+except the network's own layers. Slow ways run on a sub-sample, which their note states, and their times are scaled.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ IN_EVERY_STEP = (None, 5.0)
 
 
 class Replay(nn.Module):
-    """Convolutions that compute nothing: their inputs are played to them, so that an update costs its statistics only."""
+    """Convolutions that get recorded inputs and compute nothing, so that an update costs its statistics only."""
 
     def __init__(self, batches: list[list[tuple[nn.Conv2d, Tensor]]]):
         super().__init__()
@@ -134,7 +134,10 @@ def _update(name: str, replay: Replay, batches: int, backend: str = "auto") -> C
 
 
 def _published(replay: Replay, one_in: int) -> list[Candidate]:
-    """The published algorithm on every `one_in`-th channel: what one costs does not depend on the others. Maps in host memory."""
+    """The published algorithm on every `one_in`-th channel, with maps in host memory.
+
+    The cost of a channel does not depend on the others.
+    """
     layers = [[x.cpu().numpy() for x in maps] for maps in zip(*replay.maps)]
 
     def candidate(name: str, histogram2d: Histogram2d, one_in: int) -> Candidate:

@@ -68,7 +68,8 @@ VGG16_CIFAR = (  # 2.43 G pairs in 20 x 128 images
     Layer(256, 4), Layer(512, 4, count=2), Layer(512, 2, count=3),
 )  # fmt: skip
 RESNET18_IMAGENET = (  # 5.67 G pairs in 2 x 256 images
-    Layer(3, 224, 7, 3), Layer(64, 56, count=5), Layer(128, 28, count=4), Layer(256, 14, count=4), Layer(512, 7, count=3),
+    Layer(3, 224, 7, 3), Layer(64, 56, count=5), Layer(128, 28, count=4), Layer(256, 14, count=4),
+    Layer(512, 7, count=3),
 )  # fmt: skip
 
 

@@ -4,11 +4,12 @@
     make gpu-check RESULTS=DIR DRY_RUN=1      the same on a machine without a GPU: what needs none runs, small
     make gpu-check RESULTS=DIR CARRIED=1      modules in gradrep_kernels/, built for this commit, are used
 
-For a machine with a CUDA GPU, no network, and torch, Triton, nvcc, pytest and pytest-benchmark already there: nothing is
-installed, and what is absent is named and skipped. Each phase has a time limit; one that fails does not stop the others.
+For a machine with a CUDA GPU, no network, and torch, Triton, nvcc, pytest and pytest-benchmark already there. Nothing
+is installed, and what is absent is named and skipped. Each phase has a time limit, and one that fails does not stop the
+others.
 A CUDA error that sticks ends the tests' process (tests/conftest.py); the tests that are left run in another.
-Last come the tests of the ops, the optimizer and the networks that need no GPU, as far as time allows: this machine may have
-another torch, Python and compiler. Eight files at most:
+Last come the tests of the ops, the optimizer and the networks that need no GPU, as far as time allows: this machine may
+have another torch, Python and compiler. Eight files at most:
 
     DIR/summary.md             what ran, how long, what failed with the end of its output, who serves each op
     DIR/junit.xml              the tests with the marker `gpu`
@@ -42,7 +43,8 @@ BENCHES = ("rep_sgd_step", "joint_histogram", "sgs")
 # Seconds at most for what must end. The sanitizer and the other tests share what that leaves of the deadline: 60
 # seconds or more. The build's compilers run side by side. The small run compiles Triton's kernels.
 LIMITS = {"build": 115, "small-run": 80, "tests": 115, "rep_sgd_step": 85, "joint_histogram": 60, "sgs": 45}
-# Tests that say the same on every machine (what a package, a script or a compiled kernel looks like), or that take minutes.
+# Tests that say the same on every machine (what a package, a script or a compiled kernel looks like), or that take
+# minutes.
 LEFT_OUT = (
     "bench",
     "cli",
@@ -350,8 +352,13 @@ def sanitizer(check: Check) -> list[Outcome]:
 
 
 PHASES: dict[str, Callable[[Check], list[Outcome]]] = {
-    "build": build, "small-run": small_run, "tests": tests, "bench": benches, "sanitizer": sanitizer, "other-tests": other_tests,
-}  # fmt: skip
+    "build": build,
+    "small-run": small_run,
+    "tests": tests,
+    "bench": benches,
+    "sanitizer": sanitizer,
+    "other-tests": other_tests,
+}
 
 
 # -- the whole

@@ -1,4 +1,4 @@
-"""Side by side: every candidate of a comparison runs once a round, the rounds rotate who goes first, and a ratio is taken within a round.
+"""Compare candidates side by side: each runs once a round, rounds rotate who goes first, ratios are within a round.
 
 Shared machines drift by tens of percent within seconds, so two medians taken one after the other say nothing about each
 other; the median of ratios within a round does.
@@ -141,8 +141,11 @@ def host_clock(run: Callable[[], object], calls: int) -> float:
 
 
 def wall_clock(run: Callable[[], object], calls: int) -> float:
-    """Seconds per call until a GPU, if there is one, is done: for work on the host, or where both wait for each other, as an update
-    of SGS does; device_clock hides the host's first 5 ms."""
+    """Seconds per call until a GPU, if there is one, is done.
+
+    For work on the host, or where host and GPU wait for each other, as in an update of SGS. device_clock hides the
+    host's first 5 ms.
+    """
     if not torch.cuda.is_available():
         return host_clock(run, calls)
     torch.cuda.synchronize()
@@ -154,7 +157,7 @@ def wall_clock(run: Callable[[], object], calls: int) -> float:
 
 
 def device_clock(run: Callable[[], object], calls: int) -> float:
-    """Seconds per call on the GPU, between two events, with a cold L2 cache and the calls queued before the first starts."""
+    """Seconds per call on the GPU, between two events, with a cold L2 cache and all calls queued before the first."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _flush_buffer().sum()  # reads: lines that were written would be written back while the clock runs
     torch.cuda._sleep(_RUN_AHEAD_CYCLES)
@@ -177,7 +180,7 @@ def compare(
 ) -> Comparison:
     """Time the candidates in turns for about `setup.seconds`, as rounds of pytest-benchmark's `benchmark`.
 
-    With `settle` each runs once unseen before the clock is read: what another left in the L3 cache is no longer there then,
+    With `settle` each runs once unseen before the clock is read. Then the L3 cache no longer holds what another left,
     which is up to 15 % of a step of ResNet-18.
     """
     clock = clock or (device_clock if setup.device.type == "cuda" else host_clock)
@@ -264,7 +267,7 @@ class OtherWork:
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        """(wall clock, this process and its ended children, the whole machine with what its host took away), in seconds"""
+        """Seconds: (wall clock, this process and its ended children, the whole machine with what its host took away)"""
         own = sum(os.times()[:4])
         try:
             ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]

@@ -17,7 +17,10 @@ class Parameter:
     shortcut: bool = False  # whether the convolution's CSLA block has an identity branch
 
     def grad_mult(self, generator: torch.Generator) -> gr.GradMult | None:
-        """k x k convolutions, k > 1: M of a block with a k x k and a 1 x 1 branch (RepOptimizers, Eq. 3); others have none."""
+        """M of a block with a k x k and a 1 x 1 branch (RepOptimizers, Eq. 3).
+
+        A parameter that is no convolution with k > 1 has none.
+        """
         if len(self.shape) != 4 or self.shape[-1] == 1:
             return None
         kxk, one_by_one = torch.rand(2, self.shape[0], generator=generator) + 0.5
@@ -87,7 +90,10 @@ SETS: dict[str, Callable[[], list[Parameter]]] = {
 
 
 class Tensors:
-    """Parameters, gradients and momentum buffers of a set. All optimizers of a comparison share them: B1 alone takes 0.6 GB."""
+    """Parameters, gradients and momentum buffers of a set.
+
+    All optimizers of a comparison share them: B1 alone takes 0.6 GB.
+    """
 
     def __init__(self, parameters: list[Parameter], device: torch.device, channels_last: bool = False):
         def new(shape: tuple[int, ...]) -> Tensor:
@@ -104,7 +110,7 @@ class Tensors:
         self.numel = sum(p.numel() for p in self.params)
 
     def optimizer(self, cls: type[torch.optim.SGD], groups: int = 1, **options) -> torch.optim.SGD:
-        """SGD with momentum and weight decay over `groups` groups whose hyper-parameters differ, past its first step."""
+        """SGD with momentum and weight decay, past its first step, over groups whose hyper-parameters differ."""
         split = [{"params": self.params[n::groups], "weight_decay": 1e-4 * (n + 1)} for n in range(groups)]
         optimizer = cls(split, lr=1e-4, momentum=0.9, **options)
         for p, buffer in zip(self.params, self.buffers):
@@ -112,5 +118,8 @@ class Tensors:
         return optimizer
 
     def dense_ones(self) -> list[Tensor]:
-        """A full-size mask for each parameter that has a Grad Mult. All ones: masks multiply .grad in place, round after round."""
+        """A full-size mask of ones for each parameter that has a Grad Mult.
+
+        Masks multiply .grad in place, round after round.
+        """
         return [torch.ones_like(p) for p in self.grad_mults]

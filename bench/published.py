@@ -1,4 +1,4 @@
-"""What the papers' published code does, written anew from its description: the ways that the kernels are compared with."""
+"""The papers' published algorithms, written anew from their description, with which the kernels are compared."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rep_sgd_loop(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """RepOptimizers' SGD: a Python loop over the parameters, a full-size product, then each term of SGD in a pass of its own."""
+    """RepOptimizers' SGD: a Python loop over the parameters, a full-size product, then a pass for each term of SGD."""
     for p, buffer in zip(params, buffers):
         g = (p.grad * masks[p]).add_(p, alpha=weight_decay) if p in masks else p.grad.add(p, alpha=weight_decay)
         buffer.mul_(momentum).add_(g)
@@ -45,7 +45,10 @@ def numpy_histogram2d(
 def channel_counts(
     x: np.ndarray, displacements: Iterable[tuple[int, int]], histogram2d: Histogram2d, remove_near: bool = False
 ) -> list[np.ndarray]:
-    """Joint histograms of one channel, one displacement at a time, Sturges bins  # x [N, H, W], padded -> D times [B, B]"""
+    """Joint histograms of one channel, one displacement at a time, in Sturges bins.
+
+    x is [N, H, W] and padded; there are D results [B, B].
+    """
     found = []
     height, width = x.shape[1:]
     for di, dj in displacements:

@@ -45,7 +45,10 @@ class Target:
 
 
 class Results:
-    """Gathers what a bench measures; `save` may be called after each comparison, so that a run cut short leaves what it had."""
+    """Gathers what a bench measures.
+
+    `save` may be called after each comparison, so that a run cut short leaves what it had.
+    """
 
     def __init__(self, bench: str, setup: Setup):
         self.folder = setup.folder / slug(setup.device)
@@ -100,7 +103,10 @@ class Results:
         self._content["skipped"].update({f"{group}: {name}": why for name, why in comparison.skipped.items()})
 
     def target(self, target: Target, figure: Figure | float | None, *, bound: str = "", why_not: str = "") -> None:
-        """A row of the table. `bound`: what bounds a figure that misses its target; `why_not`: why there is no figure."""
+        """Add a row to the table.
+
+        `bound` says what bounds a figure that misses its target, `why_not` why there is no figure.
+        """
         if isinstance(figure, float):
             figure = Figure(figure, figure, figure, 1)
         row = {**asdict(target), "figure": None if figure is None else asdict(figure), "bound": bound}
@@ -186,7 +192,8 @@ def markdown(content: dict) -> str:
     busy = machine.get("cores_busy_with_other_work", 0.0)
     if busy > BUSY:
         lines += [
-            f"**Other work kept {number(busy)} of {machine['cores']} cores busy during this run: times and ratios suffer.**",
+            f"**Other work kept {number(busy)} of {machine['cores']} cores busy during this run: "
+            "times and ratios suffer.**",
             "",
         ]
     if content["quick"]:

@@ -1,4 +1,4 @@
-"""Each op on each backend that a device has, against the reference on the CPU: odd sizes, all forms of multipliers, small.
+"""Run each op on each backend of a device against the reference on the CPU: small, odd sizes, all multipliers.
 
     python bench/small_run.py cpu|cuda [--backend NAME] [--needs OP ...]
 
