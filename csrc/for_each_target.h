@@ -5,8 +5,8 @@
 // - It includes nothing. The file that includes this header includes targets.h and what the loops need before.
 // - All its content is in namespace gradrep::GRADREP_TARGET.
 // - It has no lambdas, and calls only its own functions, GRADREP_INLINE functions and functions of C. Any other, for
-//   example std::min, has one instantiation in the program. A compiler may use the instructions of the loop for it, and the
-//   linker may keep that one for machines that lack them.
+//   example std::min, has one instantiation in the program. A compiler may use the instructions of the loop for it,
+//   and the linker may keep that one for machines that lack them.
 #if GRADREP_X86_TARGETS
 
 // Both sets have FMA, but the build turns contraction off, so every product and sum is rounded on its own.

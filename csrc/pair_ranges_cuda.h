@@ -11,7 +11,7 @@
 
 namespace gradrep {
 
-// ---- keys: whole numbers in the order of the numbers they stand for, for atomic maxima. 0 is no number, NaN the largest.
+// ---- keys: whole numbers in the order of the numbers they stand for, for atomic maxima. 0: no number, NaN: the last.
 
 template <typename T>
 using Key = std::conditional_t<sizeof(T) == 8, Count, uint32_t>;

@@ -213,7 +213,8 @@ def test_a_state_of_spatial_gradient_scaling(models):
 
 @pytest.mark.parametrize("module", INTERFACE["names"])
 def test_public_names(module):
-    assert sorted(importlib.import_module(module).__all__) == INTERFACE["names"][module]
+    """None is gone. There may be more."""
+    assert set(INTERFACE["names"][module]) <= set(importlib.import_module(module).__all__)
 
 
 @pytest.mark.parametrize("name", INTERFACE["signatures"])

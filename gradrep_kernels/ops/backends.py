@@ -175,7 +175,7 @@ class Planner:
 
 
 def planner(op: str, device: str) -> Planner | None:
-    """The planner of the backend that serves the step `op` on a device type now; None where it plans nothing."""
+    """Return the planner of the backend that serves the step `op` on a device type now, None where it plans nothing."""
     return _planner(_forced.get(), op, device)
 
 

@@ -86,7 +86,7 @@ def op(
     fake: Callable | None = None,
     step: StepRule | None = None,
 ) -> Callable[[Callable], Callable]:
-    """Declare the decorated function as the reference of the op of its name; `function.op` is the table's row.
+    """Declare the decorated function as the reference of the op of its name. `function.op` is the table's row.
 
     Args:
         meaning: one line, shown by `python -m gradrep_kernels env`

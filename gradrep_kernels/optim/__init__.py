@@ -1,4 +1,4 @@
-"""FusedRepSGD: torch.optim.SGD with Grad Mult inside the step."""
+"""Optimizers with Grad Mult inside the step, and the parameter groups that they ask for."""
 
 from gradrep_kernels.optim.fused_rep_sgd import FusedRepSGD
 from gradrep_kernels.optim.param_groups import param_groups

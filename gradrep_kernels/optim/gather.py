@@ -42,7 +42,10 @@ class StepArguments:
     rows: list[Row] = field(default_factory=list)
 
     def columns(self) -> list[list]:
-        """The op's columns. A state that is not used is stood in for by its parameter; no kernel touches it."""
+        """Return the op's columns.
+
+        Where a state is not used, its parameter stands in its place. No kernel touches it.
+        """
         params, grads, states, multipliers, first_steps, groups = zip(*self.rows)
         local_params = [local(p) for p in params]
         state_columns = [
@@ -140,18 +143,18 @@ def _on(t: Tensor, device: str) -> Tensor:
     return t if t.device.type == device else t.to(device)
 
 
-def hyper_table(groups: ParamGroups, columns: tuple[str, ...]) -> Tensor:
+def hyper_table(groups: ParamGroups, rule: UpdateRule) -> Tensor:
     """Read the table of hyper-parameters from the groups, at every step, since schedulers change them  # [G, H] float64
 
     It lies on the CPU, or, where an entry is a tensor on another device, there: reading that tensor would wait for the
     device, which a CUDA graph does not allow.
     """
-    rows = [[group[key] for key in columns] for group in groups]
+    rows, columns = [rule.hyper_row(group) for group in groups], len(OPS[rule.op].step.hyper)
     elsewhere = (v.device for row in rows for v in row if isinstance(v, Tensor) and not v.is_cpu)
     device = next(elsewhere, torch.device("cpu"))
     number = {"dtype": torch.float64, "device": device}
     if device.type == "cpu":
-        return torch.tensor([[float(v) for v in row] for row in rows], **number).reshape(-1, len(columns))
+        return torch.tensor([[float(v) for v in row] for row in rows], **number).reshape(-1, columns)
 
     def entry(v: Any) -> Tensor:
         if isinstance(v, Tensor) and not v.is_cpu:

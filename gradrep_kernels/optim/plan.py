@@ -1,6 +1,6 @@
 """The steady state of a step: the tensors that do not change from step to step are handed to the kernels once.
 
-62 small tensors cost torch's fused SGD 80-109 µs a step, of which 60 is Python. A planned step passes only the
+A step of torch's fused SGD over 62 small tensors takes 80-109 µs, 60 of them in Python. A planned step passes only the
 gradients and the hyper-parameters. The kernel checks that every tensor still has the dtype, shape and strides it had,
 and does nothing where one has not. StepPlan compares the rest of what can change.
 """
@@ -40,7 +40,7 @@ class StepPlan:
         state: Mapping[Tensor, Any],
         multipliers: Multipliers,
     ) -> StepPlan | None:
-        """The plan of steps like the one that was gathered; None where some parameter does not suit it."""
+        """Make the plan of steps like the one that was gathered, or None where some parameter does not suit it."""
         if len(gathered.arguments) != 1:
             return None
         (destination,) = gathered.arguments
@@ -70,10 +70,13 @@ class StepPlan:
         self._state, self._keys = state, list(state)
         # For each kind of state: how to read it off an entry of `state`, and what was read.
         self._kept = [(key, itemgetter(key), _read(state, key)) for key in (kept.key for kept in rule.states)]
-        self._hyper = itemgetter(*OPS[rule.op].step.hyper)
+        self._hyper = rule.hyper or itemgetter(*OPS[rule.op].step.hyper)
 
     def _holds(self, groups: ParamGroups, state: Mapping[Tensor, Any]) -> bool:
-        """Whether groups, parameters and states are the same objects. 62 of each: 5 µs; lists of ids take 8."""
+        """Whether groups, parameters and states are the same objects.
+
+        For 62 of each it takes 5 µs. Comparing lists of ids takes 8.
+        """
         if state is not self._state or len(state) != len(self._keys):
             return False
         if [len(group["params"]) for group in groups] != self._group_sizes:

@@ -15,7 +15,6 @@ from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.reference import rep_grad_norm
 from gradrep_kernels.ops.reference.multiply import compute_dtype, multiply
-from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim import checkpoint
 from gradrep_kernels.optim.eager import eager
 from gradrep_kernels.optim.gather import Gathered, gather, hyper_table, take_steps
@@ -58,6 +57,7 @@ class RepOptimizer(Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if grad_mults is not None and not isinstance(grad_mults, Mapping):
             raise TypeError(f"grad_mults must map parameters to GradMult or Tensor, got {type(grad_mults).__name__}")
+        self.update_rule.check()
         self._multipliers = Multipliers()
         self._forget_plan()
         super().__init__(params, *args, **options)
@@ -175,7 +175,7 @@ class RepOptimizer(Optimizer):
             self._refuse_sparse(group, p)
         if found_inf is not None and not work.is_steady and found_inf.item() != 0:
             return  # a skipped step must not leave a state behind
-        take_steps(work, rule, hyper_table(groups, OPS[rule.op].step.hyper), (grad_scale, found_inf))
+        take_steps(work, rule, hyper_table(groups, rule), (grad_scale, found_inf))
         for (p, key), state in work.new_states.items():
             self.state[p][key] = state
         for group, p in work.sparse:

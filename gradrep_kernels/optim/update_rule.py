@@ -1,8 +1,8 @@
-"""What an optimizer of this package declares; RepOptimizer does the rest."""
+"""The declaration of an optimizer. RepOptimizer does the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradrep_kernels.ops.registry import OPS
+
 
 @dataclass(frozen=True)
 class State:
     """An array that an optimizer keeps for each parameter."""
 
     key: str  # in optimizer.state[p], and so in checkpoints
-    start: Callable[..., Tensor] = (
-        torch.empty_like
-    )  # start(p, dtype=...): before the first step, which may overwrite it
+    # start(p, dtype=..., memory_format=...) makes the array for the first step, which may overwrite it.
+    start: Callable[..., Tensor] = torch.empty_like
     dtype: Callable[[torch.dtype, torch.dtype], torch.dtype] = torch.promote_types  # from parameter's and gradient's
     used: Callable[[dict[str, Any]], bool] = lambda group: True  # whether the parameters of a group have it
 
@@ -31,9 +32,21 @@ class UpdateRule:
     """One way to update: its op, its arrays, and its twin among torch's functional optimizers."""
 
     op: str  # a step op of the table; its reference is the specification
-    states: tuple[State, ...]
+    states: tuple[State, ...]  # in the order of the op's StepRule.states
     # functional(optimizer, group, multiplied): torch's own update of a group, with multiplied(p, g) = M ⊙ g for g.
     # It serves torch.compile, differentiable steps and sparse gradients.
     functional: Callable[[Optimizer, dict[str, Any], Callable[[Tensor, Tensor], Tensor]], None]
     # Which option of a group keeps sparse gradients from being applied; None: none does.
     not_with_sparse: Callable[[dict[str, Any]], str | None] = lambda group: None
+    # A group's row of the table of hyper-parameters: numbers or one-element tensors. None: the group's entries under
+    # the names of the op's columns. An optimizer whose groups hold a pair (betas) unpacks it here.
+    hyper: Callable[[dict[str, Any]], Sequence[Any]] | None = None
+
+    def check(self) -> None:
+        """Raise ValueError unless the rule has as many states as its op."""
+        wanted, states = OPS[self.op].step.states, [state.key for state in self.states]
+        if len(wanted) != len(states):
+            raise ValueError(f"{self.op} keeps {list(wanted)}, in this order, and its rule has {states}")
+
+    def hyper_row(self, group: dict[str, Any]) -> Sequence[Any]:
+        return [group[key] for key in OPS[self.op].step.hyper] if self.hyper is None else self.hyper(group)

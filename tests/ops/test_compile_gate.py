@@ -1,6 +1,6 @@
 """The Triton kernels over parameters, compiled for four GPUs: accesses, registers, spills, precision.
 
-DESIGN, row K. No GPU is needed.
+No GPU is needed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The CUDA C++ compiled for three GPUs as the build compiles it: registers, spills, atomics, precision.
 
-DESIGN, row K. No GPU is needed.
+No GPU is needed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The Triton kernels over pairs of pixels, compiled for four GPUs: registers, spills, precision.
 
-DESIGN, row K. No GPU is needed.
+No GPU is needed.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def takes(p: Tensor, grad: Tensor, states: Sequence[Tensor]) -> bool:
-    """Tell whether a kernel can update `p`: its tensors share a device, a dtype of DTYPES, and dense strides."""
+    """Tell whether a kernel can update `p`: its tensors share shape, device, a dtype of DTYPES, and dense strides."""
     if p.dtype not in DTYPES or not is_dense(p):
         return False
     return all(

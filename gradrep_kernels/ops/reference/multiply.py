@@ -20,7 +20,10 @@ def diagonal_taps(shape: torch.Size | tuple[int, ...], device=None) -> tuple[Ten
 
 
 def multiply(t: Tensor, scale: Tensor | None, identity: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """M ⊙ t  # [O, I, kh, kw]; the parts are brought to `dtype` first, then added, then multiplied."""
+    """Multiply M ⊙ t  # [O, I, kh, kw]
+
+    The parts of M are brought to `dtype` first, then added, then multiplied with t.
+    """
     if scale is None:
         return t
     scale = scale.to(dtype)

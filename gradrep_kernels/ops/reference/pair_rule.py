@@ -55,7 +55,7 @@ def inverse_width(ranges: Tensor, bins: Tensor) -> Tensor:
 
 
 def bin_numbers(values: Tensor, lo: Tensor, inv: Tensor, bins: Tensor) -> Tensor:
-    """Bin of each value  # values [N, C, h, w] in T; lo, inv in T and bins, all [C] -> int32 [N, C, h, w]"""
+    """Find the bin of each value  # [N, C, h, w] in T, with lo, inv in T and bins, all [C] -> int32 [N, C, h, w]"""
     lo, inv, top = lo.view(-1, 1, 1), inv.view(-1, 1, 1), (bins.to(values.dtype) - 1).view(-1, 1, 1)
     t = (values - lo).mul_(inv)
     torch.fmax(t, torch.zeros_like(lo), out=t)  # fmax takes the number where the other is NaN

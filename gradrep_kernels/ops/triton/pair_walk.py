@@ -112,11 +112,9 @@ displacement_tables: dict[tuple, Tensor] = {}
 
 
 def options(lanes: int = LANES) -> dict[str, Any]:
-    """Compile options of every kernel here; `lanes` is the size of a warp."""
-    return {
-        "num_warps": 256 // lanes,
-        "enable_fp_fusion": False,
-    }  # a contracted (v - lo) * inv would fall into other bins
+    """Return the compile options of every kernel of pairs. `lanes` is the size of a warp."""
+    # A contracted (v - lo) * inv would fall into other bins.
+    return {"num_warps": 256 // lanes, "enable_fp_fusion": False}
 
 
 def displacement_table(displacements: tuple[int, ...], device: torch.device) -> Tensor:
