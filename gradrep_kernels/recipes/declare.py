@@ -67,7 +67,7 @@ class Option:
         return value if value is None or self.reader is None else self.reader(self.flag, value)
 
     def check(self, value: Any) -> None:
-        """Raise InputError that names the option where `value` is out of range. None never is."""
+        """Raise InputError that names the option where `value` is out of range. None is always accepted."""
         if value is not None and self.checker is not None:
             self.checker(self.flag, value)
 

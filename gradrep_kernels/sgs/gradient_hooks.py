@@ -114,7 +114,7 @@ class UpdateScaling:
     """Scales the change that a step makes to the weight (the paper's Adagrad*, appendix A.2).
 
     W <- W_before + G * (W_after - W_before), in float32 at least and rounded once. The optimizer's own weight decay is
-    part of the change. A step that raises leaves the weights as it left them.
+    part of the change. Where the step raises, its change is not scaled.
     """
 
     def __init__(self):
