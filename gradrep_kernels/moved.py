@@ -1,6 +1,6 @@
-"""Old places of classes that have moved, for pickles and saved models that name them.
+"""Old places of classes and public functions that have moved, for pickles and saved models that name them.
 
-A pickle names each class by its module and its name. A class that moves or is renamed gets a row in `MOVED`.
+A pickle names each of them by its module and its name. One that moves or is renamed gets a row in `MOVED`.
 tests/test_compatibility.py loads files that earlier commits wrote.
 """
 
@@ -21,6 +21,21 @@ MOVED = {
     "gradrep_kernels.csla.blocks:ScaleLayer": "gradrep_kernels.branches.csla:ScaleLayer",
     "gradrep_kernels.grad_mult:BranchScales": "gradrep_kernels.branch_scales:BranchScales",
     "gradrep_kernels.models.blocks:NormedBranches": "gradrep_kernels.branches.normed:NormedBranches",
+    "gradrep_kernels.sgs.layers:Autocorrelation": "gradrep_kernels.sgs.gathering:Autocorrelation",
+    "gradrep_kernels.sgs.layers:MutualInformation": "gradrep_kernels.sgs.gathering:MutualInformation",
+    "gradrep_kernels.sgs.layers:Plan": "gradrep_kernels.sgs.gathering:Binning",
+    # Public functions, which a partial or a configuration may hold.
+    "gradrep_kernels.backends:use_backend": "gradrep_kernels.ops.backends:use_backend",
+    "gradrep_kernels.csla.convert:csla_model": "gradrep_kernels.csla:csla_model",
+    "gradrep_kernels.csla.convert:hyper_search_model": "gradrep_kernels.csla:hyper_search_model",
+    "gradrep_kernels.csla.convert:merge": "gradrep_kernels.csla:merge",
+    "gradrep_kernels.csla.convert:reinitialize": "gradrep_kernels.csla:reinitialize",
+    "gradrep_kernels.csla.scales:extract_scales": "gradrep_kernels.csla:extract_scales",
+    "gradrep_kernels.csla.scales:grad_mults": "gradrep_kernels.csla:grad_mults",
+    "gradrep_kernels.csla.scales:load_scales": "gradrep_kernels.csla:load_scales",
+    "gradrep_kernels.csla.scales:save_scales": "gradrep_kernels.csla:save_scales",
+    "gradrep_kernels.models.blocks:acb_model": "gradrep_kernels.branches.normed:acb_model",
+    "gradrep_kernels.models.blocks:repvgg_model": "gradrep_kernels.branches.normed:repvgg_model",
 }
 
 

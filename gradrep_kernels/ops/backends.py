@@ -175,16 +175,15 @@ class Planner:
 
 
 def planner(op: str, device: str) -> Planner | None:
-    """Return the planner of the backend that serves the step `op` on a device type now, None where it plans nothing."""
-    return _planner(_forced.get(), op, device)
+    """Return the planner of the backend that serves the step `op` on a device type now, None where it plans nothing.
+
+    Raises RuntimeError as `implementation` does.
+    """
+    return _planner(_serving(op, device)[0], op, device)
 
 
 @functools.cache
-def _planner(forced_name: str, op: str, device: str) -> Planner | None:
-    try:
-        backend, _ = _serving(op, device)
-    except Unavailable:
-        return None
+def _planner(backend: str, op: str, device: str) -> Planner | None:
     if backend == "reference":
         return None
     make, step, free = plan_ops(OPS[op])

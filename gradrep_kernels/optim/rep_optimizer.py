@@ -16,7 +16,7 @@ from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.reference import rep_grad_norm
 from gradrep_kernels.ops.reference.multiply import compute_dtype, multiply
 from gradrep_kernels.optim import checkpoint
-from gradrep_kernels.optim.eager import eager
+from gradrep_kernels.optim.eager import eager, keep_out_of_graphs
 from gradrep_kernels.optim.gather import Gathered, gather, hyper_table, take_steps
 from gradrep_kernels.optim.multipliers import Multipliers, as_grad_mult
 from gradrep_kernels.optim.parameters import are_plain, described, parameters_of, position_of
@@ -61,6 +61,7 @@ class RepOptimizer(Optimizer):
         self._multipliers = Multipliers()
         self._forget_plan()
         super().__init__(params, *args, **options)
+        keep_out_of_graphs(type(self))
         if fused:
             # Only when asked for: Lightning refuses gradient clipping where the attribute is set.
             self._step_supports_amp_scaling = True
@@ -295,6 +296,7 @@ class RepOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        keep_out_of_graphs(type(self))
         self._forget_plan()
         if "_multipliers" not in self.__dict__:  # a pickled torch optimizer's state
             self._multipliers = Multipliers()

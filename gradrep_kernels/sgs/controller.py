@@ -28,7 +28,7 @@ from gradrep_kernels.sgs.dependence import check_k
 # Models that were pickled before the hook moved name it `gradrep_kernels.sgs.controller._Watch`.
 from gradrep_kernels.sgs.every_steps import ForwardWatch as _Watch  # noqa: F401
 from gradrep_kernels.sgs.every_steps import TrainingUpdates
-from gradrep_kernels.sgs.gathering import DEPENDENCES, Ranges, Tables, gather
+from gradrep_kernels.sgs.gathering import DEPENDENCES, Binning, Ranges, Tables, gather
 from gradrep_kernels.sgs.gradient_hooks import GradientScaling, StepHooks, UpdateScaling, closure_of
 from gradrep_kernels.sgs.layers import Layer, find_layers, named_root, unwrapped
 from gradrep_kernels.sgs.learning import Learning, Options
@@ -148,6 +148,24 @@ class SpatialGradientScaling:
         if by_hooks or every_steps is not None:
             self._handles += StepHooks(self._before_step, self._after_step).register(optimizer)
         _controllers.add(self)
+
+    def __setstate__(self, state: dict) -> None:
+        """Restore a pickle.
+
+        One from before `Learning` had its options in attributes, and the layers held what was learned.
+        """
+        if "_learning" in state:
+            self.__dict__.update(state)
+            return
+        names = ("k", "every", "warmup", "batches", "every_steps", "remove_near", "dependence", "apply_to")
+        options = {name: state[name] for name in names}
+        self.__init__(state["_model"], state["optimizer"], **options, process_group=state["_ranks"].group)
+        saved = {layer.name: vars(layer) for layer in state["_layers"]}
+        for layer in self._layers:
+            self._learning.set(layer, saved[layer.name]["g"])
+        plans = {layer: saved[layer.name]["plan"] for layer in self._layers}
+        binnings = {layer: Binning(plan.ranges, plan.n) for layer, plan in plans.items() if plan is not None}
+        self._training.restore(state["_steps"], state["_paused"], binnings)
 
     @property
     def scalings(self) -> dict[str, Tensor]:
