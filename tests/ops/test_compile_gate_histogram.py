@@ -28,7 +28,9 @@ MOST_REGISTERS = 128  # two blocks of 256 threads per multiprocessor; nobody tra
 
 def assert_sound(made: compile_gate.Compiled, dtype) -> None:
     assert made.spills == 0
-    assert made.wide_loads == made.wide_stores == 0  # a map may start anywhere, and nothing says that it is aligned
+    assert "tt.divisibility" not in made.ttir  # a map may start anywhere, so nothing may say that it is aligned
+    if made.target != "gfx942":  # LLVM reads the four ends of a pair's ranges at once, which AMD permits at any float
+        assert made.wide_loads == made.wide_stores == 0
     assert (made.double_precision > 0) == (dtype == torch.float64)
     if made.target == "gfx942":
         assert re.search(r"\.amdhsa_float_denorm_mode_32 3\n", made.assembly)  # 3: denormals are kept
