@@ -1,5 +1,5 @@
 # ruff: noqa: E402 - the benches are no package: their folder goes on the path first
-"""The benches: their baselines compute what the package computes, their harness measures what it says, their quick form runs."""
+"""The benches: baselines compute what the package does, the harness measures what it says, the quick form runs."""
 
 from __future__ import annotations
 
@@ -298,22 +298,20 @@ def _run(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("bench", list(TARGET_ROWS))
-def test_quick_form(bench, tmp_path):
-    done = _run(
-        "-m",
-        "pytest",
-        f"bench/bench_{bench}.py",
-        "--quick",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--results",
-        str(tmp_path),
-    )
+@pytest.fixture(scope="module")
+def quick_forms(tmp_path_factory) -> Path:
+    """Folder of the results of all benches, run by one process: to start one takes as long as the smallest bench."""
+    folder = tmp_path_factory.mktemp("quick")
+    files = (f"bench/bench_{bench}.py" for bench in TARGET_ROWS)
+    done = _run("-m", "pytest", *files, "--quick", "--device", "cpu", "--threads", "1", "--results", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.glob("*/*.json")
+    return folder
+
+
+@pytest.mark.parametrize("bench", list(TARGET_ROWS))
+def test_quick_form(quick_forms, bench):
+    assert {path.stem for path in quick_forms.glob("*/*.json")} == set(TARGET_ROWS)
+    (path,) = quick_forms.glob(f"*/{bench}.json")
     content = json.loads(path.read_text())
     assert path.stem == content["bench"] == bench
     assert path.parent.name == content["device"] == harness.slug(torch.device("cpu"))

@@ -1,11 +1,18 @@
-"""The CUDA C++ compiled for three GPUs, none of which is needed, as the build compiles it: registers, spills, atomics, precision (DESIGN row K)."""
+"""The CUDA C++ compiled for three GPUs as the build compiles it: registers, spills, atomics, precision.
+
+DESIGN, row K. No GPU is needed.
+"""
 
 from __future__ import annotations
 
+import os
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +20,7 @@ from torch.utils import cpp_extension
 
 pytest.importorskip("triton", reason="Triton is not installed: it brings cuobjdump")
 
+import builds
 import compile_gate
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
@@ -25,8 +33,19 @@ pytestmark = pytest.mark.skipif(compile_gate.setup_py().nvcc() is None, reason="
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    return compile_gate.compile_cuda(tmp_path_factory.mktemp("cuda"), TARGETS)
+def built():
+    """The objects, and what nvcc made of each kernel."""
+
+    def build(folder):
+        objects, found = compile_gate.compile_cuda(folder, TARGETS)
+        (folder / "found.pickle").write_bytes(pickle.dumps(([Path(made).name for made in objects], found)))
+
+    setup_py = compile_gate.setup_py()
+    inputs = [*builds.version(setup_py.nvcc(), shutil.which(os.environ.get("CXX") or "c++")), torch.__version__]
+    inputs += [*TARGETS, builds.ROOT / "setup.py", Path(compile_gate.__file__), *builds.sources("*.cu", "*.h")]
+    folder = builds.kept("cuda", inputs, build)
+    names, found = pickle.loads((folder / "found.pickle").read_bytes())
+    return [folder / name for name in names], found
 
 
 @pytest.fixture(scope="session")

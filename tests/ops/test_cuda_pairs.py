@@ -1,4 +1,4 @@
-"""The CUDA C++ of `pair_ranges` and `joint_histogram` against the reference: on a GPU where there is one, and emulated anywhere.
+"""The CUDA C++ of `pair_ranges` and `joint_histogram` against the reference: on a GPU, and emulated anywhere.
 
 Emulated: the blocks of the kernels, compiled for the CPU. What only a GPU has is not judged by that: atomic operations,
 synchronisation, machine code (see test_compile_gate_cuda.py).
@@ -7,11 +7,9 @@ synchronisation, machine code (see test_compile_gate_cuda.py).
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from dataclasses import dataclass, field
-from pathlib import Path
 
+import builds
 import implementations
 import pytest
 import torch
@@ -20,8 +18,6 @@ from cases_pairs import LAYOUTS, PAIRS, laid_out, make, same_bits
 from gradrep_kernels.ops import reference
 from gradrep_kernels.ops.reference.pair_rule import MAX_BINS, compute_dtype, sturges
 
-ROOT = Path(__file__).resolve().parents[2]
-COMPILER = shutil.which("g++") or shutil.which("c++")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 H100, SMALL = 227 << 10, 48 << 10  # bytes of shared memory that a block can have
 
@@ -30,9 +26,11 @@ Four = ctypes.c_int64 * 4
 
 class Arguments(ctypes.Structure):
     _fields_ = (
-        ("dtype", ctypes.c_int64), ("x", ctypes.c_void_p), ("sizes", Four), ("strides", Four), ("displacements", ctypes.c_void_p), ("count", ctypes.c_int64),
-        ("pad_rows", ctypes.c_int64), ("pad_columns", ctypes.c_int64), ("remove_near", ctypes.c_int64), ("ranges", ctypes.c_void_p), ("bins", ctypes.c_void_p),
-        ("max_bins", ctypes.c_int64), ("result", ctypes.c_void_p),
+        ("dtype", ctypes.c_int64), ("x", ctypes.c_void_p), ("sizes", Four), ("strides", Four),
+        ("displacements", ctypes.c_void_p), ("count", ctypes.c_int64),
+        ("pad_rows", ctypes.c_int64), ("pad_columns", ctypes.c_int64), ("remove_near", ctypes.c_int64),
+        ("ranges", ctypes.c_void_p), ("bins", ctypes.c_void_p), ("max_bins", ctypes.c_int64),
+        ("result", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -53,30 +51,13 @@ class Facts(ctypes.Structure):
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory) -> ctypes.CDLL:
-    if COMPILER is None:
+def library() -> ctypes.CDLL:
+    if builds.cpp_compiler() is None:
         pytest.skip("no C++ compiler")
-    built = tmp_path_factory.mktemp("emulated") / "emulated_cuda.so"
-    # As nvcc rounds: every product and sum on its own. A read that is not aligned, an overflow: at once the end of all tests.
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-Wall",
-        "-Wno-unknown-pragmas",
-        "-Werror",
-        "-ffp-contract=off",
-        "-shared",
-        "-fPIC",
-        f"-I{ROOT / 'csrc'}",
-    ]
+    # As nvcc rounds: every product and sum on its own. An unaligned read or an overflow ends all tests at once.
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
     flags += ["-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error"]
-    done = subprocess.run(
-        [COMPILER, *flags, ROOT / "tests" / "support" / "emulated_cuda.cpp", "-o", built],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(built))
+    return ctypes.CDLL(str(builds.program("emulated_cuda", [*flags, f"-I{builds.ROOT / 'csrc'}"])))
 
 
 @dataclass
@@ -92,7 +73,8 @@ class Emulated:
     ) -> None:
         flat = torch.tensor(displacements, dtype=torch.int64)
         arguments = Arguments(
-            DTYPES.index(x.dtype), x.data_ptr(), Four(*x.shape), Four(*x.stride()), flat.data_ptr(), len(displacements) // 2, *padding, remove_near,
+            DTYPES.index(x.dtype), x.data_ptr(), Four(*x.shape), Four(*x.stride()),
+            flat.data_ptr(), len(displacements) // 2, *padding, remove_near,
             ranges.data_ptr(), None if bins is None else bins.data_ptr(), max_bins, result.data_ptr(),
         )  # fmt: skip
         self.facts = Facts(most_shared=shared, blocks_at_once=blocks_at_once)
@@ -169,22 +151,36 @@ def ops(request):
 
 
 def check(
-    ops, x, displacements, padding, remove_near, *, layout="contiguous", bins=None, ranges=None, **emulated
+    ops,
+    x,
+    displacements,
+    padding,
+    remove_near,
+    *,
+    layout="contiguous",
+    bins=None,
+    ranges=None,
+    shared=(H100,),
+    **emulated,
 ) -> None:
-    """Ranges and counts, added to sevens, against the reference on the CPU; bins and ranges are those of x unless others are given."""
+    """Ranges and counts, added to sevens, against the reference on the CPU, with each amount of shared memory.
+
+    Bins and ranges are those of x unless others are given.
+    """
     there, x = laid_out(x.to(ops.device), layout), laid_out(x, layout)
-    expected, expected_n = reference.pair_ranges(x, displacements, padding, remove_near)
-    found, n = ops.pair_ranges(there, displacements, padding, remove_near, **emulated)
-    assert torch.equal(n.cpu(), expected_n)
-    assert same_bits(found.cpu(), expected), (found, expected)
-    ranges, bins = expected if ranges is None else ranges, sturges(expected_n) if bins is None else bins
+    expected_ranges, expected_n = reference.pair_ranges(x, displacements, padding, remove_near)
+    ranges, bins = expected_ranges if ranges is None else ranges, sturges(expected_n) if bins is None else bins
     most = int(bins.max())
     expected = reference.joint_histogram(x, displacements, ranges, bins, most, padding, remove_near)
-    counts = torch.full_like(expected, 7, device=ops.device)
-    ops.joint_histogram_(
-        counts, there, displacements, ranges.to(ops.device), bins.to(ops.device), padding, remove_near, **emulated
-    )
-    assert torch.equal(counts.cpu(), expected + 7)
+    ranges, bins = ranges.to(ops.device), bins.to(ops.device)
+    for most_shared in shared:
+        emulated["shared"] = most_shared
+        found, n = ops.pair_ranges(there, displacements, padding, remove_near, **emulated)
+        assert torch.equal(n.cpu(), expected_n)
+        assert same_bits(found.cpu(), expected_ranges), (found, expected_ranges)
+        counts = torch.full_like(expected, 7, device=ops.device)
+        ops.joint_histogram_(counts, there, displacements, ranges, bins, padding, remove_near, **emulated)
+        assert torch.equal(counts.cpu(), expected + 7)
 
 
 @pytest.mark.parametrize("remove_near", [False, True])
@@ -194,7 +190,7 @@ def test_equals_the_reference(ops, case, layout, remove_near):
     x, displacements, padding = case.tensor(), case.flat_displacements(), list(case.padding)
     check(ops, x, displacements, padding, remove_near, layout=layout)
     eight = torch.full((x.shape[1], len(displacements) // 2), 8, dtype=torch.int32)
-    check(ops, x, displacements, padding, remove_near, layout=layout, bins=eight, shared=SMALL, blocks_at_once=300)
+    check(ops, x, displacements, padding, remove_near, layout=layout, bins=eight, shared=[SMALL], blocks_at_once=300)
 
 
 HALF_3X3 = [0, 1, 1, -1, 1, 0, 1, 1]
@@ -238,7 +234,8 @@ def test_rows_that_can_be_read_four_pixels_at_a_time(ops):
 
 
 WAYS = {
-    # shape, layout, displacements, padding, bins: (whether tiles of bin numbers are used, whether tables are private, blocks if 8 run at once)
+    # shape, layout, displacements, padding, bins:
+    # (whether tiles of bin numbers are used, whether tables are private, blocks if 8 run at once)
     "3x3": ((32, 2, 32, 32), "contiguous", HALF_3X3, (1, 1), 23, (True, True, 2 * 4)),
     "7x7: all displacements at once": ((32, 2, 32, 32), "contiguous", HALF_7X7, (3, 3), 24, (True, True, 2 * 4)),
     "channels_last: eight channels at once": (
@@ -326,8 +323,7 @@ def test_any_number_of_bins(ops, most, padding, remove_near):
     unlike = torch.randint(1, most + 1, (5, 5), generator=generator, dtype=torch.int32)
     unlike[3, 2] = most
     for bins in (unlike, torch.full((5, 5), most, dtype=torch.int32)):
-        for shared in (H100, SMALL, 1 << 30):
-            check(ops, x, [*HALF_3X3, 2, 0], list(padding), remove_near, bins=bins, shared=shared)
+        check(ops, x, [*HALF_3X3, 2, 0], list(padding), remove_near, bins=bins, shared=[H100, SMALL, 1 << 30])
 
 
 @pytest.mark.parametrize("bins", [0, -1, -(2**31), 9, 2**31 - 1])
