@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton>=3.6
 RUN_ARGS ?=
 TEST_ARGS ?=
+WORKERS ?= 2
 BENCH_ARGS ?=
 RESULTS ?= runs/gpu-check
 COMMIT ?= $(shell git describe --always --dirty 2>/dev/null)
@@ -13,7 +14,7 @@ PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.ready-$(or $(GRADREP_BUILD),auto)-$(or $(GRADREP_CUDA),auto)
 
-.PHONY: run test lint bench bench-quick gpu-check env clean
+.PHONY: run test test-quick lint bench bench-quick gpu-check env clean
 .DEFAULT_GOAL := run
 
 # torch before anything that depends on it: a bare requirement would fetch the CUDA build.
@@ -30,8 +31,19 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 run: $(STAMP)
 	$(PYTHON) -m gradrep_kernels train $(RUN_ARGS)
 
+# In WORKERS processes (0: in this one) where pytest-xdist is there. A file's tests share what it builds, so a file is
+# one process's; the order is that of the folders, in which the longest files do not come last. Each worker computes on
+# one thread, but for the tests that set a number; with as many threads as cores in each they would wait for each other.
+HAS_XDIST = $(shell $(PYTHON) -c "import xdist; print('yes')" 2>/dev/null)
+PARALLEL = $(if $(HAS_XDIST),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
+test test-quick: export OMP_NUM_THREADS ?= 1
+test test-quick: export PYTHONDONTWRITEBYTECODE :=  # each process that tests start would compile all tests again
 test: $(STAMP)
-	$(PYTHON) -m pytest $(TEST_ARGS)
+	$(PYTHON) -m pytest $(PARALLEL) $(TEST_ARGS)
+
+# Without the tests marked `slow`: some of every room, in under two minutes.
+test-quick: $(STAMP)
+	$(PYTHON) -m pytest $(PARALLEL) -m "not slow" $(TEST_ARGS)
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

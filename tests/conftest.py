@@ -76,6 +76,46 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         os._exit(DEVICE_LOST)
 
 
+# Parts of the names of tests that take more than about 4 s of CPU time each, or need a fixture that does: they run
+# compilers, Triton's interpreter, or several processes that import torch.
+SLOW = (
+    "interpreter",
+    "test_sanitizers.py",
+    "test_compile_gate",
+    "test_cuda_pairs.py",
+    "test_packaging.py",
+    "test_distributed.py",
+    "test_cli.py",
+    "test_cpp_joint_histogram.py::test_drawn_cases",
+    "test_the_step_is_one_graph",
+    "test_the_whole_training_step",
+    "test_multipliers_that_change_between_compiled_steps",
+    "test_parameters_that_share_memory_are_stepped",
+    "test_1500_parameters",
+    "test_lightning_trains",
+    "test_wrappers_are_taken_off",
+    "test_two_ranks",
+    "test_an_update_takes_less_memory",
+    "test_pictures_touch_no_global_setting",
+    "test_bench.py::test_quick_form",
+    "test_bench.py::test_a_selection_is_not_a_whole_run",
+    "test_bench.py::test_gpu_check_goes_on",
+    "test_bench.py::test_gpu_check_runs_what",
+    "test_bench.py::test_gpu_check_runs_the_tests",
+    "test_bench.py::test_gpu_check_takes_no_module",
+    "test_lost_device.py",
+)
+COLLECTED = pytest.StashKey[list[pytest.Item]]()  # before any are left out
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = list(items)
+    for item in items:
+        if any(part in item.nodeid for part in SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     done = os.environ.pop("GRADREP_TESTS_DONE", None)  # a test may start pytest itself
     if done:
