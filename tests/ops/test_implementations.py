@@ -57,7 +57,7 @@ sys.exit(pytest.main([*options, sys.argv[1]], plugins=[Collector()]))
 
 
 def _collected_here(config: pytest.Config, conftest) -> list[pytest.Item] | None:
-    """All tests as a machine without a GPU sees them; None where this session has not collected all, or sees a GPU."""
+    """All tests as a machine without a GPU sees them; None where this run has not collected all, or sees a GPU."""
     items = config.stash[conftest.COLLECTED]
     whole_files = not any("::" in argument for argument in config.args)
     every_file = {item.path for item in items} == set(TESTS.rglob("test_*.py"))
@@ -66,7 +66,7 @@ def _collected_here(config: pytest.Config, conftest) -> list[pytest.Item] | None
 
 @pytest.fixture(scope="module")
 def all_tests(pytestconfig, conftest, tmp_path_factory) -> list[Marked]:
-    """Every test of the repository. Where this session does not collect all files, another does, in some 10 s."""
+    """Every test of the repository. Where this run does not collect all files, another does, in some 10 s."""
     items = _collected_here(pytestconfig, conftest)
     if items is not None:
         return [marked(item) for item in items]
