@@ -1,8 +1,7 @@
 // The loops of a step, one for each way in which M runs through memory: see for_each_target.h and step_chunk.h.
 //
 // `states` are the arrays that the update keeps per parameter. They are separate arguments, because the compiler
-// believes
-// __restrict of arguments alone, and without it would compare all pointers before every tile.
+// believes __restrict of arguments alone, and without it would compare all pointers before every tile.
 namespace gradrep::GRADREP_TARGET {
 
 struct StepLoops {
