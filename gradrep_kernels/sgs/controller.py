@@ -28,7 +28,7 @@ from gradrep_kernels.sgs.dependence import check_k
 # Models that were pickled before the hook moved name it `gradrep_kernels.sgs.controller._Watch`.
 from gradrep_kernels.sgs.every_steps import ForwardWatch as _Watch  # noqa: F401
 from gradrep_kernels.sgs.every_steps import TrainingUpdates
-from gradrep_kernels.sgs.gathering import DEPENDENCES, Binning, Ranges, Tables, gather
+from gradrep_kernels.sgs.gathering import DEPENDENCES, Binning, Ranges, Tables, gather_map
 from gradrep_kernels.sgs.gradient_hooks import GradientScaling, StepHooks, UpdateScaling, closure_of
 from gradrep_kernels.sgs.layers import Layer, find_layers, named_root, unwrapped
 from gradrep_kernels.sgs.learning import Learning, Options
@@ -264,7 +264,7 @@ class SpatialGradientScaling:
 
         def pass_over(layers: Iterable[Layer], statistics: Ranges | Tables) -> None:
             hooks = [
-                (conv, partial(gather, (statistics,), self.remove_near, layer))
+                (conv, partial(gather_map, (statistics,), self.remove_near, layer))
                 for layer in layers
                 for conv in layer.convs.values()
             ]

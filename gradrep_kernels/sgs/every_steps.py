@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from gradrep_kernels.sgs.gathering import Binning, Ranges, gather
+from gradrep_kernels.sgs.gathering import Binning, Ranges, gather_map
 from gradrep_kernels.sgs.layers import Layer
 from gradrep_kernels.sgs.learning import Learning, Options
 
@@ -66,7 +66,7 @@ class TrainingUpdates:
             elif conv in self._called:  # backward recomputes a checkpoint, whose forward has been seen
                 return
             with torch.no_grad():
-                gather((self._ranges, self._tables), self._options.remove_near, layer, conv, args, kwargs)
+                gather_map((self._ranges, self._tables), self._options.remove_near, layer, conv, args, kwargs)
 
     def learn(self) -> list[Layer]:
         """Learn from what was gathered, and return the layers whose maps are not finite."""

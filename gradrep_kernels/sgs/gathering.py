@@ -1,7 +1,8 @@
 """Statistics of feature maps on one rank.
 
-`gather` shows a map to the statistics, which call the ops. The first pass gathers `Ranges`. They give a `Binning` per
-layer, within which the second pass gathers `Tables`. Nothing else keeps a result: statistics that are dropped are gone.
+`gather_map` shows a map to the statistics, which call the ops. The first pass gathers `Ranges`. They give a `Binning`
+per layer, within which the second pass gathers `Tables`. Nothing else keeps a result: statistics that are dropped are
+gone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradrep_kernels.ops.backends import implementation
-from gradrep_kernels.ops.reference.pair_rule import compute_dtype, sturges
+from gradrep_kernels.ops.reference.pair_rule import arithmetic_dtype, sturges
 from gradrep_kernels.sgs.dependence import absolute_correlation, normalized_mutual_information, pair_moments
 from gradrep_kernels.sgs.layers import Layer, input_map, taps_and_padding
 
@@ -52,7 +53,7 @@ class MutualInformation:
     def add(
         counts: Tensor, x: Tensor, displacements: list[int], padding: list[int], binning: Binning, remove_near: bool
     ) -> None:
-        ranges, bins = binning.on(x.device, compute_dtype(x.dtype))
+        ranges, bins = binning.on(x.device, arithmetic_dtype(x.dtype))
         implementation("joint_histogram_", x.device.type)(counts, x, displacements, ranges, bins, padding, remove_near)
 
 
@@ -127,7 +128,7 @@ class Tables:
         return torch.zeros(shape, dtype=self.dependence.dtype, device=device)
 
 
-def gather(
+def gather_map(
     statistics: Iterable[Ranges | Tables], remove_near: bool, layer: Layer, conv: nn.Conv2d, args: tuple, kwargs: dict
 ) -> None:
     """Add the input map of one call of a convolution to each of `statistics`."""

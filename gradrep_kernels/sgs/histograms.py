@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradrep_kernels.ops.backends import implementation
-from gradrep_kernels.ops.reference.pair_rule import MAX_BINS, compute_dtype, sturges
+from gradrep_kernels.ops.reference.pair_rule import MAX_BINS, arithmetic_dtype, sturges
 from gradrep_kernels.sgs.taps import two_ints
 
 _MAP_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -120,7 +120,7 @@ def joint_histogram(
         own_ranges, n = implementation("pair_ranges", x.device.type)(x, flat, rows_columns, bool(remove_near))
         ranges = own_ranges if ranges is None else ranges
         bins = sturges(n) if bins is None else bins
-    ranges = ranges.detach().to(device=x.device, dtype=compute_dtype(x.dtype)).contiguous()
+    ranges = ranges.detach().to(device=x.device, dtype=arithmetic_dtype(x.dtype)).contiguous()
     return implementation("joint_histogram", x.device.type)(
         x, flat, ranges, bins, int(bins.max()), rows_columns, bool(remove_near)
     )

@@ -16,7 +16,7 @@ import torch
 from cases_pairs import LAYOUTS, PAIRS, laid_out, make, same_bits
 
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.reference.pair_rule import MAX_BINS, compute_dtype, sturges
+from gradrep_kernels.ops.reference.pair_rule import MAX_BINS, arithmetic_dtype, sturges
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 H100, SMALL = 227 << 10, 48 << 10  # bytes of shared memory that a block can have
@@ -84,7 +84,7 @@ class Emulated:
     def pair_ranges(self, x, displacements, padding, remove_near, *, shared=H100, blocks_at_once=5):
         pairs = len(displacements) // 2
         ranges, n = (
-            x.new_zeros((x.shape[1], pairs, 2, 2), dtype=compute_dtype(x.dtype)),
+            x.new_zeros((x.shape[1], pairs, 2, 2), dtype=arithmetic_dtype(x.dtype)),
             x.new_zeros((x.shape[1], pairs), dtype=torch.int64),
         )
         self._run(x, displacements, padding, remove_near, ranges, None, 0, n, shared, blocks_at_once)
@@ -347,7 +347,7 @@ def test_values_outside_the_ranges(ops, dtype, kind):
     x = make(kind, (3, 8, 9, 10), dtype)
     inf, nan = torch.inf, torch.nan
     ends = [(-0.1, 0.1), (0.5, -0.5), (1.0, 1.0), (inf, -inf), (-inf, inf), (nan, nan), (-1.0, inf), (-3e38, 3e38)]
-    ranges = torch.tensor(ends, dtype=compute_dtype(dtype)).view(8, 1, 1, 2).expand(8, 2, 2, 2).clone()
+    ranges = torch.tensor(ends, dtype=arithmetic_dtype(dtype)).view(8, 1, 1, 2).expand(8, 2, 2, 2).clone()
     for given in (ranges, torch.cat((ranges[:, :1], ranges[:, 1:].roll(1, 0)), 1)):
         for bins in (1, 7, 300):
             check(ops, x, [0, 1, 1, 0], [1, 0], False, bins=torch.full((8, 2), bins, dtype=torch.int32), ranges=given)

@@ -74,10 +74,10 @@ def test_every_operation_is_rounded_on_its_own(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_maps_are_widened_before_anything_else(dtype):
-    assert pair_rule.compute_dtype(dtype) == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert pair_rule.arithmetic_dtype(dtype) == (torch.float64 if dtype == torch.float64 else torch.float32)
     x = torch.tensor([[[[1.0, -2.0]]]], dtype=dtype)
     found = pair_rule.padded(x, [1, 2])
-    assert found.dtype == pair_rule.compute_dtype(dtype)
+    assert found.dtype == pair_rule.arithmetic_dtype(dtype)
     assert found.shape == (1, 1, 3, 6)
     assert found.sum() == -1
     assert found[0, 0, 1, 2:4].tolist() == [1, -2]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import compile_gate
 import torch
 
-from gradrep_kernels.ops.reference.pair_rule import compute_dtype
+from gradrep_kernels.ops.reference.pair_rule import arithmetic_dtype
 from gradrep_kernels.ops.triton import pair_walk, plans
 
 TYPE = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -26,7 +26,7 @@ def compiled_over_parameters(kernel, dtype, target, types, constants) -> compile
 def compiled_over_pairs(
     kernel, dtype, target, constants, types: Mapping[str, str] | None = None
 ) -> compile_gate.Compiled:
-    wide = TYPE[compute_dtype(dtype)]
+    wide = TYPE[arithmetic_dtype(dtype)]
     types = {"x": TYPE[dtype], "ranges": wide, "ends": wide, **POINTERS, **(types or {})}
     options = pair_walk.options(compile_gate.TARGETS[target].warp_size)
     return compile_gate.compile_variant(

@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradrep_kernels.ops.reference.pair_rule import compute_dtype, image_groups, padded, pair_views
+from gradrep_kernels.ops.reference.pair_rule import arithmetic_dtype, image_groups, padded, pair_views
 from gradrep_kernels.ops.schema import TwoInts, op
 
 
 def _fake(x, displacements, padding, remove_near):
     channels, pairs = x.shape[1], len(displacements) // 2
-    ranges = x.new_empty((channels, pairs, 2, 2), dtype=compute_dtype(x.dtype))
+    ranges = x.new_empty((channels, pairs, 2, 2), dtype=arithmetic_dtype(x.dtype))
     return ranges, x.new_empty((channels, pairs), dtype=torch.int64)
 
 
@@ -39,7 +39,7 @@ def pair_ranges(x: Tensor, displacements: list[int], padding: TwoInts, remove_ne
         n      [C, D] int64, pooled over the images
     """
     channels, pairs = x.shape[1], list(zip(displacements[::2], displacements[1::2]))
-    lo = x.new_full((2, len(pairs), channels), torch.inf, dtype=compute_dtype(x.dtype))
+    lo = x.new_full((2, len(pairs), channels), torch.inf, dtype=arithmetic_dtype(x.dtype))
     hi = -lo
     n = x.new_zeros((len(pairs), channels), dtype=torch.int64)
     if (

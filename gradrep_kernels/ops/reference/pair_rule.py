@@ -35,7 +35,7 @@ from torch import Tensor
 MAX_BINS = 32767  # a cell number p * B + q then fits an int32
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return T, the type of the ranges and of all arithmetic on a map of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -70,7 +70,7 @@ def image_groups(x: Tensor, pixels: int = 1 << 18) -> tuple[Tensor, ...]:
 def padded(x: Tensor, padding: list[int]) -> Tensor:
     """The map in T with its zeros around  # [N, C, H + 2 padding[0], W + 2 padding[1]]"""
     rows, columns = padding
-    return torch.nn.functional.pad(x.to(compute_dtype(x.dtype)), (columns, columns, rows, rows))
+    return torch.nn.functional.pad(x.to(arithmetic_dtype(x.dtype)), (columns, columns, rows, rows))
 
 
 def pair_views(maps: Tensor, di: int, dj: int) -> tuple[Tensor, Tensor]:

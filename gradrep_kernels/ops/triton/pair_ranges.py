@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.reference.pair_rule import compute_dtype
+from gradrep_kernels.ops.reference.pair_rule import arithmetic_dtype
 from gradrep_kernels.ops.triton import pair_walk as rule
 
 GROUP = rule.GROUP
@@ -140,7 +140,7 @@ def pair_ranges(x: Tensor, displacements: list[int], padding: list[int], remove_
     if work is None:
         return reference.pair_ranges(x, displacements, padding, remove_near)
     n = x.new_zeros((x.shape[1], len(displacements) // 2), dtype=torch.int64)
-    ends = x.new_empty((work.chunks, *n.shape, 2, 2), dtype=compute_dtype(x.dtype))
+    ends = x.new_empty((work.chunks, *n.shape, 2, 2), dtype=arithmetic_dtype(x.dtype))
     rule.launch("pair_ranges", pair_ranges_kernel, work, ends=ends, n=n, remove_near=int(remove_near), BLOCK=BLOCK)
     ranges = torch.stack((ends[..., 0].amin(0), ends[..., 1].amax(0)), dim=-1) + 0.0  # -0.0 + 0.0 is +0.0
     return ranges, n * x.shape[0] // maps.shape[0]
