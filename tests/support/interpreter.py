@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import inspect
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import fast_interpreter
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +56,7 @@ def serve() -> None:
     """For each line (file, where its output goes) on standard input, write pytest's exit status to standard output."""
     from gradrep_kernels.ops import triton  # noqa: F401 (not in the process that asks)
 
-    patch_the_language_once()
+    fast_interpreter.use()
     for line in sys.stdin:
         file, output = line.rstrip("\n").split("\t")
         child = os.fork()
@@ -80,39 +80,6 @@ def _test(file: str, output: str) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)
-
-
-def patch_the_language_once() -> None:
-    """Let the interpreter replace the functions of triton.language once per launch.
-
-    It does so anew at every call of a device function, with the same result, which takes 40 % of the time of a step.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter as triton_interpreter
-
-    patch = triton_interpreter._patch_lang
-    patched: set[int] = set()  # modules, in the present launch
-
-    @functools.cache
-    def modules(fn) -> frozenset[int]:
-        return frozenset(id(m) for m in fn.__globals__.values() if inspect.ismodule(m) and m in (tl, tl.core))
-
-    def patch_once(fn):
-        if patched and modules(fn) <= patched:
-            return None  # a device function, whose caller does not undo the patch
-        scope = patch(fn)
-        if not patched:
-            undo = scope.restore
-
-            def restore():
-                patched.clear()
-                undo()
-
-            scope.restore = restore
-        patched.update(modules(fn))
-        return scope
-
-    triton_interpreter._patch_lang = patch_once
 
 
 if __name__ == "__main__":

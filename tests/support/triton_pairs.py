@@ -45,7 +45,7 @@ def few_channels(x: torch.Tensor, case: Pairs) -> torch.Tensor:
         n * (h + 2 * case.padding[0]) * (w + 2 * case.padding[1]),
         -(-len(case.flat_displacements()) // (2 * rule.GROUP.value)),
     )
-    return x[:, : max(1, 16 // (groups * -(-places // 1024)))]
+    return x[:, : max(1, 8 // (groups * -(-places // 1024)))]
 
 
 def assert_ranges(x: torch.Tensor, case: Pairs, op: Callable = pair_ranges) -> None:

@@ -79,7 +79,7 @@ def pair_ranges_kernel(
         - (pad_rows.to(tl.int64) * stride_h + pad_columns.to(tl.int64) * stride_w)
     )
     d = first + tl.arange(0, GROUP)
-    di = tl.load(displacements + 2 * d, mask=d < pairs, other=rule.NOWHERE)[:, None]
+    di = tl.load(displacements + 2 * d, mask=d < pairs, other=rule.OUTSIDE)[:, None]
     dj = tl.load(displacements + 2 * d + 1, mask=d < pairs, other=0)[:, None]
     to_q = di.to(tl.int64) * stride_h + dj.to(tl.int64) * stride_w
     p_lo = tl.full([GROUP, BLOCK], float("inf"), COMPUTE)
