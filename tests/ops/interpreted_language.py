@@ -64,7 +64,7 @@ def test_shapes_and_types_come_together(dtype, operation):
 def test_an_overflow_is_an_error(operation, a, b, overflows):
     arguments = operation, torch.tensor([a], dtype=torch.int32), torch.tensor([0, b], dtype=torch.int32)
     if overflows:
-        with pytest.raises(interpreter.InterpreterError, match="int32 overflow of (add|sub|mul)"):
+        with pytest.raises(interpreter.InterpreterError, match=r"int32 overflow of (add|sub|mul)"):
             outer(*arguments)
     else:
         assert outer(*arguments)[0, 1] == getattr(torch, operation)(torch.tensor(a), b)
