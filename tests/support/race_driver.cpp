@@ -23,11 +23,11 @@ struct Case {
 
 constexpr Case kCases[] = {
     {"one channel, dealt by images: cubes and tables", 97, 1, 24, 24, 1, 1, 8, true},
-    {"one channel, bins of each displacement", 97, 1, 12, 12, 1, 0, 0, true},
-    {"two channels, tables alone, padding below the radius", 20, 2, 16, 15, 2, 1, 40, true},
-    {"more than 255 bins", 32, 1, 16, 16, 1, 1, 300},
-    {"blocks of channels", 3, 100, 9, 8, 1, 1, 20},
-    {"blocks of channels and parts of the images", 10, 70, 6, 6, 1, 1, 20},
+    {"one channel, bins of each displacement", 41, 1, 12, 12, 1, 0, 0, true},
+    {"two channels, tables alone, padding below the radius", 12, 2, 8, 7, 2, 1, 33, true},
+    {"more than 255 bins", 9, 1, 8, 8, 1, 1, 257},
+    {"blocks of channels", 3, 40, 9, 8, 1, 1, 7},
+    {"blocks of channels and parts of the images", 10, 40, 6, 6, 1, 1, 7},
 };
 
 template <typename S>
