@@ -71,6 +71,20 @@ def test_rep_grad_norm(dtype, target):
     assert (made.double_precision > 0) == (dtype == torch.float64)
 
 
+@pytest.mark.parametrize("target", compile_gate.CUDA_TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_machine_code_has_what_ptx_says(dtype, target):
+    """The other gates read PTX. The assembler could split accesses, join them, or compute in another precision."""
+    wide = TYPE[plans.COMPUTE[dtype]]
+    made = compiled_over_parameters(
+        rep_sgd_step_kernel, dtype, target, {"hyper": wide, "grad_scale": wide, "found_inf": "*fp32"}, {}
+    )
+    sass = made.machine_code()
+    assert sass.count("LDG") > sass.wide_loads == made.wide_loads
+    assert sass.count("STG") > sass.wide_stores == made.wide_stores
+    assert (sass.double_precision > 0) == (dtype == torch.float64)
+
+
 @pytest.mark.parametrize("kernel", [rep_sgd_step_kernel, rep_grad_norm_kernel], ids=lambda kernel: kernel.__name__)
 def test_a_launch_makes_no_other_variants(kernel):
     """Triton compiles anew for pointers that are a multiple of 16: found_inf, a view, often is not."""
