@@ -33,6 +33,7 @@ class Row(NamedTuple):
     multiplier: tuple[Tensor | None, ...]  # parts of its total Grad Mult: scale, identity
     first_step: bool
     group: int
+    shards: list[Tensor]  # parameter, gradient and states as this rank holds them
 
 
 @dataclass
@@ -44,21 +45,15 @@ class StepArguments:
     def columns(self) -> list[list]:
         """Return the op's columns.
 
-        Where a state is not used, its parameter stands in its place. No kernel touches it.
+        Where a state is not used, the parameter stands in its place. No kernel touches it.
         """
-        params, grads, states, multipliers, first_steps, groups = zip(*self.rows)
-        local_params = [local(p) for p in params]
-        state_columns = [
-            [p if state is None else local(state) for p, state in zip(local_params, column)] for column in zip(*states)
-        ]
-        multiplier_columns = [list(column) for column in zip(*multipliers)]
-        grads = [local(grad) for grad in grads]
-        return [local_params, grads, *state_columns, *multiplier_columns, list(first_steps), list(groups)]
+        rows = ((*row.shards, *row.multiplier, row.first_step, row.group) for row in self.rows)
+        return [list(column) for column in zip(*rows)]
 
     def written(self, unscaled: bool) -> list[Tensor]:
         """The tensors that a step changes, gradients included where it unscales them."""
         states = [state for row in self.rows for state in row.states if state is not None]
-        return [row.param for row in self.rows] + states + ([local(row.grad) for row in self.rows] if unscaled else [])
+        return [row.param for row in self.rows] + states + ([row.shards[1] for row in self.rows] if unscaled else [])
 
 
 @dataclass
@@ -85,7 +80,7 @@ def gather(
     """
     gathered = Gathered()
     seen: set[Tensor] = set()
-    parts = len(OPS[rule.op].step.multipliers)
+    no_parts = (None,) * len(OPS[rule.op].step.multipliers)
     for number, group in enumerate(groups):
         used = [kept for kept in rule.states if kept.used(group)]
         for p in group["params"]:
@@ -105,16 +100,13 @@ def gather(
             if unscales and grad is not p.grad:
                 p.grad = grad
             mult = multipliers.total(p)
-            row = Row(
-                p,
-                grad,
-                tuple(states.get(kept.key) for kept in rule.states),
-                (None,) * parts if mult is None else mult.parts(),
-                first,
-                number,
-            )
+            kept_arrays = tuple(states.get(kept.key) for kept in rule.states)
+            shard = local(p)
+            shards = [shard, local(grad), *(shard if array is None else local(array) for array in kept_arrays)]
+            parts = no_parts if mult is None else mult.parts()
+            row = Row(p, grad, kept_arrays, parts, first, number, shards)
             # A parameter that is listed twice is stepped twice, one after the other, which only the reference does.
-            plain = p not in seen and are_plain(p, grad, *states.values())
+            plain = p not in seen and are_plain(shards)
             seen.add(p)
             gathered.arguments.setdefault(Destination(p.device.type, plain), StepArguments()).rows.append(row)
     return gathered

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-from gradrep_kernels.optim.sharding import PLAIN, local
+from gradrep_kernels.optim.sharding import PLAIN
 
 ParamGroups = list[dict[str, Any]]
 
@@ -33,6 +34,6 @@ def described(groups: ParamGroups, position: int) -> str:
     return f"parameter {position} of shape {list(parameters_of(groups)[position].shape)}"
 
 
-def are_plain(*tensors: Tensor) -> bool:
-    """Whether the data of all of them, or of this rank's shards, lies where their data_ptr says."""
-    return all(type(t) in PLAIN or type(local(t)) in PLAIN for t in tensors)
+def are_plain(shards: Iterable[Tensor]) -> bool:
+    """Whether the data of all of them lies where their data_ptr says."""
+    return all(type(t) in PLAIN for t in shards)

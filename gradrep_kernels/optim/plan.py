@@ -55,10 +55,10 @@ class StepPlan:
         return cls(planner, destination.device, rows, rule, groups, state, multipliers)
 
     def __init__(self, planner, device, rows, rule, groups, state, multipliers):
-        params, _, states, parts, _, numbers = map(list, zip(*rows))
-        state_columns, multiplier_columns = map(list, zip(*states)), map(list, zip(*parts))
+        params, numbers = [row.param for row in rows], [row.group for row in rows]
+        states, parts = (map(list, zip(*column)) for column in zip(*((row.states, row.multiplier) for row in rows)))
         self._planner, self._op, self._device = planner, rule.op, device
-        self._handle = planner.make(params, *state_columns, *multiplier_columns, numbers)
+        self._handle = planner.make(params, *states, *parts, numbers)
         weakref.finalize(self, planner.free, self._handle)  # not __del__: at exit the op is gone before it
         self._params = params
         self._listed = parameters_of(groups)

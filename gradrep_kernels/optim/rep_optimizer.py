@@ -272,7 +272,7 @@ class RepOptimizer(Optimizer):
                 self._refuse_layout(p, "a Grad Mult")
         grads = [p.grad.coalesce().values() if p.grad.is_sparse else local(aligned_grad(p)) for p in params]
         parts = zip(*((None, None) if mult is None else mult.parts() for mult in mults))
-        plain = are_plain(*grads)
+        plain = are_plain(grads)
         norm = backends.implementation("rep_grad_norm", grads[0].device.type) if plain else rep_grad_norm
         return norm(grads, *map(list, parts))
 
