@@ -81,12 +81,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 SLOW = (
     "interpreter",
     "test_sanitizers.py",
+    "test_instruction_sets.py",
     "test_compile_gate",
     "test_cuda_pairs.py",
     "test_packaging.py",
     "test_distributed.py",
     "test_cli.py",
     "test_cpp_joint_histogram.py::test_drawn_cases",
+    "test_triton_step_frame.py",
+    "test_the_environment_forces",
     "test_the_step_is_one_graph",
     "test_the_whole_training_step",
     "test_multipliers_that_change_between_compiled_steps",
@@ -95,6 +98,7 @@ SLOW = (
     "test_lightning",
     "test_wrappers_are_taken_off",
     "test_sgs_ranks.py",
+    "test_a_run_killed_again_and_again",
     "test_an_update_takes_less_memory",
     "test_pictures_touch_no_global_setting",
     "test_bench.py::test_quick_form",
@@ -103,6 +107,7 @@ SLOW = (
     "test_bench.py::test_gpu_check_runs_what",
     "test_bench.py::test_gpu_check_runs_the_tests",
     "test_bench.py::test_gpu_check_takes_no_module",
+    "test_bench.py::test_gpu_check_keeps_packages",
     "test_lost_device.py",
 )
 COLLECTED = pytest.StashKey[list[pytest.Item]]()  # before any are left out
