@@ -39,7 +39,7 @@ NVCC_FLAGS = [
     "-DUSE_CUDA",
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 ]
-NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-O1"]  # on the host they only launch
+NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
 ROOT = Path(__file__).resolve().parent
 # Also where the package is installed without kernels, or pip kept a wheel of it.
 INSTALL = "pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation PATH-TO-THE-SOURCES"

@@ -76,7 +76,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         os._exit(DEVICE_LOST)
 
 
-# Parts of the names of tests that take more than about 4 s of CPU time each, or need a fixture that does: they run
+# Parts of the names of tests that take more than about 3 s of CPU time each, or need a fixture that does: they run
 # compilers, Triton's interpreter, or several processes that import torch.
 SLOW = (
     "interpreter",

@@ -33,7 +33,7 @@ class Row(NamedTuple):
     multiplier: tuple[Tensor | None, ...]  # parts of its total Grad Mult: scale, identity
     first_step: bool
     group: int
-    shards: list[Tensor]  # parameter, gradient and states as this rank holds them
+    shards: list[Tensor]  # parameter, gradient, states as this rank holds them; the parameter for an unused state
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What tests/support/fast_interpreter.py puts in the place of Triton's own, on kernels that say what should come out.
+"""The functions of tests/support/fast_interpreter.py, on kernels whose results are known.
 
 test_triton_language.py runs this file with TRITON_INTERPRET=1.
 """
@@ -50,6 +50,16 @@ def test_shapes_and_types_come_together(dtype, operation):
             assert torch.equal(outer(operation, a, b), getattr(torch, operation)(a[:, None], b[None, :]))
 
 
+def test_small_types():
+    bits = torch.tensor([False, True, True, False])
+    assert torch.equal(outer("mul", bits, bits), bits[:, None] & bits)
+    bytes_ = torch.arange(4, dtype=torch.uint8)
+    for operation in ("add", "mul"):
+        assert torch.equal(outer(operation, bytes_, bytes_), getattr(torch, operation)(bytes_[:, None], bytes_))
+    with pytest.raises(interpreter.InterpreterError, match="uint8 overflow of sub"):
+        outer("sub", bytes_, bytes_)
+
+
 @pytest.mark.parametrize(
     ("operation", "a", "b", "overflows"),
     [
@@ -59,6 +69,7 @@ def test_shapes_and_types_come_together(dtype, operation):
         ("sub", -(2**31), 1, True),
         ("mul", 2**16, 2**15 - 1, False),
         ("mul", 2**16, 2**15, True),
+        ("mul", -(2**16), 2**15, False),
     ],
 )
 def test_an_overflow_is_an_error(operation, a, b, overflows):

@@ -1,6 +1,6 @@
 """The Triton pair ranges on CPU tensors, against the reference.
 
-test_triton_pair_ranges.py runs this file with TRITON_INTERPRET=1. A program takes 20-40 ms in the interpreter, so a
+test_triton_pair_ranges.py runs this file with TRITON_INTERPRET=1. A program takes some 10 ms in the interpreter, so a
 case is cut to a few channels.
 """
 

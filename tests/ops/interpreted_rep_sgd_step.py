@@ -1,6 +1,6 @@
 """The Triton step on CPU tensors, against the reference.
 
-test_triton_rep_sgd_step.py runs this file with TRITON_INTERPRET=1. A program takes 20-40 ms in the interpreter, so
+test_triton_rep_sgd_step.py runs this file with TRITON_INTERPRET=1. A program takes some 10 ms in the interpreter, so
 cases are small: a few dozen programs each.
 """
 

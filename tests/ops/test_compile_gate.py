@@ -74,7 +74,10 @@ def test_rep_grad_norm(dtype, target):
 @pytest.mark.parametrize("target", compile_gate.CUDA_TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_machine_code_has_what_ptx_says(dtype, target):
-    """The other gates read PTX. The assembler could split accesses, join them, or compute in another precision."""
+    """The other gates read PTX.
+
+    The assembler could split accesses, join them, or compute in another precision.
+    """
     wide = TYPE[plans.COMPUTE[dtype]]
     made = compiled_over_parameters(
         rep_sgd_step_kernel, dtype, target, {"hyper": wide, "grad_scale": wide, "found_inf": "*fp32"}, {}

@@ -62,6 +62,15 @@ def test_pair_ranges(dtype, target):
     assert_sound(made, dtype)
 
 
+@pytest.mark.parametrize("target", compile_gate.CUDA_TARGETS)
+def test_the_machine_code_has_what_ptx_says(target):
+    """The other gates read PTX."""
+    of_histogram = {"CELLS": 512 + 64, "BLOCK": block()}
+    for kernel, constants in ((joint_histogram_kernel, of_histogram), (pair_ranges_kernel, {"BLOCK": BLOCK})):
+        sass = compiled_over_pairs(kernel, torch.float32, target, constants).machine_code()
+        assert sass.count("LDG") > sass.wide_loads == sass.wide_stores == sass.double_precision == 0
+
+
 @pytest.mark.parametrize("target", compile_gate.TARGETS)
 def test_strides_beyond_32_bits(target):
     """The one variant that follows from the value of an argument."""

@@ -26,8 +26,8 @@ constexpr Case kCases[] = {
     {"one channel, bins of each displacement", 41, 1, 12, 12, 1, 0, 0, true},
     {"two channels, tables alone, padding below the radius", 12, 2, 8, 7, 2, 1, 33, true},
     {"more than 255 bins", 9, 1, 8, 8, 1, 1, 257},
-    {"blocks of channels", 3, 40, 9, 8, 1, 1, 7},
-    {"blocks of channels and parts of the images", 10, 40, 6, 6, 1, 1, 7},
+    {"blocks of channels", 3, 70, 9, 8, 1, 1, 7},
+    {"blocks of channels and parts of the images", 10, 60, 6, 6, 1, 1, 7},
 };
 
 template <typename S>

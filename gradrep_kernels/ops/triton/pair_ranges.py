@@ -14,7 +14,7 @@ from gradrep_kernels.ops import reference
 from gradrep_kernels.ops.reference.pair_rule import arithmetic_dtype
 from gradrep_kernels.ops.triton import pair_walk as rule
 
-GROUP = rule.GROUP
+GROUP, OUTSIDE = rule.GROUP, rule.OUTSIDE
 
 BLOCK = 256
 """Places that a program takes at a time, each for GROUP displacements.
@@ -79,7 +79,7 @@ def pair_ranges_kernel(
         - (pad_rows.to(tl.int64) * stride_h + pad_columns.to(tl.int64) * stride_w)
     )
     d = first + tl.arange(0, GROUP)
-    di = tl.load(displacements + 2 * d, mask=d < pairs, other=rule.OUTSIDE)[:, None]
+    di = tl.load(displacements + 2 * d, mask=d < pairs, other=OUTSIDE)[:, None]
     dj = tl.load(displacements + 2 * d + 1, mask=d < pairs, other=0)[:, None]
     to_q = di.to(tl.int64) * stride_h + dj.to(tl.int64) * stride_w
     p_lo = tl.full([GROUP, BLOCK], float("inf"), COMPUTE)

@@ -31,7 +31,10 @@ NOWHERE = tl.constexpr(-(2**30))
 """The row of a place that is not the program's: no displacement leads from it into a map."""
 
 OUTSIDE = tl.constexpr(-PLACES)
-"""The rows of a displacement that is not there: it leads out of every map. NOWHERE + OUTSIDE - padding >= -2^31."""
+"""The rows of a displacement that is not there: it leads out of every map.
+
+NOWHERE + OUTSIDE - padding is at least -2^31.
+"""
 
 PROGRAMS = 4096
 """Programs of a launch, if there is work for so many: ten waves on an H200."""
