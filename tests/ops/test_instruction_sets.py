@@ -12,9 +12,9 @@ import subprocess
 from collections import defaultdict
 from pathlib import Path
 
+import builds
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("g++")
 # As setup.py compiles: every product and sum is rounded on its own.
 FLAGS = ("-std=c++20", "-O3", "-Wall", "-Werror", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -25,12 +25,8 @@ on_x86 = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory) -> Path:
-    built = tmp_path_factory.mktemp("instruction_sets") / "instruction_sets"
-    source = ROOT / "tests" / "support" / "instruction_sets.cpp"
-    done = subprocess.run([COMPILER, *FLAGS, f"-I{ROOT / 'csrc'}", source, "-o", built], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return built
+def program() -> Path:
+    return builds.program("instruction_sets", [*FLAGS, f"-I{builds.ROOT / 'csrc'}"], COMPILER)
 
 
 @on_x86
