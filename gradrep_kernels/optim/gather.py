@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradrep_kernels.dtensor import local
 from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, are_plain
-from gradrep_kernels.optim.sharding import aligned_grad, local
+from gradrep_kernels.optim.sharding import aligned_grad
 from gradrep_kernels.optim.update_rule import UpdateRule
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradrep_kernels.dtensor import is_dtensor
 from gradrep_kernels.grad_mult import GradMult
-from gradrep_kernels.optim.sharding import is_dtensor, part_on
+from gradrep_kernels.optim.sharding import part_on
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradrep_kernels.optim.sharding import PLAIN
+from gradrep_kernels.dtensor import PLAIN
 
 ParamGroups = list[dict[str, Any]]
 

@@ -21,7 +21,7 @@ from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim.gather import Gathered
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, parameters_of
-from gradrep_kernels.optim.sharding import PLAIN
+from gradrep_kernels.dtensor import PLAIN
 from gradrep_kernels.optim.update_rule import UpdateRule
 
 _params = itemgetter("params")

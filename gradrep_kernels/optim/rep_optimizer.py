@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from gradrep_kernels.dtensor import is_dtensor, local
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.reference import rep_grad_norm
@@ -21,7 +22,7 @@ from gradrep_kernels.optim.gather import Gathered, gather, hyper_table, take_ste
 from gradrep_kernels.optim.multipliers import Multipliers, as_grad_mult
 from gradrep_kernels.optim.parameters import are_plain, described, parameters_of, position_of
 from gradrep_kernels.optim.plan import Scaler, StepPlan
-from gradrep_kernels.optim.sharding import aligned_grad, is_dtensor, local, norm_over_shards
+from gradrep_kernels.optim.sharding import aligned_grad, norm_over_shards
 from gradrep_kernels.optim.update_rule import UpdateRule
 
 

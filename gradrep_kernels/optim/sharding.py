@@ -5,32 +5,12 @@ The caller gives multipliers for the whole weight. Checkpoints and fingerprints 
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
+from gradrep_kernels.dtensor import is_dtensor, local
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops.reference.multiply import compute_dtype
-
-PLAIN = (Tensor, torch.nn.Parameter)  # not a subclass, which may hold other tensors inside
-
-
-def is_dtensor(t: Tensor) -> bool:
-    if type(t) in PLAIN:
-        return False
-    # Importing it takes 0.5 s. Where nobody has imported it, there is no DTensor.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
-
-
-def local(t: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor, which shares its memory, and any other tensor itself."""
-    if not is_dtensor(t):
-        return t
-    shard = t.to_local()
-    return shard.wait() if hasattr(shard, "wait") else shard  # the AsyncCollectiveTensor of a gradient still on its way
-
 
 def aligned_grad(p: Tensor) -> Tensor:
     """Return p.grad spread over the ranks as p is.
