@@ -7,7 +7,7 @@ from gradrep_kernels import csla, models, moved
 from gradrep_kernels.branch_scales import BranchScales
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops.backends import use_backend
-from gradrep_kernels.optim import FusedRepSGD, param_groups
+from gradrep_kernels.optim import FusedRepSGD, clip_grad_norm_, param_groups
 from gradrep_kernels.sgs import (
     SpatialGradientScaling,
     alpha_beta_scaling,
@@ -25,6 +25,7 @@ __all__ = [
     "SpatialGradientScaling",
     "__version__",
     "alpha_beta_scaling",
+    "clip_grad_norm_",
     "csla",
     "joint_histogram",
     "models",

@@ -22,6 +22,7 @@ class _Factors:
     checksum: int = 0  # of the caller's
     total: GradMult | None = None  # their product, made on first use
     place: Any = None  # where that product is
+    waits: bool = False  # given for a frozen parameter that no group has held yet
 
 
 class Multipliers:
@@ -35,16 +36,26 @@ class Multipliers:
         return param in self._factors
 
     def strays(self, params: Iterable[Tensor]) -> list[Tensor]:
-        """List the parameters with factors that are not among `params`."""
-        return list(self._factors.keys() - set(params)) if self._factors else []
+        """List the trained parameters with factors that are not among `params`.
+
+        Frozen ones are none: they may join, or join again, and until then nobody steps them.
+        """
+        if not self._factors:
+            return []
+        params = set(params)
+        for param in params & self._factors.keys():
+            self._factors[param].waits = False
+        outside = self._factors.keys() - params
+        return [param for param in outside if param.requires_grad and not self._factors[param].waits]
 
     def drop(self, params: Iterable[Tensor]) -> None:
         for param in params:
             del self._factors[param]
             self.version += 1
 
-    def set_caller(self, param: Tensor, mult: GradMult | None) -> None:
-        self._set(param, caller=mult, checksum=0 if mult is None else _checksum(mult))
+    def set_caller(self, param: Tensor, mult: GradMult | None, waits: bool = False) -> None:
+        """Set the caller's factor. One that `waits` is of a frozen parameter that no group holds."""
+        self._set(param, caller=mult, checksum=0 if mult is None else _checksum(mult), waits=waits)
 
     def set_spatial(self, param: Tensor, mult: GradMult | None) -> None:
         self._set(param, spatial=mult)

@@ -6,15 +6,19 @@ from typing import Any
 
 from torch import nn
 
+from gradrep_kernels.wrappers import plain_name
+
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Deal the parameters to two groups: weights and identity scales, which decay, and all others, which do not.
 
     Norms, biases and the scale vectors behind a CSLA block's convolutions do not decay, as in the published code. The
     scale of its identity branch does, although it is a vector: the merged kernel holds it, and decays as a whole.
-    A module names such vectors in its attribute `decayed_vectors`. Parameters that need no gradient are left out.
+    A module names such vectors in its attribute `decayed_vectors`. Frozen parameters are left out. When one is unfrozen,
+    `optimizer.add_param_group` takes it, with its name or without.
 
-    Returns groups with `params`, `param_names` (read by error messages) and `weight_decay`.
+    Returns groups with `params`, `param_names` and `weight_decay`. The names are free of what wrappers add to them.
+    Error messages use them, and checkpoints find Grad Mults by them.
     Raises ValueError for a negative weight_decay.
     """
     if weight_decay < 0:
@@ -31,7 +35,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [
         {
             "params": [p for _, p in named],
-            "param_names": [n for n, _ in named],
+            "param_names": [plain_name(n) for n, _ in named],
             "weight_decay": weight_decay if does else 0.0,
         }
         for does, named in decays.items()

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradrep_kernels.dtensor import PLAIN
 from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim.gather import Gathered
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, parameters_of
-from gradrep_kernels.dtensor import PLAIN
 from gradrep_kernels.optim.update_rule import UpdateRule
 
 _params = itemgetter("params")

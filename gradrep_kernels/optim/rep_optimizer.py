@@ -20,7 +20,15 @@ from gradrep_kernels.optim import checkpoint
 from gradrep_kernels.optim.eager import eager, keep_out_of_graphs
 from gradrep_kernels.optim.gather import Gathered, gather, hyper_table, take_steps
 from gradrep_kernels.optim.multipliers import Multipliers, as_grad_mult
-from gradrep_kernels.optim.parameters import are_plain, described, parameters_of, position_of
+from gradrep_kernels.optim.parameters import (
+    are_plain,
+    described,
+    in_place,
+    is_frozen,
+    names_for_all,
+    parameters_of,
+    position_of,
+)
 from gradrep_kernels.optim.plan import Scaler, StepPlan
 from gradrep_kernels.optim.sharding import aligned_grad, norm_over_shards
 from gradrep_kernels.optim.update_rule import UpdateRule
@@ -37,6 +45,8 @@ class RepOptimizer(Optimizer):
         grad_mults:            {parameter: GradMult | Tensor that broadcasts to it}. None: none.
         fused:                 True asks for in-kernel gradient unscaling under torch.amp.GradScaler. It selects nothing
                                else and is never saved.
+
+    A multiplier of a frozen parameter that is in no group is kept. It takes effect when the parameter joins.
 
     Raises ValueError for multipliers that do not broadcast to their parameter, are negative, NaN or inf, or belong to a
     parameter that this optimizer does not have. Nothing is changed then.
@@ -68,7 +78,7 @@ class RepOptimizer(Optimizer):
             self._step_supports_amp_scaling = True
         checked = [(param, self._checked(param, mult)) for param, mult in (grad_mults or {}).items()]
         for param, mult in checked:
-            self._multipliers.set_caller(param, mult)
+            self._set_grad_mult(param, mult)
         self._refresh_fingerprints()
 
     # ---- Grad Mult
@@ -76,9 +86,9 @@ class RepOptimizer(Optimizer):
     def set_grad_mult(self, param: Tensor, mult: GradMult | Tensor | None) -> None:
         """Set (or with None remove) the caller's Grad Mult of one parameter. Raises ValueError as the constructor does.
 
-        Those of parameters that are no longer in `param_groups` are dropped.
+        Those of trained parameters that are no longer in `param_groups` are dropped.
         """
-        self._multipliers.set_caller(param, self._checked(param, mult))
+        self._set_grad_mult(param, self._checked(param, mult))
         self._multipliers.drop(self._multipliers.strays(parameters_of(self.param_groups)))
         self._refresh_fingerprints()
 
@@ -87,7 +97,8 @@ class RepOptimizer(Optimizer):
 
         With total=True it is the product with what `set_spatial_scaling` set.
         """
-        position_of(self.param_groups, param)
+        if not is_frozen(param):
+            position_of(self.param_groups, param)
         return self._multipliers.product(param) if total else self._multipliers.caller(param)
 
     def set_spatial_scaling(self, param: Tensor, scaling: Tensor | None) -> None:
@@ -100,17 +111,26 @@ class RepOptimizer(Optimizer):
             raise ValueError(f"a spatial scaling must have shape [kh, kw], got {list(scaling.shape)}")
         self._multipliers.set_spatial(param, self._checked(param, scaling))
 
+    def _set_grad_mult(self, param: Tensor, mult: GradMult | None) -> None:
+        self._multipliers.set_caller(param, mult, waits=not self._holds(param))
+
+    def _holds(self, param: Tensor) -> bool:
+        return any(p is param for p in parameters_of(self.param_groups))
+
     def _checked(self, param: Tensor, mult: GradMult | Tensor | None) -> GradMult | None:
         """Make `mult` a GradMult that fits `param`. An error names the parameter."""
         if mult is None and param in self._multipliers:
             return None
-        position = position_of(self.param_groups, param)
+        if is_frozen(param) and not self._holds(param):
+            name = f"frozen parameter of shape {list(param.shape)}"
+        else:
+            name = described(self.param_groups, position_of(self.param_groups, param))
         if mult is None:
             return None
         try:
             return as_grad_mult(mult, param.shape)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{described(self.param_groups, position)}: {error}") from None
+            raise type(error)(f"{name}: {error}") from None
 
     def _refresh_fingerprints(self) -> None:
         checkpoint.refresh_fingerprints(self.param_groups, self._multipliers)
@@ -182,7 +202,7 @@ class RepOptimizer(Optimizer):
             self.state[p][key] = state
         for group, p in work.sparse:
             if grad_scale is not None:
-                p.grad.div_(grad_scale)
+                in_place(p.grad, lambda grad: grad.div_(grad_scale))
             rule.functional(self, {**group, "params": [p]}, self._multiplied)
         self._plan_next(work)
 
@@ -261,8 +281,7 @@ class RepOptimizer(Optimizer):
             )
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         for p in params:
-            g = local(p.grad)
-            g.mul_(factor.to(g.device, g.real.dtype if g.is_complex() else g.dtype))
+            in_place(local(p.grad), lambda g: g.mul_(factor.to(g.device, g.real.dtype if g.is_complex() else g.dtype)))
         return norm
 
     def _norm(self, params: list[Tensor]) -> Tensor:
@@ -286,8 +305,10 @@ class RepOptimizer(Optimizer):
                 "grad_mults is not an option of a parameter group: call set_grad_mult, "
                 "under ZeroRedundancyOptimizer that of its .optim"
             )
-        super().add_param_group(param_group)
-        self.param_groups[-1].update({"fused": None, checkpoint.FINGERPRINT: 0})
+        with names_for_all(self.param_groups, param_group):
+            super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        added.update({"fused": None, checkpoint.FINGERPRINT: self._multipliers.fingerprint(added["params"])})
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {"_multipliers": self._multipliers}
@@ -308,31 +329,67 @@ class RepOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state_dict, which torch's optimizer loads, with the key 'grad_mults' added.
 
-        Its value is {position of the parameter: the parts of its Grad Mult}.
+        Its value is {position of the parameter: the parts of its Grad Mult, and its name where names were given}.
+        Multipliers of frozen parameters that are in no group are not saved.
         """
+        self._refresh_fingerprints()  # groups may have been replaced
         callers = self._multipliers.callers(parameters_of(self.param_groups))
-        return {**super().state_dict(), checkpoint.KEY: checkpoint.pack(callers)}
+        return {**super().state_dict(), checkpoint.KEY: checkpoint.pack(callers, self.param_groups)}
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load a checkpoint of this class or of torch's optimizer.
 
-        Grad Mults of the checkpoint are restored where none are live. Where some are, they must be the same. Else it
-        raises ValueError before anything is changed; strict=False keeps the live ones and warns. A checkpoint of
-        torch's optimizer has none, so the live ones stay. A checkpoint that lost them on the way (distributed
-        checkpoint drops the key) is told by the number `grad_mults_fingerprint` in its groups, and accepted where the
-        live ones have the same.
+        Grad Mults are judged parameter by parameter, after the load_state_dict pre-hooks have run. A parameter is found
+        by its name, where checkpoint and optimizer have names, else by its position.
+
+        - None is live: the checkpoint's is restored.
+        - Both are equal: nothing happens.
+        - They differ: ValueError, and nothing is changed. strict=False keeps the live one and warns.
+        - The checkpoint has none, as one of torch's optimizer: the live one stays, and a warning names it.
+
+        A checkpoint that lost them on the way (distributed checkpoint drops the key) is told by the number
+        `grad_mults_fingerprint` in its groups. Live ones that give another number are different.
+
+        States keep a precision above their parameter's, which torch's load_state_dict takes from them.
         """
-        params = parameters_of(self.param_groups)
-        restored, problem = checkpoint.compare(state_dict, self.param_groups, self._multipliers)
-        if problem and strict:
-            raise ValueError(
-                f"the checkpoint's Grad Mults are not the live ones: {problem}. "
-                "Set the right ones first, or load with strict=False"
-            )
-        checked = [(params[n], self._checked(params[n], mult)) for n, mult in restored.items()]
-        super().load_state_dict(state_dict)
-        if problem:
-            warnings.warn(f"the checkpoint's Grad Mults are not the live ones, which stay: {problem}", stacklevel=2)
-        for param, mult in checked:
-            self._multipliers.set_caller(param, mult)
-        self._refresh_fingerprints()
+        names = [group.get("param_names") for group in self.param_groups]
+        verdict, saved, given = checkpoint.Verdict(), state_dict, checkpoint.as_given(state_dict)
+        checked: list[tuple[Tensor, GradMult]] = []
+
+        def judge(optimizer: Optimizer, hooked: dict[str, Any]) -> None:
+            nonlocal verdict, saved
+            saved, verdict = hooked, checkpoint.judge(given, hooked, self.param_groups, self._multipliers)
+            if verdict.conflicts and strict:
+                raise ValueError(
+                    "the checkpoint's Grad Mults are not the live ones: "
+                    f"{checkpoint.first_few(verdict.conflicts)}. Set the right ones first, or load with strict=False"
+                )
+            params = parameters_of(self.param_groups)
+            checked.extend((params[n], self._checked(params[n], mult)) for n, mult in verdict.restored.items())
+
+        def after(optimizer: Optimizer) -> None:
+            for group, own in zip(self.param_groups, names):
+                if own is not None:
+                    # torch takes the names over from the checkpoint. Parameters that stand in another order would
+                    # then bear each other's names.
+                    group["param_names"] = own
+            checkpoint.keep_wide_states(saved["state"], saved["param_groups"], self, self.update_rule.states)
+            for param, mult in checked:
+                self._set_grad_mult(param, mult)
+            self._refresh_fingerprints()
+
+        handles = [
+            self.register_load_state_dict_pre_hook(judge),
+            self.register_load_state_dict_post_hook(after, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if verdict.conflicts:
+            problems = checkpoint.first_few(verdict.conflicts)
+            warnings.warn(f"the checkpoint's Grad Mults are not the live ones, which stay: {problems}", stacklevel=2)
+        if verdict.kept:
+            kept = checkpoint.first_few(verdict.kept, ", ")
+            warnings.warn(f"the checkpoint has no Grad Mult of these, and the live ones stay: {kept}", stacklevel=2)

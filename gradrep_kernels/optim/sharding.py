@@ -12,6 +12,7 @@ from gradrep_kernels.dtensor import is_dtensor, local
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops.reference.multiply import compute_dtype
 
+
 def aligned_grad(p: Tensor) -> Tensor:
     """Return p.grad spread over the ranks as p is.
 
