@@ -5,11 +5,14 @@ CSLA is constant-scale linear addition. Source: RepOptimizers (Ding et al., 2023
 """
 
 from gradrep_kernels.branches.convert import merge
+from gradrep_kernels.branches.coverage import Coverage, coverage
 from gradrep_kernels.branches.csla import csla_model, extract_scales, hyper_search_model, reinitialize
 from gradrep_kernels.branches.scales import Scales, grad_mults, load_scales, save_scales
 
 __all__ = [
+    "Coverage",
     "Scales",
+    "coverage",
     "csla_model",
     "extract_scales",
     "grad_mults",

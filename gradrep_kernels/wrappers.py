@@ -22,7 +22,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Other classes that hold a model stay, for they may have a forward of their own.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     while True:
         if isinstance(model, _HOLD_MODULE):
             model = model.module

@@ -24,7 +24,8 @@ from gradrep_kernels.branches.algebra import (
 )
 from gradrep_kernels.branches.convert import with_blocks
 from gradrep_kernels.branches.scales import Scales, match
-from gradrep_kernels.branches.sites import Site, conv_sites, first_few, unwrap
+from gradrep_kernels.branches.sites import Site, Where, conv_sites, first_few, warn_outside
+from gradrep_kernels.wrappers import named_root, plain_name
 
 __all__ = ["CSLABlock", "ScaleLayer", "csla_model", "extract_scales", "hyper_search_model", "reinitialize"]
 
@@ -123,7 +124,7 @@ def _per_output(scale: Tensor) -> Tensor:
     return scale.double().view(-1, 1, 1, 1)
 
 
-def hyper_search_model(model: nn.Module, init: str | float = "depth") -> nn.Module:
+def hyper_search_model(model: nn.Module, init: str | float = "depth", *, where: Where | None = None) -> nn.Module:
     """Return a new model with CSLA blocks of trainable scales in place of convolutions.
 
     A block replaces every odd k x k nn.Conv2d (both sides above 1) whose next sibling in registration order is a
@@ -136,19 +137,26 @@ def hyper_search_model(model: nn.Module, init: str | float = "depth") -> nn.Modu
         init: 'depth': in module order, i = 0 at a conv without shortcut and +1 at each that has one. Scales behind
             convs start at 1 for i = 0, else at √(2/i) (Appendix B, which section 4.1 misprints).
             A number: all of them start there (YOLOv6: 1.0). Identity scales start at 1 either way.
+        where: which convolutions to replace: a name (of a conv, or of a module above), a pattern ('*.conv2'), several
+            of them, or a function of (name, conv). A chosen convolution needs no norm behind it. The others stay plain
+            and need no scales: give `partial=True` to what takes them.
 
     The k x k branches take the present weights. The 1x1 kernels are drawn as nn.Conv2d draws them, in module order,
-    from the default generator, which moves on. `model` itself is not changed. A DDP or torch.compile wrapper is taken
-    off. Hooks on a replaced conv do not come along.
+    from the default generator, which moves on. `model` itself is not changed. A wrapper (DDP, torch.compile, Fabric,
+    AveragedModel) is taken off. Hooks on a replaced conv do not come along.
 
-    Raises ValueError if no convolution can be replaced, or if the model holds multi-branch blocks already.
+    It warns where most k x k convolutions stay plain though `where` was not given, and of blocks of other code that are
+    multi-branch already: they stay as they are. `coverage` lists every convolution.
+
+    Raises ValueError if no convolution can be replaced, if `where` names one that cannot be or that does not exist, or
+    if the model holds multi-branch blocks of this package already.
     """
     if init != "depth" and (isinstance(init, bool) or not isinstance(init, Real) or not math.isfinite(init)):
         raise ValueError(f"init must be 'depth' or a finite number, got {init!r}")
 
     def blocks(model: nn.Module) -> Iterator[tuple[Site, CSLABlock]]:
         depth = 0
-        for site in conv_sites(model):
+        for site in conv_sites(model, where):
             shortcut = has_shortcut(site.conv)
             depth = depth + 1 if shortcut else 0
             start = init if init != "depth" else math.sqrt(2 / depth) if depth else 1.0
@@ -158,7 +166,7 @@ def hyper_search_model(model: nn.Module, init: str | float = "depth") -> nn.Modu
     return with_blocks(model, blocks)
 
 
-def csla_model(model: nn.Module, scales: Mapping[str, BranchScales]) -> nn.Module:
+def csla_model(model: nn.Module, scales: Mapping[str, BranchScales], *, partial: bool = False) -> nn.Module:
     """Return a new model with explicit CSLA blocks in place of convolutions.
 
     Scales behind convs are constant, the identity's is trainable. Training it is the same as training `model`, after
@@ -167,11 +175,14 @@ def csla_model(model: nn.Module, scales: Mapping[str, BranchScales]) -> nn.Modul
     With the same state of the default generator, `csla_model` and `reinitialize` draw the same 1x1 kernels.
     `hyper_search_model` says which convs are replaced and what is drawn.
 
+    Args:
+        partial: scales may leave out convolutions, which stay plain, and identity branches.
+
     Raises ValueError, listing the first few mismatches, if scales and model do not fit.
     """
 
     def blocks(model: nn.Module) -> Iterator[tuple[Site, CSLABlock]]:
-        for site, value in match(model, scales):
+        for site, value in match(model, scales, partial):
             yield site, CSLABlock(site.conv, value)
 
     return with_blocks(model, blocks)
@@ -180,17 +191,21 @@ def csla_model(model: nn.Module, scales: Mapping[str, BranchScales]) -> nn.Modul
 def extract_scales(model: nn.Module) -> Scales:
     """Copy the branch scales of a Hyper-Search or CSLA model.
 
-    Their names are those of the convolutions that the blocks replaced.
+    Their names are those of the convolutions that the blocks replaced. Blocks of other code are read by their
+    attributes `scale_conv`, `scale_1x1` and `scale_identity`, as YOLOv6 and the published code have them. Their names
+    are those of the blocks. Names are free of what wrappers add to them, averages of a model (AveragedModel) included.
 
-    Raises ValueError if there is no such block, or if a scale is NaN or inf (the search diverged).
+    Raises ValueError if there is no such block, or if a scale cannot be used: NaN or inf (the search diverged), no
+    number per channel, or a bias behind it.
     """
     scales: Scales = {}
     problems = []
-    for name, module in unwrap(model).named_modules():
-        if isinstance(module, CSLABlock):
+    for name, module in named_root(model).named_modules():
+        if isinstance(module, CSLABlock) or isinstance(getattr(module, "scale_conv", None), nn.Module):
+            name = plain_name(name)
             try:
-                scales[name] = module.scales()
-            except ValueError as error:
+                scales[name] = module.scales() if isinstance(module, CSLABlock) else _scales_of(module)
+            except (TypeError, ValueError) as error:
                 problems.append(f"{name}: {error}")
     if problems:
         raise ValueError(f"the model's scales cannot be used: {first_few(problems)}")
@@ -199,9 +214,32 @@ def extract_scales(model: nn.Module) -> Scales:
     return scales
 
 
+def _scales_of(block: nn.Module) -> BranchScales:
+    """Read the branch scales of a block that is not ours by its attributes."""
+
+    def vector(attribute: str) -> Tensor | None:
+        layer = getattr(block, attribute, None)
+        if layer is None:
+            return None
+        weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+        if not isinstance(weight, Tensor) or weight.numel() != max(weight.shape, default=1):
+            raise ValueError(f"{attribute} has no weight of one number per channel")
+        if isinstance(bias, Tensor) and bool((bias != 0).any()):
+            raise ValueError(f"{attribute} has a bias, which is no part of a CSLA block")
+        return weight.detach().reshape(-1)
+
+    identity = vector("scale_identity")
+    return BranchScales(vector("scale_conv"), vector("scale_1x1"), False if identity is None else identity)
+
+
 @torch.no_grad()
 def reinitialize(
-    model: nn.Module, scales: Mapping[str, BranchScales], *, identity: str = "searched", force: bool = False
+    model: nn.Module,
+    scales: Mapping[str, BranchScales],
+    *,
+    identity: str = "searched",
+    force: bool = False,
+    partial: bool = False,
 ) -> None:
     """Set each kernel, in place, to the one that its CSLA block starts with.
 
@@ -213,17 +251,22 @@ def reinitialize(
         identity: 'searched': id is the searched identity scale, as in the published code, or 1 where none was searched.
                   'one': id is 1, as in the paper.
         force:    go ahead although the model has been trained or re-initialised.
+        partial:  scales may leave out convolutions, whose kernels stay, and identity branches.
 
-    Raises ValueError, and changes nothing, if scales and model do not fit, if a norm is not fresh (batches seen,
-    running statistics moved), or if the model was re-initialised before. The last is known by a mark on the conv
-    modules, which deepcopy and pickle keep and a state_dict does not.
+    Raises ValueError, and changes nothing, if scales and model do not fit, if the model was re-initialised before, or
+    if a norm is not fresh: it has seen batches, its running statistics moved, or, without statistics, its weight or
+    bias differs between channels. That the model was re-initialised is known by a mark on the conv modules, which
+    deepcopy and pickle keep and a state_dict does not. A norm with neither statistics nor weight shows nothing, of
+    which a warning tells.
     """
     if identity not in ("searched", "one"):
         raise ValueError(f"identity must be 'searched' or 'one', got {identity!r}")
-    pairs = match(unwrap(model), scales)
-    problems = [] if force else [problem for site, _ in pairs if (problem := _why_not_fresh(site))]
-    if problems:
-        raise ValueError(f"reinitialize needs an untrained model, force=True goes ahead: {first_few(problems)}")
+    pairs = match(model, scales, partial)
+    if not force:
+        problems = [problem for site, _ in pairs if (problem := _why_not_fresh(site))]
+        if problems:
+            raise ValueError(f"reinitialize needs an untrained model, force=True goes ahead: {first_few(problems)}")
+        _warn_of_unknown([site for site, _ in pairs])
     for site, value in pairs:
         if identity == "one" and value.has_identity:
             value = BranchScales(value.kxk, value.one_by_one, True)
@@ -238,6 +281,26 @@ def _why_not_fresh(site: Site) -> str | None:
     if batches is not None and batches != 0:
         return f"the norm after {site.name} has seen {int(batches)} batches"
     mean, var = getattr(site.norm, "running_mean", None), getattr(site.norm, "running_var", None)
-    if mean is not None and bool((mean != 0).any() or (var != 1).any()):
-        return f"the norm after {site.name} has running statistics that moved"
+    if mean is not None:
+        moved = bool((mean != 0).any() or (var != 1).any())
+        return f"the norm after {site.name} has running statistics that moved" if moved else None
+    # Initial values are one number for all channels: 1 and 0, or a weight of 0 at the end of a residual branch.
+    for what in ("weight", "bias"):
+        value = getattr(site.norm, what, None)
+        if value is not None and bool((value != value[0]).any()):
+            return f"the norm after {site.name} has a {what} that differs between channels, as after a training"
     return None
+
+
+def _warn_of_unknown(sites: list[Site]) -> None:
+    """Warn of convolutions that nothing tells to be fresh."""
+    silent = [
+        site.name
+        for site in sites
+        if getattr(site.norm, "running_mean", None) is None and getattr(site.norm, "weight", None) is None
+    ]
+    if silent:
+        warn_outside(
+            "reinitialize cannot tell whether these convolutions are untrained, for no norm with statistics or a "
+            f"weight follows them: {first_few(silent)}. If they are, force=True says so"
+        )

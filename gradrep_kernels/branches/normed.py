@@ -22,6 +22,7 @@ from gradrep_kernels.branches.algebra import (
     rounded,
 )
 from gradrep_kernels.branches.convert import with_blocks
+from gradrep_kernels.branches.pairs import check_pairs
 from gradrep_kernels.branches.sites import Site, conv_sites, first_few
 
 __all__ = ["NormedBranches", "acb_model", "repvgg_model"]
@@ -78,7 +79,8 @@ def repvgg_model(model: nn.Module) -> nn.Module:
     would replace, and of its BatchNorm2d. The BN alone is there where the conv has a shortcut. `csla.merge` gives the
     deployed form. Random numbers and names are as in `csla.hyper_search_model`. `model` itself is not changed.
 
-    Raises ValueError if such a conv is followed by another norm than a BatchNorm2d with running statistics.
+    Raises ValueError if such a conv is followed by another norm than a BatchNorm2d with running statistics, or if that
+    norm is not the only consumer of its output.
     """
     return _with_normed_branches(model, lambda kh, kw: [(1, 1)], identity=True)
 
@@ -99,12 +101,13 @@ def _with_normed_branches(
         problems = [
             f"{site.name}: {type(site.norm).__name__}"
             for site in sites
-            if not isinstance(site.norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) or site.norm.running_mean is None
+            if type(site.norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or site.norm.running_mean is None
         ]
         if problems:
             raise ValueError(
                 f"the branches need a BatchNorm2d with running statistics after each conv, got {first_few(problems)}"
             )
+        check_pairs(model, sites, None, "a block that takes its norm along")
         for site in sites:
             sizes = smaller(*site.conv.kernel_size)
             yield site, NormedBranches(site.conv, site.norm, sizes, identity and has_shortcut(site.conv))

@@ -12,20 +12,31 @@ from torch import Tensor, nn
 
 from gradrep_kernels.branch_scales import BranchScales
 from gradrep_kernels.branches.algebra import has_shortcut
-from gradrep_kernels.branches.sites import Site, conv_sites, first_few, unwrap
+from gradrep_kernels.branches.sites import (
+    Site,
+    Survey,
+    conv_sites,
+    first_few,
+    refuse_blocks,
+    survey,
+    warn_of_plain,
+)
 from gradrep_kernels.grad_mult import GradMult
+from gradrep_kernels.wrappers import plain_name
 
 __all__ = ["Scales", "grad_mults", "load_scales", "match", "save_scales"]
 
 Scales = dict[str, BranchScales]
 
+_GHOST_CONV = ".cheap_operation.1.weight"
+_CONTAINERS = ("model", "state_dict")  # keys under which checkpoints hold a model's state_dict
 # The branch that a key's ending names. Files are written with the first three; the others are those of the published
 # RepOpt-GhostNet file.
 _BRANCH_OF_SUFFIX = {
     ".scale_conv.weight": "conv",
     ".scale_1x1.weight": "1x1",
     ".scale_identity.weight": "identity",
-    ".cheap_operation.1.weight": "conv",
+    _GHOST_CONV: "conv",
     ".fusion_scale.weight": "identity",
 }
 
@@ -42,63 +53,107 @@ def _checked(scales: Mapping[str, BranchScales]) -> Mapping[str, BranchScales]:
     return scales
 
 
-def match(model: nn.Module, scales: Mapping[str, BranchScales]) -> list[tuple[Site, BranchScales]]:
+def match(
+    model: nn.Module, scales: Mapping[str, BranchScales], partial: bool = False, *, fake_quantized: bool = False
+) -> list[tuple[Site, BranchScales]]:
     """Pair the convolutions of `model` with their branch scales, in module order.
 
-    The convolutions are those that a CSLA block can stand for. A name is that of the conv module, or of any module
-    above it that holds no second such conv: the published files say `stage1.0` for `stage1.0.conv`.
+    A name is that of the conv module, or of any module above it that holds no second such conv: the published files say
+    `stage1.0` for `stage1.0.conv`. Convolutions without a norm behind them need no scales, and may have some.
+
+    Args:
+        partial: scales may leave out convolutions, which stay plain, and the identity branch of a convolution.
+        fake_quantized: whether convolutions of prepare_qat count too.
+
+    It warns where most k x k convolutions stay plain, unless `partial`.
 
     Raises ValueError, listing the first few mismatches, unless every name meets one conv, every conv has scales of its
     channel count, and the identity is present exactly where the conv has a shortcut.
     """
-    sites = conv_sites(model)
-    sites_below: dict[str, list[Site]] = {}
-    for site in sites:
-        parts = site.name.split(".")
-        for n in range(1, len(parts) + 1):
-            sites_below.setdefault(".".join(parts[:n]), []).append(site)
+    _checked(scales)
+    if partial and not scales:
+        raise ValueError("scales are empty: no convolution has any")
+    refuse_blocks(model)
+    found = survey(model, lambda name, conv: True, fake_quantized=fake_quantized)
+    followed = [site for site in found.sites if site.norm is not None]
+    if not followed and not (found.sites and scales):
+        conv_sites(model)  # says why there is none
+    below_followed, below_any = _by_names_above(followed), _by_names_above(found.sites)
     by_site: dict[str, BranchScales] = {}
-    problems = []
-    for name, value in _checked(scales).items():
-        below = sites_below.get(name, [])
+    problems, left_out = [], False
+    for name, value in scales.items():
+        below = below_followed.get(name) or below_any.get(name) or below_any.get(plain_name(name), [])
         if not below:
-            problems.append(f"{name}: unexpected, the model has no such conv")
+            problems.append(f"{name}: unexpected, {_why_not_met(name, found)}")
         elif len(below) > 1:
             problems.append(f"{name}: holds {len(below)} convs, one is needed")
         else:
-            problem = _misfit(value, below[0], taken=below[0].name in by_site)
+            problem, is_left_out = _misfit(value, below[0], below[0].name in by_site, partial)
+            left_out |= is_left_out
             if problem:
                 problems.append(f"{name}: {problem}")
             by_site[below[0].name] = value
-    problems += [f"{site.name}: missing" for site in sites if site.name not in by_site]
+    missing = [] if partial else [f"{site.name}: missing" for site in followed if site.name not in by_site]
+    problems += missing
     if problems:
-        raise ValueError(f"the scales do not fit the model, {len(problems)} mismatches: {first_few(problems)}")
-    return [(site, by_site[site.name]) for site in sites]
+        hint = " (partial=True accepts scales that leave out convolutions or identity branches)"
+        raise ValueError(
+            f"the scales do not fit the model, {len(problems)} mismatches: {first_few(problems)}"
+            + (hint if missing or left_out else "")
+        )
+    if not partial:
+        warn_of_plain(found, by_site.keys())
+    return [(site, by_site[site.name]) for site in found.sites if site.name in by_site]
 
 
-def _misfit(value: BranchScales, site: Site, taken: bool) -> str | None:
-    """Say why these branch scales cannot be those of `site`. None: they can."""
+def _by_names_above(sites: list[Site]) -> dict[str, list[Site]]:
+    """The sites at or below each name."""
+    below: dict[str, list[Site]] = {}
+    for site in sites:
+        parts = site.name.split(".")
+        for n in range(1, len(parts) + 1):
+            below.setdefault(".".join(parts[:n]), []).append(site)
+    return below
+
+
+def _why_not_met(name: str, found: Survey) -> str:
+    reasons = [reason for left, (_, reason) in found.left.items() if left == name or left.startswith(f"{name}.")]
+    return f"its conv cannot have any: {reasons[0]}" if len(reasons) == 1 else "the model has no such conv"
+
+
+def _misfit(value: BranchScales, site: Site, taken: bool, partial: bool) -> tuple[str | None, bool]:
+    """Say why these branch scales cannot be those of `site` (None: they can), and whether `partial` would accept."""
     channels = site.conv.out_channels
     if taken:
-        return f"{site.name} has scales under another name already"
+        return f"{site.name} has scales under another name already", False
     if value.channels != channels:
-        return f"scales of {value.channels} channels, {site.name} has {channels}"
+        return f"scales of {value.channels} channels, {site.name} has {channels}", False
     if value.has_identity and not has_shortcut(site.conv):
-        return f"an identity scale, but {site.name} has no shortcut"
-    if has_shortcut(site.conv) and not value.has_identity:
-        return f"no identity scale, but {site.name} has one"
-    return None
+        return f"an identity scale, but {site.name} has no shortcut", False
+    if has_shortcut(site.conv) and not value.has_identity and not partial:
+        return f"no identity scale, but {site.name} has one", True
+    return None, False
 
 
-def grad_mults(model: nn.Module, scales: Mapping[str, BranchScales]) -> dict[nn.Parameter, GradMult]:
+def grad_mults(
+    model: nn.Module, scales: Mapping[str, BranchScales], *, partial: bool = False
+) -> dict[nn.Parameter, GradMult]:
     """Return {weight: Grad Mult} of the plain `model`, for FusedRepSGD (RepOptimizers, Eq. 3).
+
+    Frozen weights have theirs too: the optimizer keeps them until the weights join. A model after torch.ao's
+    prepare_qat is taken as well, with its convolutions alone or fused with their norms.
+
+    Args:
+        partial: scales may leave out convolutions, which then have no multiplier, and identity branches. Of a network
+            whose strides were changed after the search, shortcuts of today may not have been searched.
 
     The model is not changed. The multipliers have the dtype of the scales and stay on their device. The optimizer
     moves them.
 
     Raises ValueError, listing the first few mismatches, if scales and model do not fit.
     """
-    return {site.conv.weight: value.grad_mult(site.conv.kernel_size) for site, value in match(unwrap(model), scales)}
+    pairs = match(model, scales, partial, fake_quantized=True)
+    return {site.conv.weight: value.grad_mult(site.conv.kernel_size) for site, value in pairs}
 
 
 def save_scales(scales: Mapping[str, BranchScales], path: str | os.PathLike[str]) -> None:
@@ -126,16 +181,19 @@ def save_scales(scales: Mapping[str, BranchScales], path: str | os.PathLike[str]
 
 
 def load_scales(path: str | os.PathLike[str]) -> Scales:
-    """Read a file of `save_scales`, or one that the RepOptimizers authors published.
+    """Read a file of `save_scales`, one that the RepOptimizers authors published, or the checkpoint of a Hyper-Search.
 
     The tensors are on the CPU.
 
-    The published files name blocks (`stage1.0`), not convs. Everything that takes scales accepts both. A `module.`
-    prefix is taken off. In the RepOpt-GhostNet file `cheap_operation.1` is the k x k scale and `fusion_scale` the
-    identity's. Never unpickles code (`weights_only=True`).
+    The published files name blocks (`stage1.0`), not convs. Everything that takes scales accepts both. Prefixes of
+    wrappers (`module.`) are taken off. In the RepOpt-GhostNet file `cheap_operation.1` is the k x k scale and
+    `fusion_scale` the identity's.
 
-    Raises FileNotFoundError, or ValueError that lists the first few problems: not a flat dict of tensors, unknown keys,
-    the same branch twice, a block without a k x k scale, channel counts that differ in a block, NaN or inf.
+    A checkpoint is any state_dict that holds such scales among other keys, bare or under 'model' or 'state_dict'. Never
+    unpickles code (`weights_only=True`).
+
+    Raises FileNotFoundError, or ValueError that lists the first few problems: no dict of tensors, no scales in it, the
+    same branch twice, a block without a k x k scale, channel counts that differ in a block, NaN or inf.
     """
     path = Path(path)
     tensors, problems = _by_block(_read_flat(path))
@@ -163,7 +221,9 @@ def _read_flat(path: Path) -> Mapping:
         flat = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is not a scales file: it is not torch's, or holds more than tensors; code is never unpickled"
+            f"{path} is not a scales file: it is not torch's, or holds more than tensors; code is never unpickled. If "
+            "it is a checkpoint that holds a whole model, and you trust where it comes from, write its scales into a "
+            "file of their own: csla.save_scales(csla.extract_scales(torch.load(path, weights_only=False)['model']), new)"
         ) from error
     except Exception as error:  # torch.load raises half a dozen unrelated classes for files that are not its own
         raise ValueError(f"{path} is not a scales file: torch.load cannot read it ({type(error).__name__})") from error
@@ -171,24 +231,34 @@ def _read_flat(path: Path) -> Mapping:
         raise ValueError(
             f"{path} is not a scales file: it holds a {type(flat).__name__}, needed is a flat dict of tensors"
         )
-    return flat
+    inside = next((flat[key] for key in _CONTAINERS if isinstance(flat.get(key), Mapping)), flat)
+    return flat if any(map(_branch_of, flat)) else inside
+
+
+def _branch_of(key: object) -> tuple[str, str] | None:
+    """Split a key into (name of the block, branch). None: it is no scale's."""
+    suffix = next((suffix for suffix in _BRANCH_OF_SUFFIX if isinstance(key, str) and key.endswith(suffix)), None)
+    name = plain_name(key.removesuffix(suffix)) if suffix else ""
+    return (name, _BRANCH_OF_SUFFIX[suffix]) if name else None
 
 
 def _by_block(flat: Mapping) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Sort a file into {name: {branch: tensor}}, and list the problems with its keys."""
+    """Sort a file into {name: {branch: tensor}}, and list the problems with its keys.
+
+    Where there are scales, other keys are those of a checkpoint and are passed over.
+    """
     tensors: dict[str, dict[str, Tensor]] = {}
-    problems = []
+    problems, others = [], []
+    # In a GhostNet without scales `cheap_operation.1` is a norm.
+    fused = {name for name, branch in filter(None, map(_branch_of, flat)) if branch == "identity"}
     for key, tensor in flat.items():
-        suffix = next((suffix for suffix in _BRANCH_OF_SUFFIX if isinstance(key, str) and key.endswith(suffix)), None)
-        name = key.removesuffix(suffix).removeprefix("module.") if suffix else ""
-        if not name:
-            problems.append(f"unknown key {key!r}")
-            continue
-        branch = _BRANCH_OF_SUFFIX[suffix]
-        if not isinstance(tensor, Tensor):
+        name, branch = _branch_of(key) or ("", "")
+        if not name or (key.endswith(_GHOST_CONV) and name not in fused):
+            others.append(f"unknown key {key!r}")
+        elif not isinstance(tensor, Tensor):
             problems.append(f"{key} is a {type(tensor).__name__}, not a tensor")
         elif branch in tensors.setdefault(name, {}):
             problems.append(f"{key} is the second {branch} scale of {name}")
         else:
             tensors[name][branch] = tensor
-    return tensors, problems
+    return tensors, problems or ([] if tensors else others)

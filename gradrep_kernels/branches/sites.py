@@ -3,28 +3,62 @@
 from __future__ import annotations
 
 import logging
+import sys
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
 
 from gradrep_kernels.branches.algebra import MultiBranch
+from gradrep_kernels.wrappers import named_root, plain_name
 
-__all__ = ["LOGGER", "Sibling", "Site", "conv_sites", "convs_and_siblings", "first_few", "replace", "unwrap"]
+__all__ = [
+    "LOGGER",
+    "Sibling",
+    "Site",
+    "Survey",
+    "Where",
+    "conv_sites",
+    "convs_and_siblings",
+    "first_few",
+    "is_fake_quantized",
+    "is_kxk",
+    "multi_branch_blocks",
+    "refuse_blocks",
+    "replace",
+    "survey",
+    "warn_of_plain",
+    "warn_outside",
+]
 
 # Users turn on the messages under the name of the public module, whichever file writes them.
 LOGGER = logging.getLogger("gradrep_kernels.csla")
 
+# Which convolutions to convert: names of convs or of modules above them, patterns, or a function of (name, conv).
+Where = str | Iterable[str] | Callable[[str, nn.Conv2d], bool]
+
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.InstanceNorm2d)
+# The deployed form of a multi-branch block is made by one of these methods: timm and MobileOne, RepVGG and DBB,
+# YOLOv6, YOLOv7 and its descendants.
+_MOST_BRANCHES = 16  # convolutions in one block
+_MERGING_METHODS = (
+    "reparameterize",
+    "switch_to_deploy",
+    "get_equivalent_kernel_bias",
+    "fuse_convs",
+)
 
 
 class Site(NamedTuple):
-    """A convolution that a block can stand for, and the norm that follows it."""
+    """A convolution that a block can stand for, and the norm that follows it, if one does."""
 
     name: str  # of the conv module, from the model's root
     conv: nn.Conv2d
-    norm: nn.Module
+    norm: nn.Module | None
 
 
 class Sibling(NamedTuple):
@@ -36,25 +70,18 @@ class Sibling(NamedTuple):
     shared: bool  # the conv, its weight or the next sibling is registered at more than one place
 
 
+@dataclass
+class Survey:
+    """The convolutions of a model: which can be converted, and why the others cannot."""
+
+    sites: list[Site] = field(default_factory=list)
+    left: dict[str, tuple[nn.Conv2d, str]] = field(default_factory=dict)  # name: conv, why not
+    blocks: dict[str, nn.Module] = field(default_factory=dict)  # those that are multi-branch already, by name
+
+
 def first_few(problems: list[str], shown: int = 4) -> str:
     """Join the first problems into one line that says how many more there are."""
     return "; ".join(problems[:shown]) + (f"; and {len(problems) - shown} more" if len(problems) > shown else "")
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside DataParallel, DistributedDataParallel and torch.compile.
-
-    Its names have no prefix.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod
-        else:
-            return model
 
 
 def replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
@@ -75,20 +102,33 @@ def convs_and_siblings(model: nn.Module) -> Iterator[Sibling]:
         places.update(children)
         following.update(zip(children, [*children[1:], None]))
         holders.update(p for p in module._parameters.values() if p is not None)
-    for name, conv in model.named_modules():
+    for name, conv in named_root(model).named_modules():
         if isinstance(conv, nn.Conv2d):
             after = following.get(conv)
             shared = places[conv] > 1 or places[after] > 1 or holders[conv._parameters.get("weight")] > 1
-            yield Sibling(name, conv, after, shared)
+            yield Sibling(plain_name(name), conv, after, shared)
 
 
-def _why_left(sibling: Sibling) -> str | None:
-    """Say why no block can stand for this convolution. None: one can."""
-    conv, after = sibling.conv, sibling.next
-    kh, kw = conv.kernel_size
-    if type(conv) is not nn.Conv2d:
+def is_kxk(kernel_size: Iterable[int]) -> bool:
+    """Whether both sides of a kernel are odd and above 1."""
+    return all(side % 2 == 1 and side > 1 for side in kernel_size)
+
+
+def is_fake_quantized(conv: nn.Conv2d) -> bool:
+    """Whether torch.ao's prepare_qat made this convolution, alone or fused with its norm."""
+    return type(conv).__module__.startswith(("torch.ao.nn.qat", "torch.ao.nn.intrinsic.qat"))
+
+
+def _why_no_block(sibling: Sibling, fake_quantized: bool) -> str | None:
+    """Say why no block can stand for this convolution, whatever follows it. None: one can."""
+    conv = sibling.conv
+    if is_fake_quantized(conv):
+        if not fake_quantized:
+            return "it is fake-quantized; convert the model before prepare_qat"
+    elif type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} may have a forward of its own"
-    if 1 in (kh, kw) or kh % 2 == 0 or kw % 2 == 0:
+    if not is_kxk(conv.kernel_size):
+        kh, kw = conv.kernel_size
         return f"kernel {kh} x {kw}, needed is odd and above 1 both ways"
     if "weight" not in conv._parameters:
         return "its weight is not a parameter (weight norm, pruning)"
@@ -96,36 +136,151 @@ def _why_left(sibling: Sibling) -> str | None:
         return f"its weight is {conv.weight.dtype}"
     if sibling.shared:
         return "it, its weight or its norm is registered at more than one place"
-    if not isinstance(after, _NORMS):
-        return "no sibling follows" if after is None else f"a {type(after).__name__} follows, not a norm"
-    features = after.num_channels if isinstance(after, nn.GroupNorm) else after.num_features
-    if features != conv.out_channels:
-        return f"the norm that follows has {features} features, the conv {conv.out_channels} outputs"
     return None
 
 
-def conv_sites(model: nn.Module) -> list[Site]:
+def _norm_of(sibling: Sibling) -> nn.Module | None:
+    inside = sibling.conv._modules.get("bn")  # prepare_qat fuses it into the convolution
+    return sibling.next if inside is None else inside
+
+
+def _why_no_norm(sibling: Sibling) -> str | None:
+    """Say why what follows this convolution is not its norm. None: it is."""
+    after = _norm_of(sibling)
+    if not isinstance(after, _NORMS):
+        return "no sibling follows" if after is None else f"a {type(after).__name__} follows, not a norm"
+    features = after.num_channels if isinstance(after, nn.GroupNorm) else after.num_features
+    if features != sibling.conv.out_channels:
+        return f"the norm that follows has {features} features, the conv {sibling.conv.out_channels} outputs"
+    return None
+
+
+def _is_multi_branch(module: nn.Module) -> bool:
+    """Whether `module` is a block of branches: ours, one with branch scales, or one that can be merged for deployment.
+
+    A block that has been merged has one convolution left. A module of many is a model, whose method merges its blocks.
+    """
+    if isinstance(module, MultiBranch) or isinstance(getattr(module, "scale_conv", None), nn.Module):
+        return True
+    methods = _MERGING_METHODS + (("fuse",) if "rep" in type(module).__name__.lower() else ())
+    if not any(callable(getattr(module, method, None)) for method in methods):
+        return False
+    return 1 < sum(isinstance(m, nn.Conv2d) for m in module.modules()) <= _MOST_BRANCHES
+
+
+def multi_branch_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks of branches by name. Of blocks within blocks it is the innermost."""
+    named = {module: name for name, module in named_root(model).named_modules() if _is_multi_branch(module)}
+    inner = {m: n for m, n in named.items() if not any(other in named for other in m.modules() if other is not m)}
+    return {plain_name(name) or "the model itself": module for module, name in inner.items()}
+
+
+def survey(model: nn.Module, where: Where | None = None, *, fake_quantized: bool = False) -> Survey:
+    """Sort the convolutions of a model, in module order.
+
+    Args:
+        where: convolutions that are chosen. They need no norm behind them. None: all that have one.
+        fake_quantized: whether those of prepare_qat count too.
+
+    Raises TypeError or ValueError for a `where` of another kind, with a name or pattern that no convolution has, or
+    with the name of a convolution that cannot be converted.
+    """
+    chosen = None if where is None else _Chosen(where)
+    found = Survey(blocks=multi_branch_blocks(model))
+    block_of = {m: (name, block) for name, block in found.blocks.items() for m in block.modules()}
+    for sibling in convs_and_siblings(model):
+        name, conv = sibling.name, sibling.conv
+        reason = _why_no_block(sibling, fake_quantized)
+        if reason is None and conv in block_of:
+            block_name, block = block_of[conv]
+            reason = f"part of {block_name}, a {type(block).__name__} that is multi-branch already"
+        why_no_norm = _why_no_norm(sibling)
+        if chosen is None:
+            reason = reason or why_no_norm
+        elif not chosen(name, conv):
+            reason = reason or "not chosen by `where`"
+        elif reason is not None and chosen.names(name):
+            raise ValueError(f"where: {name} cannot be converted: {reason}")
+        if reason is None:
+            found.sites.append(Site(name, conv, None if why_no_norm else _norm_of(sibling)))
+        else:
+            found.left[name or "the model itself"] = conv, reason
+    if chosen is not None and chosen.unmet:
+        raise ValueError(f"where: the model has no convolution of that name, or below it: {first_few(chosen.unmet)}")
+    return found
+
+
+class _Chosen:
+    """Answers whether `where` chooses a convolution, and remembers which names and patterns have met none."""
+
+    def __init__(self, where: Where):
+        self._function = where if callable(where) else None
+        patterns = () if callable(where) else (where,) if isinstance(where, str) else where
+        self.patterns = list(patterns) if isinstance(patterns, Iterable) else [patterns]
+        if not all(isinstance(p, str) for p in self.patterns):
+            raise TypeError(f"where must be names, patterns or a function of (name, conv), got {where!r}")
+        self.unmet = list(self.patterns)
+
+    def __call__(self, name: str, conv: nn.Conv2d) -> bool:
+        if self._function is not None:
+            return bool(self._function(name, conv))
+        met = [p for p in self.patterns if name == p or name.startswith(f"{p}.") or fnmatchcase(name, p)]
+        self.unmet = [p for p in self.unmet if p not in met]
+        return bool(met)
+
+    def names(self, name: str) -> bool:
+        return name in self.patterns
+
+
+def conv_sites(model: nn.Module, where: Where | None = None) -> list[Site]:
     """List the convolutions that a block can stand for, in module order.
 
-    The others are logged (level INFO).
+    The others are logged (level INFO). It warns where blocks are multi-branch already, and where most k x k
+    convolutions stay plain that `where` did not leave out.
 
-    Raises ValueError if there is none, or if the model holds multi-branch blocks already.
+    Raises ValueError if there is none, or if the model holds multi-branch blocks of this package already.
     """
-    blocks = [name or "the model itself" for name, module in model.named_modules() if isinstance(module, MultiBranch)]
+    refuse_blocks(model)
+    found = survey(model, where)
+    for name, (_, reason) in found.left.items():
+        LOGGER.info("left as it is: %s: %s", name, reason)
+    if not found.sites:
+        left = [f"{name}: {reason}" for name, (_, reason) in found.left.items()]
+        what = "with a norm after it" if where is None else "that `where` chooses"
+        raise ValueError(f"model has no odd k x k nn.Conv2d {what} ({first_few(left) or 'no nn.Conv2d at all'})")
+    if where is None:
+        warn_of_plain(found, {site.name for site in found.sites})
+    return found.sites
+
+
+def refuse_blocks(model: nn.Module) -> None:
+    """Raise ValueError where the model holds blocks of this package."""
+    blocks = [name for name, block in multi_branch_blocks(model).items() if isinstance(block, MultiBranch)]
     if blocks:
         raise ValueError(
             f"model holds multi-branch blocks already ({first_few(blocks)}): csla.merge(model) gives the plain one"
         )
-    sites, left = [], []
-    for sibling in convs_and_siblings(model):
-        reason = _why_left(sibling)
-        if reason is None:
-            sites.append(Site(sibling.name, sibling.conv, sibling.next))
-        else:
-            left.append(f"{sibling.name or 'the model itself'}: {reason}")
-            LOGGER.info("left as it is: %s", left[-1])
-    if not sites:
-        raise ValueError(
-            f"model has no odd k x k nn.Conv2d with a norm after it ({first_few(left) or 'no nn.Conv2d at all'})"
-        )
-    return sites
+
+
+def warn_of_plain(found: Survey, converted: Container[str]) -> None:
+    """Warn where most k x k convolutions stay plain, and of blocks that are multi-branch already."""
+    parts = []
+    plain = {name: reason for name, (conv, reason) in found.left.items() if is_kxk(conv.kernel_size)}
+    plain |= {site.name: "no norm follows" for site in found.sites if site.name not in converted}
+    total = len(plain) + sum(site.name in converted for site in found.sites)
+    if 2 * len(plain) > total:
+        reasons = first_few([f"{name}: {reason}" for name, reason in plain.items()], 2)
+        parts.append(f"{len(plain)} of {total} k x k convolutions stay plain ({reasons})")
+    if found.blocks:
+        names = [f"{name}, a {type(block).__name__}" for name, block in found.blocks.items()]
+        parts.append(f"{len(names)} blocks are multi-branch already and stay so ({first_few(names, 2)})")
+    if parts:
+        warn_outside(f"{'; '.join(parts)}. gr.csla.coverage(model) lists all")
+
+
+def warn_outside(text: str) -> None:
+    """Warn at the caller's line, which lies above this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("gradrep_kernels."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)

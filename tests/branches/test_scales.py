@@ -158,7 +158,14 @@ NOT_SCALES = {
     "list": ([ONES], "it holds a list, needed is a flat dict of tensors"),
     "code": ({"a.scale_conv.weight": Code()}, "holds more than tensors; code is never unpickled"),
     "empty": ({}, "it is empty"),
-    "checkpoint": ({"model": {"a.scale_conv.weight": ONES}}, "unknown key 'model'"),
+    "checkpoint_without": (
+        {"model": {"a.conv.weight": ONES}, "epoch": 3},
+        "unknown key 'a.conv.weight'",
+    ),
+    "ghost_without_scales": (
+        {f"blocks.0.{n}.weight": ONES for n in ("cheap_operation.0", "cheap_operation.1")},
+        "unknown key 'blocks.0.cheap_operation.0.weight'; unknown key 'blocks.0.cheap_operation.1.weight'",
+    ),
     "state_dict": (
         {f"{n}.{k}": ONES for n in ("a", "b") for k in ("conv.weight", "bn.weight", "bn.bias")},
         "unknown key 'a.conv.weight'; unknown key 'a.bn.weight'; unknown key 'a.bn.bias'; "

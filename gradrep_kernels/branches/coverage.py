@@ -1,0 +1,104 @@
+"""A report of which convolutions of a model have blocks or scales, and why the others have none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from gradrep_kernels.branch_scales import BranchScales
+from gradrep_kernels.branches.algebra import has_shortcut
+from gradrep_kernels.branches.scales import match
+from gradrep_kernels.branches.sites import Where, convs_and_siblings, is_kxk, multi_branch_blocks, survey
+
+__all__ = ["Coverage", "coverage"]
+
+
+@dataclass(frozen=True, repr=False)
+class Coverage:
+    """Which convolutions are converted, by name, in module order. `str` is a table of one line per convolution."""
+
+    converted: dict[str, str]  # name: what stands for it
+    left: dict[str, str]  # name: why it stays plain
+    kernels: dict[str, tuple[int, int]]  # of all
+    what: str = "have branches"
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(converted, all) of the convolutions with an odd k x k kernel, k > 1."""
+        large = {name for name, sides in self.kernels.items() if is_kxk(sides)}
+        return len(large & self.converted.keys()), len(large)
+
+    def __str__(self) -> str:
+        width = max(map(len, self.kernels), default=0)
+        lines = ["{} of {} k x k convolutions {}".format(*self.counts, self.what)]
+        for name, (rows, columns) in self.kernels.items():
+            said = self.converted.get(name) or f"plain: {self.left[name]}"
+            lines.append(f"  {name:<{width}}  {rows} x {columns}  {said}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def coverage(
+    model: nn.Module, scales: Mapping[str, BranchScales] | None = None, *, where: Where | None = None
+) -> Coverage:
+    """List every nn.Conv2d of a model: whether it has branches, would get them, or why not.
+
+    - A model with blocks (Hyper-Search, CSLA, or blocks of other code): what has been converted.
+    - A plain model: what `hyper_search_model(model, where=where)` would convert.
+    - A plain model and its scales: which convolutions have some, as `grad_mults(model, scales, partial=True)` takes
+      them.
+
+    Raises ValueError if scales or `where` do not fit the model.
+    """
+    blocks = multi_branch_blocks(model)
+    if blocks and scales is None and where is None:
+        return _of_blocks(model, blocks)
+    found = survey(model, where, fake_quantized=scales is not None)
+    converted, what = {site.name: _branches(site.conv) for site in found.sites}, "would get branches"
+    left = {name: reason for name, (_, reason) in found.left.items()}
+    if scales is not None:
+        matched = {site.name: value for site, value in match(model, scales, partial=True, fake_quantized=True)}
+        left = {**left, **{name: "no scales" for name in converted}}
+        converted = {name: f"scales of {_listed(value)}" for name, value in matched.items()}
+        what = "have scales"
+    kernels = {name: tuple(conv.kernel_size) for name, conv in _convs(model)}
+    return Coverage(converted, {n: r for n, r in left.items() if n not in converted}, kernels, what)
+
+
+def _of_blocks(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Coverage:
+    """The coverage of a model that has been converted: a block counts as one convolution, its largest."""
+    inside = {m for block in blocks.values() for m in block.modules()}
+    converted, left, kernels = {}, {}, {}
+    largest = {
+        max((m for m in block.modules() if isinstance(m, nn.Conv2d)), key=lambda m: m.weight[0, 0].numel()): name
+        for name, block in blocks.items()
+    }
+    plain = survey(model).left
+    for name, conv in _convs(model):
+        if conv in largest:
+            name = largest[conv]
+            converted[name] = f"a {type(blocks[name]).__name__}"
+        elif conv in inside:
+            continue
+        else:
+            left[name] = plain[name][1] if name in plain else "not converted"
+        kernels[name] = tuple(conv.kernel_size)
+    return Coverage(converted, left, kernels)
+
+
+def _convs(model: nn.Module) -> list[tuple[str, nn.Conv2d]]:
+    return [(sibling.name or "the model itself", sibling.conv) for sibling in convs_and_siblings(model)]
+
+
+def _branches(conv: nn.Conv2d) -> str:
+    rows, columns = conv.kernel_size
+    return f"{rows} x {columns}, 1 x 1" + (", identity" if has_shortcut(conv) else "")
+
+
+def _listed(value: BranchScales) -> str:
+    names = {"conv": "k x k", "1x1": "1 x 1", "identity": "identity"}
+    branches = [names[branch] for branch in value.tensors()]
+    return ", ".join(branches + ["identity"] * (value.identity is True))
