@@ -221,9 +221,10 @@ def _read_flat(path: Path) -> Mapping:
         flat = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is not a scales file: it is not torch's, or holds more than tensors; code is never unpickled. If "
-            "it is a checkpoint that holds a whole model, and you trust where it comes from, write its scales into a "
-            "file of their own: csla.save_scales(csla.extract_scales(torch.load(path, weights_only=False)['model']), new)"
+            f"{path} is not a scales file: it is not torch's, or holds more than tensors; code is never unpickled. "
+            "If it is a checkpoint that holds a whole model, and you trust where it comes from, write its scales into "
+            "a file of their own: "
+            "csla.save_scales(csla.extract_scales(torch.load(path, weights_only=False)['model']), new)"
         ) from error
     except Exception as error:  # torch.load raises half a dozen unrelated classes for files that are not its own
         raise ValueError(f"{path} is not a scales file: torch.load cannot read it ({type(error).__name__})") from error

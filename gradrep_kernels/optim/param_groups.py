@@ -14,8 +14,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     Norms, biases and the scale vectors behind a CSLA block's convolutions do not decay, as in the published code. The
     scale of its identity branch does, although it is a vector: the merged kernel holds it, and decays as a whole.
-    A module names such vectors in its attribute `decayed_vectors`. Frozen parameters are left out. When one is unfrozen,
-    `optimizer.add_param_group` takes it, with its name or without.
+    A module names such vectors in its attribute `decayed_vectors`. Frozen parameters are left out. When one is
+    unfrozen, `optimizer.add_param_group` takes it, with its name or without.
 
     Returns groups with `params`, `param_names` and `weight_decay`. The names are free of what wrappers add to them.
     Error messages use them, and checkpoints find Grad Mults by them.

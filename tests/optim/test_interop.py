@@ -17,6 +17,7 @@ from cases_optim import assert_close, batch, dense, mults, net, oracle_step, set
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import gradrep_kernels as gr
 from gradrep_kernels import FusedRepSGD, GradMult
 
 OPTIONS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
@@ -58,9 +59,9 @@ def twin_run(epochs: int = 1, gamma: float = 1.0, clip: float | None = None) -> 
     return model
 
 
-def assert_same(model: nn.Module, expected: nn.Module) -> None:
-    for p, q in zip(model.parameters(), expected.parameters()):
-        assert_close(p, q)
+def assert_same(model: nn.Module, expected: nn.Module, tolerance: float = 1e-13) -> None:
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert_close(p, q, tolerance)
 
 
 # ---- Accelerate
@@ -113,6 +114,16 @@ def test_accelerate_putting_other_parameters_into_the_groups_is_noticed(accelera
     set_grads(moved.values(), 0)
     with pytest.raises(RuntimeError, match="no longer in param_groups: 5"):
         optimizer.step()
+
+
+def test_accelerates_wrapper_passes_clipping_on_by_the_packages_function(accelerator):
+    model, optimizer, batches, _ = accelerated(accelerator)
+    for (x,) in batches:
+        optimizer.zero_grad()
+        accelerator.backward(model(x).square().mean())
+        gr.clip_grad_norm_(optimizer, 0.3)
+        optimizer.step()
+    assert_same(accelerator.unwrap_model(model), twin_run(clip=0.3))
 
 
 # ---- Lightning
@@ -169,6 +180,115 @@ def test_lightning_trains_clips_and_resumes(lightning, tmp_path):
     module = lightning_module(lightning, clip=0.3)
     trainer(lightning, tmp_path, 2).fit(module, loader(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
     assert_same(module.net, twin_run(2, gamma=0.5, clip=0.3))
+
+
+def finetuned(lightning, kind: str):
+    """A module whose backbone is frozen at first, and the callback that unfreezes it at epoch 1.
+
+    Its optimizer is torch's, ours with the multipliers of what is trained (the callback sets the others), or ours with
+    all multipliers and the names of its parameters.
+    """
+    from lightning.pytorch.callbacks import BaseFinetuning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            layers = list(net(torch.float64))
+            self.backbone, self.head = nn.Sequential(*layers[:3]), nn.Sequential(*layers[3:])
+            torch.manual_seed(4)
+            self.multipliers = mults(nn.Sequential(self.backbone, self.head))
+
+        def training_step(self, batch, index):
+            return self.head(self.backbone(batch[0])).square().mean()
+
+        def configure_optimizers(self):
+            held = [p for p in self.parameters() if p.requires_grad]
+            if kind == "torch":
+                return torch.optim.SGD(held, **OPTIONS, foreach=False)
+            if kind == "named":
+                return FusedRepSGD(gr.param_groups(self, 0.01), lr=0.05, momentum=0.9, grad_mults=self.multipliers)
+            return FusedRepSGD(
+                held, **OPTIONS, grad_mults={p: self.multipliers[p] for p in held if p in self.multipliers}
+            )
+
+    class Unfreeze(BaseFinetuning):
+        def freeze_before_training(self, module):
+            self.freeze(module.backbone)
+
+        def finetune_function(self, module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(module.backbone, optimizer, lr=0.005)
+                if kind == "bare":
+                    for p in module.backbone.parameters():
+                        optimizer.set_grad_mult(p, module.multipliers.get(p))
+
+        def on_fit_start(self, trainer, module):
+            super().on_fit_start(trainer, module)
+            if trainer.ckpt_path:  # Lightning restores the groups, and leaves the parameters frozen
+                self.make_trainable(module.backbone)
+
+    return Module(), Unfreeze()
+
+
+@pytest.mark.parametrize("kind", ["torch", "bare", "named"])
+def test_lightnings_finetuning_resumes_as_it_went_on(lightning, tmp_path, kind):
+    def fit(epochs, **resume):
+        module, callback = finetuned(lightning, kind)
+        run = trainer(lightning, tmp_path, epochs)
+        run.callbacks.append(callback)
+        run.fit(module, loader(), **resume)
+        return module, run
+
+    whole, _ = fit(4)
+    _, stopped = fit(2)
+    stopped.save_checkpoint(tmp_path / "two.ckpt")
+    resumed, run = fit(4, ckpt_path=tmp_path / "two.ckpt")
+    assert_same(whole, resumed, 0.0)
+    if kind != "torch":
+        (optimizer,) = run.optimizers
+        assert all((optimizer.grad_mult(p) is None) == (p not in resumed.multipliers) for p in resumed.parameters())
+        # frozen at first, the backbone trained by its multipliers afterwards
+        start, _ = finetuned(lightning, kind)
+        assert not torch.equal(start.backbone[0].weight, resumed.backbone[0].weight)
+
+
+# ---- Fabric
+
+
+def test_fabric_wraps_names_steps_and_checkpoints(lightning, tmp_path):
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+
+    def network():
+        torch.manual_seed(2)
+        return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
+
+    scales = gr.csla.extract_scales(gr.csla.hyper_search_model(network(), init=0.8))
+
+    def session():
+        model = network()
+        optimizer = FusedRepSGD(gr.param_groups(model, 0.01), lr=0.05, grad_mults=gr.csla.grad_mults(model, scales))
+        return fabric.setup(model, optimizer)
+
+    def steps(model, optimizer, seeds):
+        for seed in seeds:
+            optimizer.zero_grad()
+            fabric.backward(model(batch(seed=seed)).square().mean())
+            gr.clip_grad_norm_(optimizer, 0.7)
+            optimizer.step()
+
+    model, optimizer = session()
+    assert list(gr.csla.grad_mults(model, scales)) == [model.module[0].weight, model.module[2].weight]
+    assert list(gr.csla.extract_scales(gr.csla.hyper_search_model(model))) == ["0", "2"]
+    assert gr.param_groups(model, 0.1)[0]["param_names"] == ["0.weight", "2.weight"]
+    steps(model, optimizer, range(4))
+    fabric.save(tmp_path / "run.ckpt", {"model": model, "optimizer": optimizer})
+    steps(model, optimizer, range(4, 8))
+    other, resumed = session()
+    fabric.load(tmp_path / "run.ckpt", {"model": other, "optimizer": resumed})
+    steps(other, resumed, range(4, 8))
+    assert_same(model, other, 0.0)
 
 
 def test_lightnings_wrapper_passes_our_methods_on(lightning):
