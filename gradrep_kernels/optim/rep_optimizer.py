@@ -392,4 +392,4 @@ class RepOptimizer(Optimizer):
             warnings.warn(f"the checkpoint's Grad Mults are not the live ones, which stay: {problems}", stacklevel=2)
         if verdict.kept:
             kept = checkpoint.first_few(verdict.kept, ", ")
-            warnings.warn(f"the checkpoint has no Grad Mult of these, and the live ones stay: {kept}", stacklevel=2)
+            warnings.warn(f"the checkpoint has none of these live Grad Mults, which stay: {kept}", stacklevel=2)

@@ -135,12 +135,12 @@ def zero_redundancy(bucket_view: bool):
     train(wrapped, zero, range(STEPS, STEPS + MORE))
     expected = one_process(range(STEPS + MORE))[0]
     assert_same(model, expected)
-    # on without ZeRO: its groups carry no true fingerprint, so the caller says that the live multipliers are meant
+    # on without ZeRO: its checkpoint has no multipliers, so the live ones stay
     model = net(torch.float64)
     model.load_state_dict(weights)
     optimizer = FusedRepSGD(model.parameters(), **OPTIONS, grad_mults=mults(model))
     with pytest.warns(UserWarning, match="which stay"):
-        optimizer.load_state_dict(state, strict=False)
+        optimizer.load_state_dict(state)
     train(model, optimizer, range(STEPS, STEPS + MORE), data)
     assert_same(model, expected)
 

@@ -361,7 +361,10 @@ def test_different_grad_mults_on_resume_are_refused_and_nothing_changed(case):
     assert not live.opt.grad_mult(weight).same(saved.mults[list(saved.ours.parameters())[5]], weight.shape)
 
 
-STAY = r"no Grad Mult of these, and the live ones stay: parameter 0 of shape \[6, 3, 3, 3\], .*, and 1 more$"
+STAY = (
+    r"the checkpoint has none of these live Grad Mults, which stay: "
+    r"parameter 0 of shape \[6, 3, 3, 3\], .*, and 1 more$"
+)
 
 
 @pytest.mark.parametrize("torchs", [False, True], ids=["ours", "torchs"])
