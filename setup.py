@@ -13,6 +13,7 @@ without a GPU.
 """
 
 import functools
+import json
 import os
 import re
 import shlex
@@ -23,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Distribution, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import ModuleError
 
 CHOICES = {"GRADREP_BUILD": ("auto", "require", "none"), "GRADREP_CUDA": ("auto", "1", "0", "only")}
@@ -59,8 +62,43 @@ def say(message):
     print(f"gradrep_kernels: {message}", file=sys.stderr, flush=True)
 
 
+def write_record(command, modules):
+    """Leave in the package which modules were built and why others were not, for its warnings and `env`.
+
+    `command` is the build command that knows whether the package stays among the sources. A module that this build
+    has nothing to do with keeps what an earlier one wrote.
+    """
+    stays = getattr(command, "editable_mode", False) or getattr(command, "inplace", False)
+    file = Path(ROOT if stays else command.build_lib) / "gradrep_kernels" / "_build.json"
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    record = {**before, "GRADREP_BUILD": BUILD, **modules}
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def without_kernels(reason):
+    """The commands of a build that compiles nothing. `build_ext` is called by name only."""
+
+    def recording(base):
+        class Recording(base):
+            def run(self):
+                super().run()
+                write_record(self, dict.fromkeys(("_C", "_C_cuda"), reason))
+
+        return Recording
+
+    return {"build_py": recording(build_py), "build_ext": recording(build_ext)}
+
+
+def first_line(error):
+    return (str(error).splitlines() or [""])[0][:200]
+
+
 def cpp_extension():
-    """torch's build helpers, or None (with a word on how to get the kernels) where torch is not importable."""
+    """torch's build helpers, or why there are none (with a word on how to get the kernels): torch is not importable."""
     try:
         from torch.utils import cpp_extension
     except Exception as error:  # a broken torch must not stop a pure Python install either
@@ -73,8 +111,8 @@ def cpp_extension():
             f"torch is not importable here ({error}), so the package is installed without compiled kernels. "
             f"To get them: pip install torch, then {INSTALL}"
         )
-        return None
-    return cpp_extension
+        return None, f"torch was not importable in the build environment: {first_line(error)}"
+    return cpp_extension, None
 
 
 def nvcc() -> str | None:
@@ -187,25 +225,30 @@ def cuda_objects(ext, folder: Path, jobs: int | None = None) -> list[str]:
 
 
 def modules(ext):
+    """The modules to build, and why others are not: {name: reason}."""
     found = [] if CUDA == "only" else [cpu_module(ext)]
     if CUDA == "0":
-        return found
+        return found, {"_C_cuda": "GRADREP_CUDA=0"}
     reason = why_no_cuda()
     if reason is None:
-        return [*found, cuda_module(ext)]
+        return [*found, cuda_module(ext)], {}
     if CUDA != "auto":
         if BUILD == "require":
             raise SystemExit(f"gradrep_kernels: GRADREP_CUDA={CUDA}, but _C_cuda cannot be built: {reason}")
         say(f"_C_cuda is not built: {reason}")
-    return found
+    return found, {"_C_cuda": reason}
 
 
-def commands(ext):
+def commands(ext, left_out):
     class Build(ext.BuildExtension):
         _objects = None  # a Future of cuda_objects
 
         def run(self):
+            self._failed = {}  # name of an extension, or None for all of them -> why
             self._or_give_up(super().run)
+            names = [extension.name for extension in self.extensions or []]
+            states = {name: self._failed.get(name) or self._failed.get(None) or "built" for name in names}
+            write_record(self, left_out | {name.rpartition(".")[2]: state for name, state in states.items()})
 
         def build_extensions(self):
             """Compile the .cu files beside the CPU module."""
@@ -234,15 +277,16 @@ def commands(ext):
             finally:
                 self.build_temp = folder
 
-        def _or_give_up(self, build, name="the kernels"):
+        def _or_give_up(self, build, name=None):
             try:
                 build()
             except (Exception, SystemExit) as error:
                 if BUILD == "require":
                     raise
-                first_line = (str(error).splitlines() or [""])[0][:200]
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                self._failed[name] = f"the build failed with {reason}"
                 say(
-                    f"{name} could not be built ({type(error).__name__}: {first_line}); "
+                    f"{name or 'the kernels'} could not be built ({reason}); "
                     "the package works without, more slowly. "
                     f"GRADREP_BUILD=require shows the whole error, as in: GRADREP_BUILD=require {INSTALL}"
                 )
@@ -268,14 +312,15 @@ def commands(ext):
 
 
 def main():
-    ext = None if BUILD == "none" else cpp_extension()
+    ext, reason = (None, "GRADREP_BUILD=none") if BUILD == "none" else cpp_extension()
     if ext is None:
-        setup(license="MIT")
+        setup(license="MIT", cmdclass=without_kernels(reason))
     else:
+        ext_modules, left_out = modules(ext)
         setup(
             license="MIT",
-            ext_modules=modules(ext),
-            cmdclass=commands(ext),
+            ext_modules=ext_modules,
+            cmdclass=commands(ext, left_out),
             options={"bdist_wheel": {"py_limited_api": "cp310"}},
         )
 

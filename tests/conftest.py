@@ -8,8 +8,10 @@ finishes is added: bench/gpu_check.py starts pytest again with it. A process tha
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Generator
 from pathlib import Path
 
@@ -76,6 +78,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         os._exit(DEVICE_LOST)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _told_that_kernels_are_missing():
+    """The package says so once in a process. Here it does before the tests, some of which want no warning."""
+    from gradrep_kernels.ops import backends
+
+    with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
+        warnings.simplefilter("ignore")
+        backends.implementation("rep_sgd_step", "cpu")
+
+
 # Parts of the names of tests that take more than about 3 s of CPU time each, or need a fixture that does: they run
 # compilers, Triton's interpreter, or several processes that import torch.
 SLOW = (
@@ -97,6 +109,8 @@ SLOW = (
     "test_1500_parameters",
     "test_lightning",
     "test_wrappers_are_taken_off",
+    "test_what_is_compiled_hears_nothing",
+    "test_names_are_those_of_the_model_inside",
     "test_sgs_ranks.py",
     "test_a_run_killed_again_and_again",
     "test_an_update_takes_less_memory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -40,6 +41,7 @@ def source(tmp_path_factory) -> Path:
     copy = tmp_path_factory.mktemp("checkout") / "gradrep_kernels"
     ignored = shutil.ignore_patterns(
         "*.so",
+        "_build.json",
         "__pycache__",
         "*.egg-info",
         ".git",
@@ -83,7 +85,7 @@ def test_sdist_holds_what_a_build_and_its_tests_need(built, source):
     expected = {str(p.relative_to(source)) for p in files if p.suffix in (".cpp", ".h", ".cu", ".py")}
     assert expected <= names
     assert {"LICENSE", "NOTICE", "CHANGELOG.md", "README.md", "gradrep_kernels/py.typed"} <= names
-    assert not [name for name in names if name.endswith(".so")]
+    assert not [name for name in names if name.endswith((".so", "_build.json"))]
 
 
 @pytest.mark.skipif(builds.cpp_compiler() is None, reason="no C++ compiler")
@@ -97,6 +99,19 @@ def test_wheel_serves_every_python_from_3_10(built):
         != []
     )
     assert not [name for name in names if name.startswith(("tests/", "bench/"))]
+
+
+def record_of(wheel: Path) -> dict[str, str]:
+    return json.loads(zipfile.ZipFile(wheel).read("gradrep_kernels/_build.json"))
+
+
+def test_wheel_says_what_was_built(built):
+    (wheel,) = built.glob("*.whl")
+    if builds.cpp_compiler() is None:
+        expected = {"GRADREP_BUILD": "none", "_C": "GRADREP_BUILD=none", "_C_cuda": "GRADREP_BUILD=none"}
+    else:
+        expected = {"GRADREP_BUILD": "require", "_C": "built", "_C_cuda": "GRADREP_CUDA=0"}
+    assert record_of(wheel) == expected
 
 
 def test_wheel_names_its_license(built):
@@ -156,6 +171,12 @@ def test_install_without_a_compiler_works_and_says_why(source, tmp_path):
     assert "rep_sgd_step reference | gradrep_kernels._C is not usable (ModuleNotFoundError" in output
     assert "asked for: backend 'cpp' was asked for, but cannot serve rep_sgd_step on cpu" in output
     assert f"GRADREP_BUILD=require {AGAIN}" in output
+    assert output.count("UserWarning: CPU tensors are computed by plain torch") == 1
+    said = "gradrep_kernels._C is not built (the build failed with "
+    assert said in output
+    second_line = run(python, "-m", "gradrep_kernels", "env", env=env, cwd=tmp_path).splitlines()[1]
+    assert second_line.startswith(f"compiled         {said.removeprefix('gradrep_kernels.')}")
+    assert f"GRADREP_BUILD=require {AGAIN}. _C_cuda is not built (GRADREP_CUDA=0)" in second_line
 
 
 def test_require_fails_loudly_without_a_compiler(source, tmp_path):
@@ -171,6 +192,32 @@ def test_install_without_torch_tells_how_to_get_the_kernels(source, tmp_path):
     (site / "torch.py").write_text("raise ImportError('no torch in this test')")
     told = run(python, "setup.py", "--version", env=environment(), cwd=source)
     assert f"pip install torch, then {AGAIN}" in told
+
+
+NO_KERNELS = {
+    # switch of the build: what the record says of each module
+    "auto": "torch was not importable in the build environment: no torch in this test",
+    "none": "GRADREP_BUILD=none",
+}
+
+
+@pytest.mark.parametrize("switch", NO_KERNELS)
+def test_a_build_without_kernels_records_why(source, tmp_path, switch):
+    """The first without torch, as in an isolated build."""
+    expected = {"GRADREP_BUILD": switch, "_C": NO_KERNELS[switch], "_C_cuda": NO_KERNELS[switch]}
+    python = bare_environment(tmp_path / "venv")
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (site / "torch.py").write_text("raise ImportError('no torch in this test')")
+    env = environment(GRADREP_BUILD=switch)
+    wheel = ("build", "--build-base", tmp_path / "build", "bdist_wheel", "-d", tmp_path)
+    run(python, "setup.py", "-q", *wheel, env=env, cwd=source)
+    (made,) = tmp_path.glob("*-py3-none-any.whl")
+    assert record_of(made) == expected
+    in_place = source / "gradrep_kernels" / "_build.json"
+    assert not in_place.exists()
+    run(python, "setup.py", "-q", "build_ext", "--inplace", env=env, cwd=source)
+    assert json.loads(in_place.read_text()) == expected
+    in_place.unlink()
 
 
 CUDA_ASKED_FOR = {
@@ -213,6 +260,9 @@ def test_a_cuda_build_that_fails_does_not_lose_the_cpu_kernels(source, tmp_path)
     told = run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", env=env, cwd=copy)
     assert "gradrep_kernels._C_cuda could not be built (RuntimeError: nvcc failed on " in told
     assert [file.name for file in copy.glob("gradrep_kernels/*.so")] == ["_C.abi3.so"]
+    record = json.loads((copy / "gradrep_kernels" / "_build.json").read_text())
+    assert record.pop("_C_cuda").startswith("the build failed with RuntimeError: nvcc failed on ")
+    assert record == {"GRADREP_BUILD": "auto", "_C": "built"}
     told = run(
         sys.executable,
         "setup.py",

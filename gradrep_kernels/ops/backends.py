@@ -1,19 +1,25 @@
 """Who computes an op where: (op, device type) -> implementations in order of preference.
 
 `GRADREP_BACKEND` (read once, at import) or `use_backend(name)` forces one backend for all ops. A request that cannot be
-met raises RuntimeError with the reason. `auto` takes the first that is available, down to the reference.
+met raises RuntimeError with the reason. `auto` takes the first that is available, down to the reference. It warns once
+where that is for want of the compiled module.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
+import importlib.util
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,6 +105,8 @@ _INSTALL = "pip install --force-reinstall --no-deps --no-cache-dir --no-build-is
 _BUILD = f"build it where torch and a C++ compiler are: GRADREP_BUILD=require {_INSTALL}"
 _BUILD_CUDA = f"build it where nvcc is: GRADREP_BUILD=require GRADREP_CUDA=1 {_INSTALL}"
 
+_PACKAGE = Path(__file__).parents[1]
+
 LOADERS: dict[str, Callable[[str, str], Callable]] = {
     "reference": _reference,
     "cpp": _compiled("_C", "cpu", _BUILD),
@@ -117,18 +125,81 @@ _from_environment = _checked(os.environ.get("GRADREP_BACKEND") or "auto", "GRADR
 _forced: ContextVar[str] = ContextVar("gradrep_backend", default=_from_environment)
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Force a backend inside a `with` block: 'auto', 'reference', 'cpp', 'triton' or 'cuda'.
+class _Block(NamedTuple):
+    """An open `with` block, and what holds again when it ends: a name, and the call that set it."""
+
+    owner: object
+    name: str
+    call: object | None
+
+
+class _Scope(NamedTuple):
+    """The call of `use_backend` that set the name and has no block of its own yet, and the open blocks."""
+
+    call: object | None
+    blocks: tuple[_Block, ...]
+
+
+_OUTERMOST = _Scope(None, ())
+# Apart from the name, which is read at every step. Both values are immutable, so that a task's copy is its own.
+_scope: ContextVar[_Scope] = ContextVar("gradrep_backend_scope", default=_OUTERMOST)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class use_backend:
+    """Force a backend: 'auto', 'reference', 'cpp', 'triton' or 'cuda'.
+
+    It works as torch.set_grad_enabled does. A call takes effect at once, in this thread and context. In a `with`
+    statement the effect ends with the block, and so does that of calls inside the block. As a decorator it forces the
+    backend during each call of the function, and the decoration itself changes nothing.
 
     Raises ValueError for another name. An op that cannot be served raises RuntimeError and says why. `triton` on CPU
     tensors needs TRITON_INTERPRET=1 in the environment before Python starts.
     """
-    token = _forced.set(_checked(name, "the backend's name"))
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+
+    def __init__(self, name: str) -> None:
+        self._name = _checked(name, "the backend's name")
+        self._call = object()  # A mark, so that calls in a loop do not hold on to one another.
+        scope = _scope.get()
+        self._before = _forced.get(), scope.call
+        _set(name, scope._replace(call=self._call))
+
+    def __enter__(self) -> None:
+        scope = _scope.get()
+        # The block takes over what its own call has set.
+        covered = self._before if scope.call is self._call else (_forced.get(), scope.call)
+        _set(self._name, _Scope(None, (*scope.blocks, _Block(self, *covered))))
+
+    def __exit__(self, *_: object) -> None:
+        call, blocks = _scope.get()
+        owners = [block.owner for block in blocks]
+        if self not in owners:
+            return  # entered in another context, whose name this one never had
+        at = len(owners) - 1 - owners[::-1].index(self)
+        ended, later = blocks[at], blocks[at + 1 :]
+        if later:  # A block that was entered after this one is open still. It ends where this one would have.
+            heir = ended._replace(owner=later[0].owner)
+            _scope.set(_Scope(call, (*blocks[:at], heir, *later[1:])))
+        else:
+            _set(ended.name, _Scope(ended.call, blocks[:at]))
+
+    def __call__(self, function: _Function) -> _Function:
+        scope = _scope.get()
+        if scope.call is self._call:
+            name, call = self._before
+            _set(name, scope._replace(call=call))
+
+        @functools.wraps(function)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return inside  # type: ignore[return-value]
+
+
+def _set(name: str, scope: _Scope) -> None:
+    _forced.set(name)
+    _scope.set(scope)
 
 
 def forced() -> str:
@@ -156,7 +227,78 @@ def _serving(op: str, device: str) -> tuple[str, Callable]:
         loaded = _load(backend, op, device)
         if not isinstance(loaded, str):
             return backend, loaded
+        if backend == "cpp" and not _told:
+            _tell()
     raise AssertionError("the reference serves every op")
+
+
+@functools.cache
+def _build_record() -> dict[str, str]:
+    """What setup.py left in the package: the switch GRADREP_BUILD, and of each module 'built' or why it was not.
+
+    Empty where there is no record.
+    """
+    try:
+        record = json.loads((_PACKAGE / "_build.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _state(module: str, failure: str | None) -> str:
+    """The state of a compiled module, for a sentence: loaded, not built and why, or what its import said."""
+    if failure is None:
+        return "is loaded"
+    if not failure.startswith(ModuleNotFoundError.__name__):
+        return f"is there but does not load ({failure})"
+    reason = _build_record().get(module, "")
+    if reason == "built":
+        reason = "it was once, but this Python finds no file of it"
+    return f"is not built ({reason})" if reason else "is not built"
+
+
+def compiled() -> dict[str, str]:
+    """Each compiled module, and in words whether it is loaded, else why not and how to get it. For `env`."""
+    states = {}
+    for module, how, lacking in (("_C", _BUILD, None), ("_C_cuda", _BUILD_CUDA, _no_cuda())):
+        if lacking is None:
+            library = _module(module)
+            failure = library if isinstance(library, str) else None
+            states[module] = _state(module, failure) + (f"; {how}" if failure else "")
+        elif importlib.util.find_spec(f"gradrep_kernels.{module}"):  # not imported: it may need what is lacking
+            states[module] = f"is built, but {lacking}"
+        else:
+            states[module] = _state(module, ModuleNotFoundError.__name__)
+    return states
+
+
+_told: set[str] = set()  # the modules whose absence this process has been warned of
+
+
+def _tell() -> None:
+    """Warn that plain torch serves the CPU for want of the module _C.
+
+    The warning is given once in a process, before anything is changed. Where GRADREP_BUILD=none built the package, the
+    user wants no kernels, and there is none.
+    """
+    if torch.compiler.is_compiling():
+        return
+    _told.add("_C")  # Before the warning: under `-W error` the next step must not fail again.
+    failure = _module("_C")
+    if not isinstance(failure, str):
+        return  # The module is there. It has no kernel for this op.
+    state = _state("_C", failure)
+    if state.startswith("is not built") and _build_record().get("GRADREP_BUILD") == "none":
+        return
+    # At the caller's line, which lies above this package, and above torch, which wraps `step`.
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("gradrep_kernels", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"CPU tensors are computed by plain torch, more slowly than by the C++ kernels: gradrep_kernels._C {state}. "
+        f"To get it, {_BUILD}. GRADREP_BACKEND=reference asks for plain torch, without this warning",
+        stacklevel=level,
+    )
 
 
 def implementation(op: str, device: str) -> Callable:

@@ -32,6 +32,7 @@ _CIFAR = {
     "cifar100": ((20, 100), ["train.bin"], "test.bin", "cifar-100-binary"),
 }
 _PUBLISHED_RECORDS = {"train.bin": 50000}  # all other files hold 10000
+_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262  # tags
 _IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # Folders are standardised with ImageNet's statistics, because computing their own would read as much as an epoch.
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -108,14 +109,16 @@ class Data:
         }
 
 
-def load_data(source: DataSource, image_size: int | None = None) -> Data:
-    """Read the data set of `source`.
+def load_data(source: DataSource | str, image_size: int | None = None) -> Data:
+    """Read the data set of `source`, a DataSource or the text that gives one ('folder:DIR').
 
     Of images in a folder it reads names and headers alone. `image_size` is the side that they are brought to: the
     shorter side is scaled to it and the centre cropped (None: 224). The other sets have a size of their own.
 
     Raises InputError that names the file or folder and what is wrong with it.
     """
+    if isinstance(source, str):
+        source = DataSource.parse(source)
     if source.folder is None:
         return _digits()
     if not source.folder.is_dir():
@@ -270,34 +273,73 @@ def _image_files(image, root: Path, classes: list[str], side: int) -> Images:
 
     def check(path: Path) -> None:
         try:
-            with image.open(path):  # This reads the header only. A damaged body shows when the image is read.
-                pass
+            with image.open(path) as opened:  # This reads the header only. A damaged body shows when the image is read.
+                _greyscale_levels(opened)
+        except InputError as reason:
+            raise InputError(f"{path}: {reason}") from None
         except (OSError, image.DecompressionBombError) as reason:
             raise InputError(f"{path}: not a readable image ({_one_line(reason)})") from None
 
-    def decode(index: int) -> np.ndarray:
-        path = paths[index]
+    def decode(path: Path) -> np.ndarray:
+        """The pixels as float32 [side, side, 3], or [side, side, 1] of a deep greyscale image."""
         try:
             with image.open(path) as opened:
-                picture = opened.convert("RGB")
+                levels = _greyscale_levels(opened)
+                if levels is None:
+                    picture = opened.convert("RGB")
+                else:
+                    black, white = levels
+                    # float32 holds all 16 bits, and mode F is resized by the same filter as 8 bits are.
+                    grey = (np.asarray(opened, dtype=np.float32) - black) / (white - black)
+                    picture = image.fromarray(grey)
+        except InputError as reason:
+            raise InputError(f"{path}: {reason}") from None
         except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as reason:
             raise InputError(f"{path}: not a readable image ({_one_line(reason)})") from None
         scale = side / min(picture.size)
         width, height = (max(side, round(n * scale)) for n in picture.size)
         picture = picture.resize((width, height), image.Resampling.BILINEAR)
         left, top = (width - side) // 2, (height - side) // 2
-        return np.asarray(picture.crop((left, top, left + side, top + side)))
+        pixels = np.asarray(picture.crop((left, top, left + side, top + side)))
+        return pixels.astype(np.float32) / 255 if levels is None else pixels[:, :, None]
 
     def read(indices: Tensor) -> Tensor:
+        batch = np.empty((len(indices), 3, side, side), dtype=np.float32)
+
+        def fill(place: int, index: int) -> None:
+            batch[place] = decode(paths[index]).transpose(2, 0, 1)
+
         # Threads help, because Pillow decodes without the interpreter's lock.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            pictures = np.stack(list(pool.map(decode, indices.tolist())))  # [n, side, side, 3]
-        return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().contiguous() / 255
+            for _ in pool.map(fill, range(len(indices)), indices.tolist()):
+                pass
+        return torch.from_numpy(batch)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for _ in pool.map(check, paths):
             pass
     return Images(torch.tensor(labels), read, lazy=True)
+
+
+def _greyscale_levels(opened) -> tuple[int, int] | None:
+    """The values of black and white in an opened greyscale image of more than 8 bits, by its header.
+
+    None for every other image: Pillow brings it to 8 bits itself. Of a deep one, its `convert` would keep the values
+    from 0 to 255 and make all others white.
+
+    Raises InputError where the range of the values is not known.
+    """
+    if opened.mode.startswith("I;16"):
+        tags = getattr(opened, "tag_v2", {})  # TIFF's
+        white = 2 ** tags.get(_TIFF_BITS, (16,))[0] - 1  # there are 12 bits too
+        return (white, 0) if tags.get(_TIFF_PHOTOMETRIC) == 0 else (0, white)
+    # Pillow brings both to 16 bits, whatever the file has. Before Pillow 10.1 its mode for such a PNG was I.
+    if opened.mode == "I" and opened.format in ("PNG", "PPM"):
+        return 0, 65535
+    if opened.mode in ("I", "F"):
+        kind = "signed or 32-bit integers" if opened.mode == "I" else "floating-point numbers"
+        raise InputError(f"its pixels are {kind}, whose black and white are unknown; save it as 8 or 16 unsigned bits")
+    return None
 
 
 def _one_line(reason: Exception) -> str:

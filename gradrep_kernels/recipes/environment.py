@@ -46,6 +46,7 @@ def environment() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_properties(n) for n in devices]
     return {
         "versions": versions(),
+        "compiled": backends.compiled(),
         "platform": platform.platform(),
         "cpu": {
             "cores": os.cpu_count(),
@@ -68,6 +69,8 @@ def environment_text(facts: dict[str, Any]) -> str:
     cpu, cuda = facts["cpu"], facts["cuda"]
     built = "torch is built without it" if cuda["built"] is None else f"{cuda['built']}, {len(cuda['devices'])} devices"
     lines = [_line(name, version or "not installed") for name, version in facts["versions"].items()]
+    # Second, since it explains most of what is slow.
+    lines.insert(1, _line("compiled", ". ".join(f"{module} {state}" for module, state in facts["compiled"].items())))
     lines += [
         _line("platform", facts["platform"]),
         _line("CPU", f"{cpu['cores']} cores, {cpu['threads']} threads, {cpu['instructions']}"),

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import json
 import os
+import pickle
 import subprocess
 import sys
+import threading
+import warnings
 
 import pytest
 import torch
@@ -136,6 +142,116 @@ def test_the_block_ends():
     assert backends.forced() == outside
 
 
+@pytest.fixture
+def alone():
+    """Runs a function in a context of its own, where no test has set a backend; its result."""
+    return contextvars.Context().run
+
+
+def test_a_call_takes_effect_at_once(alone):
+    def body():
+        gr.use_backend("reference")
+        assert backends.implementation("rep_grad_norm", "cpu") is COMPUTING["rep_grad_norm"].reference
+        with gr.use_backend("auto"):
+            gr.use_backend("cpp")
+            assert backends.forced() == "cpp"
+        assert backends.forced() == "reference"
+        with pytest.raises(ValueError, match="got 'fast'"):
+            gr.use_backend("fast")
+        return backends.forced()
+
+    assert alone(body) == "reference"
+
+
+def test_a_call_is_of_its_thread_and_context_alone(alone):
+    def body():
+        gr.use_backend("reference")
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(backends.forced()))
+        thread.start()
+        thread.join()
+        contextvars.copy_context().run(gr.use_backend, "cpp")  # as a task of asyncio does
+        return [*seen, backends.forced()]
+
+    assert alone(body) == [contextvars.Context().run(backends.forced), "reference"]
+
+
+def test_a_block_ends_what_its_call_began(alone):
+    def body():
+        outside = backends.forced()
+        made = gr.use_backend("reference")
+        for _ in range(2):
+            with made, gr.use_backend("cpp"), made:
+                assert backends.forced() == "reference"
+            assert backends.forced() == outside
+        with contextlib.suppress(KeyError), gr.use_backend("reference"):
+            gr.use_backend("cpp")
+            raise KeyError
+        assert backends.forced() == outside
+        first = gr.use_backend("reference")
+        gr.use_backend("cpp")
+        with first:
+            assert backends.forced() == "reference"
+        return backends.forced()
+
+    assert alone(body) == "cpp"  # the call that came last
+
+
+def test_blocks_may_end_in_any_order(alone):
+    def body():
+        outside = backends.forced()
+        a, b, c = (gr.use_backend(name) for name in ("reference", "cpp", "triton"))
+        gr.use_backend(outside)
+        for block in (a, b, c):
+            block.__enter__()
+        names = []
+        for block in (b, a, c):
+            block.__exit__(None, None, None)
+            names.append(backends.forced())
+        assert names == ["triton", "triton", outside]
+        a.__enter__()
+        contextvars.Context().run(a.__exit__, None, None, None)  # it is not open there
+        assert backends.forced() == "reference"
+
+    alone(body)
+
+
+def test_as_a_decorator_it_forces_each_call(alone):
+    def body():
+        gr.use_backend("cpp")
+
+        @gr.use_backend("reference")
+        def named(fail=False):
+            """Its words."""
+            if fail:
+                raise KeyError
+            return backends.forced()
+
+        assert backends.forced() == "cpp"
+        assert (named(), named(), backends.forced()) == ("reference", "reference", "cpp")
+        with gr.use_backend("triton"):
+            assert (named(), backends.forced()) == ("reference", "triton")
+        with pytest.raises(KeyError):
+            named(fail=True)
+        assert (named.__name__, named.__doc__) == ("named", "Its words.")
+        return backends.forced()
+
+    assert alone(body) == "cpp"
+
+
+def test_the_name_pickles_by_reference():
+    assert pickle.loads(pickle.dumps(gr.use_backend)) is gr.use_backend is backends.use_backend
+
+
+def test_calls_in_a_loop_leave_nothing_behind(alone):
+    def body():
+        made = [gr.use_backend("reference") for _ in range(3)]
+        assert all(part is not made[0] for part in vars(made[1])["_before"])
+        assert backends._scope.get().blocks == ()
+
+    alone(body)
+
+
 def test_the_environment_forces():
     code = (
         "import gradrep_kernels.ops.backends as b; "
@@ -170,3 +286,164 @@ def test_report_names_a_reason_for_each_absence():
         assert row["serves"] in backends.NAMES or row["serves"].startswith("none")
         for name in backends.NAMES[1:]:
             assert row[name] == "available" or len(row[name]) > 10
+
+
+# ---- the compiled module is missing
+
+ABSENT = "ModuleNotFoundError: No module named 'gradrep_kernels._C'"
+NOT_BUILT = {"GRADREP_BUILD": "auto", "_C": "torch was not importable in the build environment", "_C_cuda": "no nvcc"}
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """Makes the package one without the module _C: what its import says, and what the build recorded."""
+
+    def make(failure: str = ABSENT, record: dict | None = None) -> None:
+        module = backends._module
+        monkeypatch.setattr(backends, "_module", lambda name: failure if name == "_C" else module(name))
+        monkeypatch.setattr(backends, "_build_record", lambda: record or {})
+        monkeypatch.setattr(backends, "_told", set())
+        backends._load.cache_clear()
+        backends._planner.cache_clear()
+
+    yield make
+    monkeypatch.undo()
+    backends._load.cache_clear()
+    backends._planner.cache_clear()
+
+
+def heard(function, *args) -> list[warnings.WarningMessage]:
+    """The warnings of a call under 'auto'."""
+    with warnings.catch_warnings(record=True) as caught, gr.use_backend("auto"):
+        warnings.simplefilter("always")
+        function(*args)
+    return caught
+
+
+def a_step():
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    gr.FusedRepSGD([p], lr=0.5).step()
+    assert p.tolist() == [0.5] * 3
+
+
+def a_histogram():
+    gr.joint_histogram(torch.arange(18.0).reshape(1, 2, 3, 3), [(0, 1)], 2)
+
+
+@pytest.mark.parametrize("use", [a_step, a_histogram])
+def test_missing_kernels_are_told_once_at_the_callers_line(without_kernels, use):
+    without_kernels(record=NOT_BUILT)
+    (warning,) = heard(use)
+    assert warning.category is UserWarning
+    assert warning.filename == __file__
+    for part in (
+        "gradrep_kernels._C is not built (torch was not importable in the build environment)",
+        "GRADREP_BUILD=require pip install --force-reinstall",
+        "GRADREP_BACKEND=reference",
+    ):
+        assert part in str(warning.message)
+    assert heard(a_step) == heard(a_histogram) == []
+
+
+@pytest.mark.parametrize(
+    ("failure", "record", "said"),
+    [
+        (ABSENT, {}, "gradrep_kernels._C is not built. To get it"),
+        (ABSENT, {"_C": "built"}, "is not built (it was once, but this Python finds no file of it). "),
+        (
+            "ImportError: undefined symbol: aoti",
+            {"_C": "built"},
+            "but does not load (ImportError: undefined symbol: ao",
+        ),
+        ("ImportError: undefined symbol", {"GRADREP_BUILD": "none"}, "is there but does not load (ImportError: undefi"),
+    ],
+)
+def test_the_reason_is_that_of_the_import_and_of_the_build(without_kernels, failure, record, said):
+    without_kernels(failure, record)
+    (warning,) = heard(a_step)
+    assert said in str(warning.message)
+    assert said.split("(")[0].split(". ")[0].removeprefix("gradrep_kernels._C ").strip() in backends.compiled()["_C"]
+
+
+def forced_reference():
+    with gr.use_backend("reference"):
+        a_step()
+
+
+def another_device():
+    for device in ("meta", "cuda", "mps"):
+        backends.implementation("rep_sgd_step", device)
+        backends.planner("rep_sgd_step", device)
+
+
+def asked_for_kernels():
+    with gr.use_backend("cpp"), pytest.raises(RuntimeError, match="'cpp' was asked for"):
+        a_step()
+
+
+@pytest.mark.parametrize(
+    "use", [forced_reference, another_device, asked_for_kernels, backends.report, backends.compiled]
+)
+def test_nothing_is_told_where_plain_torch_is_no_surprise(without_kernels, use):
+    without_kernels(record=NOT_BUILT)
+    assert heard(use) == []
+    assert len(heard(a_step)) == 1  # and the warning was not used up
+
+
+def test_nothing_is_told_where_the_user_wants_no_kernels(without_kernels):
+    without_kernels(record={"GRADREP_BUILD": "none", "_C": "GRADREP_BUILD=none"})
+    assert heard(a_step) == []
+    assert backends.compiled()["_C"].startswith("is not built (GRADREP_BUILD=none); build it where")
+
+
+@pytest.mark.skipif(isinstance(backends._module("_C"), str), reason="there is no module _C")
+def test_nothing_is_told_of_an_op_that_the_module_lacks(monkeypatch):
+    monkeypatch.setattr(backends, "_told", set())
+    load = backends._load
+    monkeypatch.setattr(backends, "_load", lambda backend, *a: "has none" if backend == "cpp" else load(backend, *a))
+    assert heard(backends.implementation, "rep_grad_norm", "cpu") == []
+
+
+def test_a_warning_that_is_an_error_changes_nothing_and_comes_once(without_kernels):
+    without_kernels(record=NOT_BUILT)
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = gr.FusedRepSGD([p], lr=0.5, momentum=0.9)
+    p.grad = torch.ones(3)
+    with warnings.catch_warnings(), gr.use_backend("auto"):
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="is not built"):
+            optimizer.step()
+        assert p.tolist() == [1.0] * 3
+        assert not optimizer.state
+        optimizer.step()
+    assert p.tolist() == [0.5] * 3
+
+
+def test_what_is_compiled_hears_nothing_and_a_step_breaks_no_graph(without_kernels):
+    """What dynamo traces must not hold a warning, which it would break the graph for."""
+    without_kernels(record=NOT_BUILT)
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = gr.FusedRepSGD([p], lr=0.5)
+    p.grad = torch.ones(3)
+    torch._dynamo.reset()
+    step = torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=True)
+    assert not [warning for warning in heard(step) if "gradrep" in str(warning.message)]
+    torch._dynamo.reset()
+    ours = [warning for warning in heard(torch.compile(a_histogram, backend="eager")) if "_C" in str(warning.message)]
+    torch._dynamo.reset()
+    assert ours == []
+    assert p.tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[1]", '{"_C": "because"}'])
+def test_a_record_may_be_missing_or_broken(monkeypatch, tmp_path, text):
+    if text is not None:
+        (tmp_path / "_build.json").write_text(text)
+    monkeypatch.setattr(backends, "_PACKAGE", tmp_path)
+    backends._build_record.cache_clear()
+    try:
+        assert backends._build_record() == (json.loads(text) if text and "because" in text else {})
+    finally:
+        monkeypatch.undo()
+        backends._build_record.cache_clear()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from cases_recipes import CIFAR, load, record, write_cifar, write_folder, write_image
 
-from gradrep_kernels.recipes.data import DataSource
+from gradrep_kernels.recipes.data import DataSource, load_data
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.loader import Loader
 
@@ -225,3 +228,138 @@ def test_an_image_with_a_damaged_body_is_named_when_it_is_read(tmp_path):
     data = load(f"folder:{tmp_path}", 8)
     with pytest.raises(InputError, match=r"train/ant/1\.png: not a readable image"):
         list(Loader(data, data.train, 6))
+
+
+# ---- images of more than 8 bits
+
+GREYS = np.random.default_rng(0).integers(0, 65536, (8, 8)).astype(np.uint16)
+GREYS[0, :4] = 0, 255, 256, 65535
+TENS = GREYS >> 6  # 10 bits, as scanners write them with maxval 1023
+
+
+def png(colour_type: int, pixels: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel. Pillow writes none in colour."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff(pixels: np.ndarray, order: str = "<", sample_format: int = 1, photometric: int = 1, bits: int = 0) -> bytes:
+    """An uncompressed greyscale TIFF, little- or big-endian. Sample formats: 1 unsigned, 2 signed, 3 floating."""
+    body = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
+    bits = bits or 8 * pixels.itemsize
+    shorts = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: 8, 279: len(body)}
+    shorts |= {339: sample_format}
+    shorts[273] = 8 + 2 + 12 * len(shorts) + 4  # where the pixels begin
+    entries = (struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in shorts.items())
+    head = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HIH", 42, 8, len(shorts))
+    return head + b"".join(entries) + struct.pack(f"{order}I", 0) + body
+
+
+def packed_12_bits(greys: np.ndarray) -> np.ndarray:
+    """Two pixels in three bytes, the high bits first."""
+    a, b = (greys.reshape(-1, 2) >> 4).T
+    return np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], axis=1).astype(np.uint8)
+
+
+def pnm(kind: str, pixels: np.ndarray, top: int) -> bytes:
+    return f"{kind}\n8 8\n{top}\n".encode() + pixels.astype(">u2" if top > 255 else "u1").tobytes()
+
+
+COLOURS = np.stack([GREYS, GREYS[::-1], GREYS.T], axis=2)
+DEEP = {
+    # name of the file: what is in it, the pixels [8, 8] or [8, 8, 3] in [0, 1], how far off they may be
+    "png16.png": (png(0, GREYS), GREYS / 65535, 0),
+    "tiff16_little.tif": (tiff(GREYS, "<"), GREYS / 65535, 0),
+    "tiff16_big.tiff": (tiff(GREYS, ">"), GREYS / 65535, 0),
+    "tiff16_white_is_zero.tif": (tiff(GREYS, photometric=0), 1 - GREYS / 65535, 6e-8),
+    "tiff12.tif": (tiff(packed_12_bits(GREYS), bits=12), (GREYS >> 4) / 4095, 0),
+    "maxval65535.pgm": (pnm("P5", GREYS, 65535), GREYS / 65535, 0),
+    "maxval1023.pgm": (pnm("P5", TENS, 1023), TENS / 1023, 0.5 / 65535),
+    "maxval100.pgm": (pnm("P5", GREYS % 101, 100), GREYS % 101 / 100, 0.5 / 255),
+    # Pillow brings colours to 8 bits: it drops the low byte of a PNG and rounds a PPM.
+    "colours16.png": (png(2, COLOURS), (COLOURS >> 8) / 255, 0),
+    "colours_and_alpha16.png": (png(6, np.dstack([COLOURS, GREYS])), (COLOURS >> 8) / 255, 0),
+    "grey_and_alpha16.png": (png(4, np.dstack([GREYS, GREYS])), (GREYS >> 8) / 255, 0),
+    "colours16.ppm": (pnm("P6", COLOURS, 65535), COLOURS / 65535, 0.5 / 255),
+}
+
+
+def one_more(root, name: str, content: bytes, size=(8, 8)):
+    """A folder of 8-bit images and this file, which is the last of its class; its path."""
+    path = write_folder(root, size=size) / "train" / "ant" / f"deep_{name}"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_images_are_as_bright_as_they_were_written(tmp_path, name):
+    content, pixels, tolerance = DEEP[name]
+    one_more(tmp_path, name, content)
+    x = load(f"folder:{tmp_path}", 8).train.read(torch.tensor([3]))[0]
+    assert x.dtype == torch.float32
+    expected = np.broadcast_to(pixels if pixels.ndim == 3 else pixels[:, :, None], (8, 8, 3)).transpose(2, 0, 1)
+    np.testing.assert_allclose(x.numpy(), expected.astype(np.float32), rtol=0, atol=tolerance)
+
+
+def test_a_batch_may_mix_depths_and_8_bits_are_as_ever(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    one_more(tmp_path, "16.png", png(0, GREYS))
+    ramp = np.arange(192).reshape(8, 8, 3).astype(np.uint8) + 64
+    image.fromarray(ramp).save(tmp_path / "train" / "ant" / "0.png")
+    x = load(f"folder:{tmp_path}", 8).train.read(torch.tensor([3, 0, 3]))
+    assert torch.equal(x[1], torch.from_numpy(ramp).permute(2, 0, 1).float() / 255)  # bit for bit
+    for deep in (x[0], x[2]):
+        assert torch.equal(deep, torch.from_numpy(GREYS.astype(np.float32) / np.float32(65535)).expand(3, 8, 8))
+
+
+def test_deep_images_are_scaled_and_cropped_as_those_of_8_bits(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    shallow = np.random.default_rng(1).integers(0, 256, (20, 33)).astype(np.uint8)
+    write_folder(tmp_path)
+    image.fromarray(shallow).save(tmp_path / "train" / "ant" / "a.png")
+    (tmp_path / "train" / "ant" / "b.png").write_bytes(png(0, shallow.astype(np.uint16) * 257))
+    x = load(f"folder:{tmp_path}", 8).train.read(torch.tensor([3, 4]))
+    torch.testing.assert_close(x[1], x[0], rtol=0, atol=1.01 / 255)  # of 8 bits each of the two passes is rounded
+    assert not torch.equal(x[1], x[0])
+
+
+@pytest.mark.parametrize(
+    ("pixels", "sample_format", "said"),
+    [
+        (GREYS.astype(np.int32), 2, "signed or 32-bit integers"),
+        (GREYS.astype(np.uint32), 1, "signed or 32-bit integers"),
+        ((GREYS >> 1).astype(np.int16), 2, "signed or 32-bit integers"),
+        (GREYS.astype(np.float32), 3, "floating-point numbers"),
+    ],
+    ids=["int32", "uint32", "int16", "float32"],
+)
+def test_images_of_unknown_range_are_refused_before_the_training(tmp_path, pixels, sample_format, said):
+    path = one_more(tmp_path, "wide.tif", tiff(pixels, sample_format=sample_format))
+    with pytest.raises(InputError) as wrong:
+        load(f"folder:{tmp_path}", 8)
+    assert str(wrong.value) == (
+        f"{path}: its pixels are {said}, whose black and white are unknown; save it as 8 or 16 unsigned bits"
+    )
+
+
+def test_an_image_that_grows_wide_later_is_refused_too(tmp_path):
+    path = one_more(tmp_path, "wide.tif", tiff(GREYS))
+    data = load(f"folder:{tmp_path}", 8)
+    path.write_bytes(tiff(GREYS.astype(np.float32), sample_format=3))
+    with pytest.raises(InputError, match=r"deep_wide\.tif: its pixels are floating-point numbers"):
+        data.train.read(torch.tensor([3]))
+
+
+def test_a_source_may_be_text(tmp_path):
+    write_folder(tmp_path)
+    data, same = load_data(f"folder:{tmp_path}", 8), load_data(DataSource("folder", tmp_path), 8)
+    assert data.description() == same.description()
+    assert torch.equal(data.train.read(torch.arange(6)), same.train.read(torch.arange(6)))
+    with pytest.raises(InputError, match="got 'folder'"):
+        load_data("folder")
