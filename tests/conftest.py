@@ -112,6 +112,7 @@ SLOW = (
     "test_what_is_compiled_hears_nothing",
     "test_names_are_those_of_the_model_inside",
     "test_sgs_ranks.py",
+    "test_sgs_sharded.py",
     "test_a_run_killed_again_and_again",
     "test_an_update_takes_less_memory",
     "test_pictures_touch_no_global_setting",

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from gradrep_kernels.sgs.gathering import Binning
 from gradrep_kernels.sgs.layers import Layer
+from gradrep_kernels.wrappers import plain_name
 
 
-def check_objects(model: object, optimizer: object, process_group: object) -> None:
+def check_objects(model: object, process_group: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
         kind = type(process_group).__name__
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {kind}")
@@ -40,7 +39,7 @@ def saved_scalings(state_dict: Mapping, live: Mapping[str, Tensor]) -> Mapping[s
     """
     if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("scalings"), Mapping):
         raise ValueError("state_dict must be what state_dict() gave: it has no 'scalings'")
-    saved = state_dict["scalings"]
+    saved = _by_live_names(state_dict["scalings"], live)
     for what, names in (("missing", live.keys() - saved.keys()), ("unexpected", saved.keys() - live.keys())):
         if names:
             raise ValueError(f"scalings do not fit the model: {what} {_first_few(names)}")
@@ -61,6 +60,7 @@ def saved_binnings(state_dict: Mapping, layers: Iterable[Layer]) -> dict[Layer, 
     if not isinstance(ranges, Mapping):
         raise ValueError(f"ranges must be a dict by layer, got {type(ranges).__name__}")
     by_name, binnings = {layer.name: layer for layer in layers}, {}
+    ranges = _by_live_names(ranges, by_name)
     if ranges.keys() - by_name.keys():
         raise ValueError(f"ranges do not fit the model: unexpected {_first_few(ranges.keys() - by_name.keys())}")
     for name, parts in ranges.items():
@@ -85,6 +85,11 @@ def saved_steps(state_dict: Mapping) -> tuple[int, bool]:
     if not _is_int(steps, 0) or not isinstance(paused, bool):
         raise ValueError(f"steps must be an int, 0 or more, and paused a bool, got {steps!r} and {paused!r}")
     return steps, paused
+
+
+def _by_live_names(saved: Mapping[str, object], live: Mapping[str, object]) -> dict[str, object]:
+    """Return `saved` under names without what wrappers add, which earlier versions saved with them."""
+    return {name if name in live or not isinstance(name, str) else plain_name(name): v for name, v in saved.items()}
 
 
 def _is_int(value: object, least: int) -> bool:

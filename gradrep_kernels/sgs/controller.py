@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from itertools import islice
 from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gradrep_kernels.dtensor import is_dtensor
+from gradrep_kernels.sgs.batches import call_of, draw
 from gradrep_kernels.sgs.checks import (
     check_choice,
     check_int,
@@ -23,6 +22,7 @@ from gradrep_kernels.sgs.checks import (
     saved_scalings,
     saved_steps,
 )
+from gradrep_kernels.sgs.copies import carried, carry, release
 from gradrep_kernels.sgs.dependence import check_k
 
 # Models that were pickled before the hook moved name it `gradrep_kernels.sgs.controller._Watch`.
@@ -30,10 +30,12 @@ from gradrep_kernels.sgs.every_steps import ForwardWatch as _Watch  # noqa: F401
 from gradrep_kernels.sgs.every_steps import TrainingUpdates
 from gradrep_kernels.sgs.gathering import DEPENDENCES, Binning, Ranges, Tables, gather_map
 from gradrep_kernels.sgs.gradient_hooks import GradientScaling, StepHooks, UpdateScaling, closure_of
-from gradrep_kernels.sgs.layers import Layer, find_layers, named_root, unwrapped
+from gradrep_kernels.sgs.layers import Layer, find_layers
 from gradrep_kernels.sgs.learning import Learning, Options
 from gradrep_kernels.sgs.passes import run, undisturbed
 from gradrep_kernels.sgs.ranks import Ranks, attempt
+from gradrep_kernels.sgs.warn import warn, warn_not_finite
+from gradrep_kernels.wrappers import inner_optimizer, named_root, plain_name, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +65,12 @@ class SpatialGradientScaling:
     optimizer, step hooks put a scaled copy into `.grad` for the time of the step and the caller's tensor back after it.
 
     Args:
-        model:         may be wrapped (DistributedDataParallel, torch.compile). Names are those of the model inside
-        optimizer:     torch.optim.Optimizer. Convolutions whose weight it does not hold are skipped. Two controllers
-                       may scale one weight if the optimizer has `set_spatial_scaling`: the last update wins. Where
-                       hooks scale there can be only one
+        model:         may be wrapped (DistributedDataParallel, torch.compile, Fabric). Names are those of the model
+                       inside
+        optimizer:     torch.optim.Optimizer, or a wrapper with one in its `.optimizer` (Accelerate, Lightning). The
+                       attribute `optimizer` is the one inside. Convolutions whose weight it does not hold are skipped
+                       until it does. Two controllers may scale one weight if the optimizer has `set_spatial_scaling`:
+                       the last update wins. Where hooks scale there can be only one
         k:             of the transform (Eq. 8), positive; 5 is the paper's
         every, warmup: an update is due at epoch `warmup` and after it at each epoch that `every` divides
         batches:       how many are drawn for an update, on each rank
@@ -79,10 +83,15 @@ class SpatialGradientScaling:
                        Adagrad*, appendix A.2)
         process_group: of torch.distributed, whose ranks pool ranges and counts. None: the default group, if there is
                        one. G is the same on every rank, to the bit, however the batches are dealt. Every rank must call
-                       for an update at the same time. Numbers of batches may differ
+                       for an update at the same time. Numbers of batches may differ. Under FSDP2 (a parameter is a
+                       DTensor) a rank with fewer batches takes part in the forwards of the others, and needs one
 
     Tied weights, and convolutions that are called more than once, pool all their maps. A convolution that is not called
     during an update keeps its G. So does one whose map is not finite (with a warning) or whose dependence is undefined.
+
+    Copies (copy.deepcopy) and pickles: a controller that is copied together with its model and optimizer goes on with
+    the copies. A copy of an optimizer that hooks scale keeps the scalings of that time, until a controller is made for
+    it, which begins with them.
 
     `every_steps` departs from the paper. The maps are those of the training forward: in train mode, with the weights of
     that step. They are seen once, so bins lie where the ranges of the update before put them, and the first update only
@@ -119,7 +128,8 @@ class SpatialGradientScaling:
         apply_to: str = "gradient",
         process_group: dist.ProcessGroup | None = None,
     ):
-        check_objects(model, optimizer, process_group)
+        check_objects(model, process_group)
+        optimizer = inner_optimizer(optimizer)
         check_int("every", every, 1)
         check_int("warmup", warmup, 0)
         check_int("batches", batches, 1)
@@ -127,45 +137,81 @@ class SpatialGradientScaling:
             check_int("every_steps", every_steps, 1)
         check_choice("dependence", dependence, tuple(DEPENDENCES))
         check_choice("apply_to", apply_to, ("gradient", "update"))
-        by_hooks = apply_to == "update" or not hasattr(optimizer, "set_spatial_scaling")
-        if any(other.optimizer is optimizer and (by_hooks or other._scaler is not None) for other in _controllers):
+        self._scaler: GradientScaling | UpdateScaling | None = None
+        if apply_to == "update" or not hasattr(optimizer, "set_spatial_scaling"):
+            self._scaler = UpdateScaling() if apply_to == "update" else GradientScaling()
+        self.optimizer = optimizer
+        if self._is_scaled_by_another():
             raise ValueError("optimizer is scaled by another SpatialGradientScaling already; call its remove() first")
         self._options = Options(check_k(k), bool(remove_near), every_steps)
         self.every, self.warmup, self.batches = every, warmup, batches
-        self.apply_to, self.dependence, self.optimizer = apply_to, dependence, optimizer
+        self.apply_to, self.dependence = apply_to, dependence
         self._model = unwrapped(model)
-        self._layers, self._skipped = find_layers(named_root(model), optimizer)
+        self._layers, self._skipped = find_layers(named_root(self._model), optimizer)
         if not self._layers:
-            _warn("SpatialGradientScaling found no convolution to scale; .skipped says why")
-        self._scaler: GradientScaling | UpdateScaling | None = None
-        if by_hooks:
-            self._scaler = UpdateScaling() if apply_to == "update" else GradientScaling()
+            warn("SpatialGradientScaling found no convolution to scale; .skipped says why")
         self._ranks = Ranks(process_group)
         target = optimizer if self._scaler is None else self._scaler
         self._learning = Learning(self._layers, DEPENDENCES[dependence], self._options, self._ranks, target)
         self._training = TrainingUpdates(self._learning, self._options)
-        self._handles = [] if every_steps is None else self._training.register()
-        if by_hooks or every_steps is not None:
-            self._handles += StepHooks(self._before_step, self._after_step).register(optimizer)
+        self._watches = every_steps is not None  # for as long as the controller lives
+        self._held = _number_of_parameters(optimizer)  # when layers were last looked for
+        self._informed = False  # whether scalings were learned or loaded, or their lack was told
+        self._start()
+
+    def _is_scaled_by_another(self) -> bool:
+        """Whether another controller scales the optimizer, and one of the two by hooks."""
+        others = [other for other in _controllers if other.optimizer is self.optimizer and other is not self]
+        return any(other._scaler is not None or self._scaler is not None for other in others)
+
+    def _start(self) -> None:
+        """Set all hooks, in place of those that a copied optimizer brought, and go on with the scalings of those."""
+        inherited = release(self.optimizer)
+        if self._scaler is not None:
+            carry(self.optimizer, self._scaler)
+        self._handles = self._training.register(self._layers) if self._watches else []
+        if self._scaler is not None or self._watches:
+            self._handles += StepHooks(self._before_step, self._after_step).register(self.optimizer)
         _controllers.add(self)
+        if inherited is not None and inherited is not self._scaler:
+            for layer in self._layers:
+                self._learning.set(layer, inherited.spatial_scaling(layer.weight))
+                self._informed = self._informed or layer.g is not None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_handles": [], "_is_active": self in _controllers}
 
     def __setstate__(self, state: dict) -> None:
-        """Restore a pickle.
+        """Restore a copy or a pickle.
 
-        One from before `Learning` had its options in attributes, and the layers held what was learned.
+        A pickle from before `Learning` had its options in attributes, and the layers held what was learned.
         """
-        if "_learning" in state:
-            self.__dict__.update(state)
+        if "_learning" not in state:
+            self._restore_attributes(state)
             return
+        handles, is_active = state["_handles"], state.get("_is_active")
+        self.__dict__.update({name: value for name, value in state.items() if name != "_is_active"}, _handles=[])
+        if is_active is None:  # an earlier version's, which pickled its hooks
+            is_active = bool(handles) or (self._scaler is None and self.every_steps is None)
+            self._watches, self._held, self._informed = self.every_steps is not None, -1, True
+            for layer in self._layers:
+                layer.convs = {plain_name(name): conv for name, conv in layer.convs.items()}
+        # A shallow copy shares everything, and its original has the hooks.
+        is_shallow = any(other._learning is self._learning for other in _controllers)
+        if is_active and not is_shallow and not self._is_scaled_by_another():
+            self._start()
+
+    def _restore_attributes(self, state: dict) -> None:
         names = ("k", "every", "warmup", "batches", "every_steps", "remove_near", "dependence", "apply_to")
         options = {name: state[name] for name in names}
         self.__init__(state["_model"], state["optimizer"], **options, process_group=state["_ranks"].group)
-        saved = {layer.name: vars(layer) for layer in state["_layers"]}
+        saved = {plain_name(layer.name): vars(layer) for layer in state["_layers"]}
         for layer in self._layers:
             self._learning.set(layer, saved[layer.name]["g"])
         plans = {layer: saved[layer.name]["plan"] for layer in self._layers}
         binnings = {layer: Binning(plan.ranges, plan.n) for layer, plan in plans.items() if plan is not None}
         self._training.restore(state["_steps"], state["_paused"], binnings)
+        self._informed = True
 
     @property
     def scalings(self) -> dict[str, Tensor]:
@@ -197,10 +243,13 @@ class SpatialGradientScaling:
     def load_state_dict(self, state_dict: Mapping) -> None:
         """Restore what `state_dict()` gave, and tell the optimizer.
 
+        Names may have the prefixes of wrappers (`_orig_mod.`, `_forward_module.`), as earlier versions saved them.
+
         Raises:
             ValueError: anything else: names, shapes or dtypes that do not fit this model, scalings that are negative or
                 not finite. Nothing is changed then.
         """
+        self._look_again()
         saved = saved_scalings(state_dict, self.scalings)
         binnings = saved_binnings(state_dict, self._layers)
         steps, paused = saved_steps(state_dict)
@@ -208,12 +257,15 @@ class SpatialGradientScaling:
             g = saved[layer.name].detach().to("cpu", torch.float32, copy=True)
             self._learning.set(layer, None if bool((g == 1).all()) else g)
         self._training.restore(steps, paused, binnings)
+        self._informed = True
 
     def remove(self) -> None:
         """Take all hooks off, leave the optimizer unscaled, and let go of what was gathered for the next update."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._scaler is not None and carried(self.optimizer) is self._scaler:
+            release(self.optimizer)
         for layer in self._layers:
             self._learning.set(layer, None)
         self._training.forget()
@@ -224,96 +276,110 @@ class SpatialGradientScaling:
 
         Epochs count from 0. An update is due at `warmup` and after it where `every` divides the epoch. With
         `every_steps` none ever is, but the updates of the steps pause while epoch < warmup.
+
+        Warns once where a resumed run seems to have forgotten `load_state_dict`.
         """
+        self._look_again()
         if self.every_steps is not None:
             self._training.paused = epoch < self.warmup
+            if self._training.steps == 0 and self.optimizer.state:
+                self._warn_if_forgotten(epoch, "the updates of its steps")
             return False
         if epoch != self.warmup and (epoch < self.warmup or epoch % self.every != 0):
+            if self.optimizer.state:
+                self._warn_if_forgotten(epoch, f"epoch {(epoch // self.every + 1) * self.every}")
             return False
         self.update(loader, forward)
         return True
+
+    def _warn_if_forgotten(self, epoch: int, until: str) -> None:
+        if epoch > self.warmup and self._layers and not self._informed:
+            self._informed = True
+            warn(
+                f"scalings were neither learned nor loaded, though epoch {epoch} is past the warm-up ({self.warmup}). "
+                f"Convolutions train unscaled until {until}. A resumed run must load the controller's state_dict too"
+            )
+
+    def _look_again(self) -> None:
+        """Add the convolutions whose weights have joined the optimizer."""
+        self._held = _number_of_parameters(self.optimizer)
+        seen = {conv for layer in self._layers for conv in layer.convs.values()}
+        layers, self._skipped = find_layers(named_root(self._model), self.optimizer, self._layers)
+        self._layers[:] = layers  # `Learning` has the same list
+        if self._watches and self._handles:
+            self._handles += self._training.register(layers, seen)
 
     def update(self, batches: Iterable, forward: Callable[[nn.Module, object], object] | None = None) -> None:
         """Learn G from up to `self.batches` batches, drawn once, in two passes without autograd in eval mode.
 
         Args:
             batches: iterable (a DataLoader). A Tensor goes to model(b), a tuple or list to model(b[0]), a dict to
-                     model(**b), copied to the device of the parameters
-            forward: forward(model, batch) instead, with the model free of its wrappers and the whole batch copied there
+                     model(**b), copied to the device of the parameters. Floating-point tensors get the dtype of the
+                     parameters, unless autocast is on
+            forward: forward(model, batch) instead, with the model free of its wrappers and the whole batch copied
+                     there, in the dtype that it has
 
         One map is alive at a time: hooks take its statistics and let it go. The passes run under the caller's autocast,
         and a map is what the convolution is given, before it casts it. Modes, buffers, hooks and random states (of
         torch, numpy, Python, and the generators of the loader and its samplers) are afterwards as before, also if a
-        pass raises.
+        pass raises. Both passes begin with the same buffers and random states.
 
         Warns where there are fewer batches than asked for, and with the names of layers whose map is not finite.
 
         Raises:
-            ValueError:   no batch at all, on any rank.
-            TypeError:    a batch of another kind, and no `forward`.
+            ValueError:   no batch at all, on any rank. Under FSDP2: none on one of the ranks.
+            TypeError:    a batch of another kind, or an integer one that the model does not take, and no `forward`.
             RuntimeError: the update failed on another rank.
         """
+        self._look_again()
         if not self._layers:
             return
         start, self._ranks.bytes = time.perf_counter(), 0
         kept: list = []
-
-        def draw() -> None:
-            for batch in islice(batches, self.batches):
-                kept.append(batch[0] if forward is None and isinstance(batch, (tuple, list)) else batch)
-
-        def pass_over(layers: Iterable[Layer], statistics: Ranges | Tables) -> None:
-            hooks = [
-                (conv, partial(gather_map, (statistics,), self.remove_near, layer))
-                for layer in layers
-                for conv in layer.convs.values()
-            ]
-            run(self._model, kept, forward, hooks)
-
         self._training.forget()
-        with undisturbed(self._model, batches):
+        with undisturbed(self._model, batches) as begin_pass:
+
+            def pass_over(layers: Iterable[Layer], statistics: Ranges | Tables) -> None:
+                hooks = [
+                    (conv, partial(gather_map, (statistics,), self.remove_near, layer))
+                    for layer in layers
+                    for conv in layer.convs.values()
+                ]
+                begin_pass()
+                run(self._model, kept, call_of(self._model, forward), hooks, calls)
+
+            failure = attempt(lambda: draw(batches, self.batches, forward, kept))
+            calls = len(kept)
+            if self._ranks.many and any(is_dtensor(p) for p in self._model.parameters()):
+                calls = self._ranks.calls_of_each(calls, failure, self._layers[0].weight.device)
             ranges = Ranges()
-            failure = attempt(draw) or attempt(lambda: pass_over(self._layers, ranges))
+            failure = failure or attempt(lambda: pass_over(self._layers, ranges))
             binnings, not_finite_layers = self._learning.bin(ranges, len(kept), failure)
             tables = self._learning.new_tables(binnings)
             failure = attempt(lambda: pass_over(binnings, tables))
             self._learning.learn(tables, binnings, failure)
+        self._informed = True
         if len(kept) < self.batches:
-            _warn(f"asked for {self.batches} batches, there were {len(kept)}")
-        _warn_not_finite(not_finite_layers)
+            warn(f"asked for {self.batches} batches, there were {len(kept)}")
+        warn_not_finite(not_finite_layers)
         counts = len(binnings), len(self._layers), len(kept), time.perf_counter() - start, self._ranks.bytes
         logger.debug("counted for %d of %d layers over %d batches in %.3f s, %d bytes to other ranks", *counts)
 
     def _before_step(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self._training.due and closure_of(args, kwargs) is None:
-            _warn_not_finite(self._training.learn())
+            warn_not_finite(self._training.learn())
         return None if self._scaler is None else self._scaler.before_step(args, kwargs)
 
     def _after_step(self, args: tuple, kwargs: dict) -> None:
         if self._scaler is not None:
-            self._scaler.after_step()
+            self._scaler.after_step(args, kwargs)
         if self._training.due and closure_of(args, kwargs) is not None:  # its forward ran inside the step
-            _warn_not_finite(self._training.learn())
+            warn_not_finite(self._training.learn())
         if self.every_steps is not None:
             self._training.steps += 1
+        if self._watches and _number_of_parameters(self.optimizer) != self._held:
+            self._look_again()
 
 
-def _warn_not_finite(layers: list[Layer]) -> None:
-    if layers:
-        names = ", ".join(name for layer in layers for name in layer.convs)
-        _warn(f"the input of {names} is not finite; the scaling stays as it was", RuntimeWarning)
-
-
-def _warn(text: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the caller's line.
-
-    It lies above this package, and above torch, which calls the hooks of a step.
-    """
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(text, category, stacklevel=level)
-
-
-def _is_inside(module: str) -> bool:
-    return module.split(".")[0] == "torch" or module.rpartition(".")[0] == __package__
+def _number_of_parameters(optimizer: torch.optim.Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
+
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -29,6 +31,13 @@ class ForwardWatch:
         return ForwardWatch, (None, None)
 
 
+def _remove_idle(conv: nn.Conv2d) -> None:
+    hooks, with_kwargs = (vars(conv)[name] for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"))
+    for key in [key for key, hook in hooks.items() if isinstance(hook, ForwardWatch) and hook.updates is None]:
+        del hooks[key]
+        with_kwargs.pop(key, None)
+
+
 class TrainingUpdates:
     """Gathers from the forwards of each due step, and learns from them in that step.
 
@@ -42,13 +51,18 @@ class TrainingUpdates:
         self.binnings: dict[Layer, Binning] = {}  # for the next update
         self.forget()
 
-    def register(self) -> list[RemovableHandle]:
-        """Watch the forwards of all convolutions."""
-        return [
-            conv.register_forward_pre_hook(ForwardWatch(self, layer), with_kwargs=True)
-            for layer in self._learning.layers
-            for conv in layer.convs.values()
-        ]
+    def register(self, layers: Iterable[Layer], seen: Container[nn.Conv2d] = ()) -> list[RemovableHandle]:
+        """Watch the forwards of the convolutions of `layers`, except for those `seen`.
+
+        Idle hooks that a copy or a pickle brought go.
+        """
+        handles = []
+        for layer in layers:
+            for conv in layer.convs.values():
+                if conv not in seen:
+                    _remove_idle(conv)
+                    handles.append(conv.register_forward_pre_hook(ForwardWatch(self, layer), with_kwargs=True))
+        return handles
 
     @property
     def due(self) -> bool:

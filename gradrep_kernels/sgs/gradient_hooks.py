@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
+from gradrep_kernels.dtensor import local, replicated_like
+
 
 class StepHooks:
     """Calls `before(args, kwargs)` and `after(args, kwargs)` around each step of an optimizer.
@@ -62,7 +64,33 @@ def _is_running(frame: FrameType | None) -> bool:
     return frame is not None and caller is frame
 
 
-class GradientScaling:
+class _Scaling:
+    """The scalings that hooks apply.
+
+    Copies and pickles have them alone, and nothing of a step that is under way: torch copies no gradients either.
+    """
+
+    def __init__(self):
+        self._scalings: dict[Parameter, Tensor] = {}  # G, float32 [kh, kw]
+
+    def __getstate__(self) -> dict:
+        return {"_scalings": self._scalings}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__()
+        self._scalings = state.get("_scalings") or state.get("scalings", {})  # as earlier versions named it
+
+    def set_spatial_scaling(self, parameter: Parameter, g: Tensor | None) -> None:
+        if g is None:
+            self._scalings.pop(parameter, None)
+        else:
+            self._scalings[parameter] = g
+
+    def spatial_scaling(self, parameter: Parameter) -> Tensor | None:
+        return self._scalings.get(parameter)
+
+
+class GradientScaling(_Scaling):
     """Puts a scaled copy into `.grad` before the step and the caller's tensor back after it (SGS paper, Eq. 2).
 
     The product is rounded once to the gradient's dtype. With a closure, the gradients are the caller's while it runs
@@ -72,12 +100,9 @@ class GradientScaling:
     """
 
     def __init__(self):
-        self._scalings: dict[Parameter, Tensor] = {}  # G, float32 [kh, kw]
-        # For each gradient that is swapped: parameter, the caller's gradient, the copy, and the copy's version.
-        self._swapped: list[tuple[Parameter, Tensor, Tensor, int]] = []
-
-    def set_spatial_scaling(self, parameter: Parameter, g: Tensor | None) -> None:
-        _set_or_remove(self._scalings, parameter, g)
+        super().__init__()
+        # For each gradient that is swapped: parameter, the caller's gradient, the copy, and the copy's versions.
+        self._swapped: list[tuple[Parameter, Tensor, Tensor, tuple[int, int]]] = []
 
     def before_step(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._put_back(unless_written=True)
@@ -85,7 +110,7 @@ class GradientScaling:
         closure = closure_of(args, kwargs)
         return None if closure is None else _with_closure(args, kwargs, lambda: self._around(closure))
 
-    def after_step(self) -> None:
+    def after_step(self, args: tuple, kwargs: dict) -> None:
         self._put_back()
 
     def _around(self, closure: Callable) -> object:
@@ -99,18 +124,27 @@ class GradientScaling:
         for parameter, g in self._scalings.items():
             grad = parameter.grad
             if grad is not None:
-                copy = (grad * g.to(grad.device)).to(grad.dtype)
+                copy = (grad * replicated_like(g, grad)).to(grad.dtype)
                 parameter.grad = copy
-                self._swapped.append((parameter, grad, copy, copy._version))
+                self._swapped.append((parameter, grad, copy, _versions(copy)))
 
     def _put_back(self, unless_written: bool = False) -> None:
-        for parameter, grad, copy, version in self._swapped:
-            if parameter.grad is copy and not (unless_written and copy._version != version):
+        for parameter, grad, copy, versions in self._swapped:
+            if parameter.grad is copy and not (unless_written and _versions(copy) != versions):
                 parameter.grad = grad
         self._swapped.clear()
 
 
-class UpdateScaling:
+@torch.no_grad()
+def _versions(t: Tensor) -> tuple[int, int]:
+    """Return what counts the writes to a tensor.
+
+    FSDP adds gradients to the shard inside a DTensor, which the DTensor's own counter does not notice.
+    """
+    return t._version, local(t)._version
+
+
+class UpdateScaling(_Scaling):
     """Scales the change that a step makes to the weight (the paper's Adagrad*, appendix A.2).
 
     W <- W_before + G * (W_after - W_before), in float32 at least and rounded once. The optimizer's own weight decay is
@@ -118,29 +152,19 @@ class UpdateScaling:
     """
 
     def __init__(self):
-        self._scalings: dict[Parameter, Tensor] = {}  # G, float32 [kh, kw]
-        self._before: list[tuple[Parameter, Tensor]] = []
-
-    def set_spatial_scaling(self, parameter: Parameter, g: Tensor | None) -> None:
-        _set_or_remove(self._scalings, parameter, g)
+        super().__init__()
+        self._before: list[tuple[Parameter, Tensor, Tensor]] = []  # parameter, its value, G
 
     def before_step(self, args: tuple, kwargs: dict) -> None:
-        self._before = [(parameter, parameter.detach().clone()) for parameter in self._scalings]
+        self._before = [(parameter, parameter.detach().clone(), g) for parameter, g in self._scalings.items()]
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        for parameter, before in self._before:
+    def after_step(self, args: tuple, kwargs: dict) -> None:
+        for parameter, before, g in self._before:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             before = before.to(dtype)
-            parameter.copy_(before + (parameter.to(dtype) - before) * self._scalings[parameter].to(parameter.device))
+            parameter.copy_(before + (parameter.to(dtype) - before) * replicated_like(g, parameter))
         self._before = []
-
-
-def _set_or_remove(scalings: dict[Parameter, Tensor], parameter: Parameter, g: Tensor | None) -> None:
-    if g is None:
-        scalings.pop(parameter, None)
-    else:
-        scalings[parameter] = g
 
 
 def closure_of(args: tuple, kwargs: dict) -> Callable | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from gradrep_kernels.sgs.taps import flat, half_displacements, resolve_padding, scalable_kernel
+from gradrep_kernels.wrappers import plain_name
 
-_WRAPPED = ("module", "_orig_mod")  # the attribute of DistributedDataParallel and of torch.compile that holds the model
+_OTHER_CHANNELS = "it shares its weight with a convolution of another number of input channels"
 
 
 @dataclass(eq=False)
@@ -39,51 +42,61 @@ class Layer:
         return torch.ones(self.kernel_size) if self.g is None else self.g.clone()
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside its wrappers, which is the one that a pass calls.
+def find_layers(
+    root: nn.Module, optimizer: torch.optim.Optimizer, known: Sequence[Layer] = ()
+) -> tuple[list[Layer], dict[str, str]]:
+    """Return the layers whose weights the optimizer holds, and for each other nn.Conv2d why it is skipped.
 
-    The forward of DistributedDataParallel broadcasts buffers, so all ranks would have to call it equally often. Here
-    they may bring different numbers of batches.
+    Layers are in the order of the modules.
+
+    Args:
+        known: layers that were found before. They stay, whatever the optimizer holds by now
     """
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
-
-
-def named_root(model: nn.Module) -> nn.Module:
-    """Return the module that names are relative to.
-
-    A wrapper of any class is recognised by the name of its only child.
-    """
-    while [name for name, _ in model.named_children()] in ([name] for name in _WRAPPED):
-        model = next(model.children())
-    return model
-
-
-def find_layers(root: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list[Layer], dict[str, str]]:
-    """Return the layers whose weights the optimizer holds, and for each other nn.Conv2d why it is skipped."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    layers: dict[int, Layer] = {}
+    known_convs = {id(conv): layer for layer in known for conv in layer.convs.values()}
+    layers = {id(layer.weight): layer for layer in known}
+    order: dict[Layer, None] = {}
     skipped: dict[str, str] = {}
-    for name, conv in root.named_modules():
-        if not isinstance(conv, nn.Conv2d):
-            continue
-        weight = conv._parameters.get("weight")  # None where a parametrization computes it
-        reason = scalable_kernel(conv.kernel_size)
-        if reason is None and (weight is None or id(weight) not in held):
-            reason = "its weight is not a parameter that the optimizer holds"
-        if reason is None and weight.is_complex():
-            reason = "its weight is complex"
-        if reason is not None:
+    for name, conv in _named_convs(root):
+        layer = known_convs.get(id(conv))
+        if layer is None and (reason := _why_not(conv, held)) is not None:
             skipped[name] = reason
-        else:
-            layers.setdefault(id(weight), Layer(weight, {})).convs[name] = conv
-    for key, layer in list(layers.items()):
+            continue
+        if layer is None:
+            weight = conv._parameters["weight"]
+            layer = layers.setdefault(id(weight), Layer(weight, {}))
+            if layer in known and conv.in_channels != layer.statistics_shape[0]:
+                skipped[name] = _OTHER_CHANNELS
+                continue
+            layer.convs[name] = conv
+        order[layer] = None
+    for layer in list(order):
         if len({conv.in_channels for conv in layer.convs.values()}) > 1:
-            reason = "it shares its weight with a convolution of another number of input channels"
-            skipped.update({name: reason for name in layer.convs})
-            del layers[key]
-    return list(layers.values()), skipped
+            skipped.update({name: _OTHER_CHANNELS for name in layer.convs})
+            del order[layer]
+    return list(order) + [layer for layer in known if layer not in order], skipped
+
+
+def _named_convs(root: nn.Module) -> list[tuple[str, nn.Conv2d]]:
+    """Return (name, convolution), names without what wrappers add. Where two would be alike, both stay whole."""
+    convs = [(name, module) for name, module in root.named_modules() if isinstance(module, nn.Conv2d)]
+    times = Counter(plain_name(name) for name, _ in convs)
+    return [(name if times[plain_name(name)] > 1 else plain_name(name), conv) for name, conv in convs]
+
+
+def _why_not(conv: nn.Conv2d, held: set[int]) -> str | None:
+    """Say why a convolution has no layer, or return None. `held` has the ids of the optimizer's parameters."""
+    reason = scalable_kernel(conv.kernel_size)
+    if reason is not None:
+        return reason
+    weight = conv._parameters.get("weight")  # None where a parametrization computes it
+    if weight is None or id(weight) not in held:
+        return "its weight is not a parameter that the optimizer holds"
+    if weight.is_complex():
+        return "its weight is complex"
+    if weight.dim() != 4:
+        return "its weight is stored flat, as FullyShardedDataParallel does"
+    return None
 
 
 def input_map(conv: nn.Conv2d, args: tuple, kwargs: dict) -> Tensor | None:

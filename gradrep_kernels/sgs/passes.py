@@ -4,49 +4,122 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradrep_kernels.dtensor import PLAIN
+
 
 @contextmanager
-def undisturbed(model: nn.Module, loader: object) -> Iterator[None]:
+def undisturbed(model: nn.Module, loader: object) -> Iterator[Callable[[], None]]:
     """Put the model into eval mode without autograd, then restore modes, buffers and random states.
 
-    They are restored after an exception too. Modes are set as attributes, because `.eval()` and `.train()` may be
-    overridden, for example to merge weights.
+    Yields a function to call before each pass over the same batches. It gives the model the buffers of the beginning,
+    and the random states of its first call: a model that moves its buffers in eval mode too (observers of quantization)
+    shows the same maps in each pass.
+
+    Each restoration is tried, after an exception and after a restoration that failed too. Modes are set as attributes,
+    because `.eval()` and `.train()` may be overridden, for example to merge weights.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module, _ in modes
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    holders = loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
-    generators = {getattr(holder, "generator", None) for holder in holders} - {None}
-    states = [(generator, generator.get_state()) for generator in generators]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    gpus = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    buffers = [_Buffers(module) for module, _ in modes]
+    parameters = list(model.parameters())
+    gpus = sorted({p.device.index for p in parameters if p.is_cuda})
+    of_first_pass: list[Callable[[], None]] = []
+
+    def begin_pass() -> None:
+        for module, _ in modes:
+            module.training = False
+        if of_first_pass:
+            _call_all([*(part.restore for part in buffers), *of_first_pass])
+        else:
+            of_first_pass.extend(_random_states(gpus))
+
+    restorations = [partial(setattr, module, "training", training) for module, training in modes]
+    restorations += [part.restore for part in buffers]
+    restorations += _random_states(gpus) + [partial(g.set_state, g.get_state()) for g in _generators(loader)]
+    restorations.append(partial(_shard_again, model, parameters))
     try:
-        with torch.random.fork_rng(devices=gpus), torch.no_grad(), _eager():
+        with torch.no_grad(), _eager():
             for module, _ in modes:
                 module.training = False
-            yield
+            yield begin_pass
     finally:
-        for module, training in modes:
-            module.training = training
-        for module, name, buffer, value in buffers:
-            module._buffers[name] = buffer
-            buffer.data.copy_(value)  # leaves the version counter alone, as batch norm does when it writes
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        for generator, state in states:
-            generator.set_state(state)
+        _call_all(restorations)
+
+
+def _call_all(actions: list[Callable[[], object]]) -> None:
+    """Call each of them, even if one raises."""
+    with ExitStack() as stack:
+        for action in reversed(actions):
+            stack.callback(action)
+
+
+class _Buffers:
+    """The buffers of one module: which tensors they are, where those lie, and their values."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+        self._buffers = dict(module._buffers)
+        self._not_saved = set(vars(module)["_non_persistent_buffers_set"])
+        # An alias keeps place, shape and dtype of a buffer that a forward resizes or points elsewhere.
+        self._values = [(b, b.data, b.clone()) for b in self._buffers.values() if b is not None]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        module = self._module
+        if _identities(module._buffers) != _identities(self._buffers):
+            for name in self._buffers.keys() - module._buffers.keys():
+                vars(module).pop(name, None)  # assigned after its removal, a plain attribute would hide the buffer
+            module._buffers.clear()
+            module._buffers.update(self._buffers)
+        vars(module)["_non_persistent_buffers_set"] = set(self._not_saved)
+        for buffer, alias, value in self._values:
+            alias.copy_(value)  # leaves the version counter alone, as batch norm does when it writes
+            if _place(buffer) != _place(alias):
+                buffer.data = alias
+
+
+def _identities(buffers: dict[str, Tensor | None]) -> list[tuple[str, int]]:
+    return [(name, id(buffer)) for name, buffer in buffers.items()]
+
+
+def _place(t: Tensor) -> tuple:
+    where = (t.stride(), t.data_ptr()) if type(t) in PLAIN and t.layout == torch.strided else ()
+    return t.shape, t.dtype, t.device, t.layout, *where
+
+
+def _generators(loader: object) -> list[torch.Generator]:
+    """Return the generators of a loader and its samplers."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
+    generators = {getattr(holder, "generator", None) for holder in holders}
+    return [generator for generator in generators if isinstance(generator, torch.Generator)]
+
+
+def _random_states(gpus: list[int]) -> list[Callable[[], None]]:
+    """Return what sets the random states of torch, numpy and Python to those of now."""
+    restorations = [
+        partial(torch.set_rng_state, torch.get_rng_state()),
+        partial(random.setstate, random.getstate()),
+        partial(np.random.set_state, np.random.get_state()),
+    ]
+    return restorations + [partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(i), i) for i in gpus]
+
+
+def _shard_again(model: nn.Module, before: list[nn.Parameter]) -> None:
+    """Shard what FSDP gathered for a forward: the root keeps its parameters whole until a backward comes."""
+    known = set(map(id, before))
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(id(p) not in known for p in model.parameters()):
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
 
 
 def _eager() -> AbstractContextManager:
@@ -57,34 +130,22 @@ def _eager() -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-def run(model: nn.Module, batches: list, forward: Callable | None, hooks: list[tuple[nn.Module, Callable]]) -> None:
-    """Call the model on each batch, with forward pre-hooks (module, args, kwargs) that are gone afterwards."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+def run(
+    model: nn.Module,
+    inputs: list,
+    call: Callable[[nn.Module, object], object],
+    hooks: list[tuple[nn.Module, Callable]],
+    calls: int,
+) -> None:
+    """Call the model on each input, with forward pre-hooks (module, args, kwargs) that are gone afterwards.
+
+    Args:
+        calls: how often the model is called. The calls beyond `inputs` repeat the last one without the hooks
+    """
     with ExitStack() as handles:
         for module, hook in hooks:
             handles.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        for batch in batches:
-            (forward or _call)(model, _copied(batch, device))
-
-
-def _call(model: nn.Module, batch: object) -> object:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, Tensor):
-        return model(batch)
-    raise TypeError(
-        "a batch must be a Tensor, a tuple or list that starts with one, or a dict; "
-        f"got {type(batch).__name__} (or give forward=)"
-    )
-
-
-def _copied(item: object, device: torch.device) -> object:
-    """Return a copy on `device`. A model may write into its input, and both passes must see the same."""
-    if isinstance(item, Tensor):
-        return item.to(device, copy=True)
-    if isinstance(item, Mapping):
-        return {key: _copied(value, device) for key, value in item.items()}
-    if isinstance(item, (tuple, list)):
-        copies = [_copied(value, device) for value in item]
-        return type(item)(*copies) if hasattr(item, "_fields") else type(item)(copies)
-    return item
+        for item in inputs:
+            call(model, item)
+    for _ in range(calls - len(inputs)):
+        call(model, inputs[-1])

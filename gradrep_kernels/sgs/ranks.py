@@ -19,6 +19,9 @@ class Ranks:
         self.group = group
         self.bytes = 0  # that this rank brought to reductions; the caller sets it back to 0
 
+    def __deepcopy__(self, memo: dict) -> Ranks:
+        return Ranks(self.group)  # a group cannot be copied, and the copy runs in this process too
+
     @property
     def many(self) -> bool:
         return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1
@@ -39,6 +42,24 @@ class Ranks:
         dist.all_reduce(flat, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MIN, group=self.group)
         self.bytes += flat.numel() * flat.element_size()
         return _split(flat, parts)
+
+    def calls_of_each(self, drawn: int, failure: Exception | None, device: torch.device) -> int:
+        """Return the most batches that a rank has drawn, for a model whose forward all ranks must call equally often.
+
+        Raises:
+            ValueError:   a rank has none, on every rank.
+            RuntimeError: another rank failed to draw.
+        """
+        (failures,) = self.reduce([torch.tensor([failure is not None]).long()], "sum", device)
+        raise_together(failure, int(failures))
+        (ends,) = self.reduce([torch.tensor([drawn, -drawn])], "min", device)
+        least, most = int(ends[0]), -int(ends[1])
+        if least == 0:
+            raise ValueError(
+                "batches is empty" + (" on a rank" if most else "") + ": an update needs at least one"
+                " on every rank, because the forward of a sharded model gathers its parameters from all of them"
+            )
+        return most
 
 
 def on_host(parts: list[Tensor]) -> list[Tensor]:

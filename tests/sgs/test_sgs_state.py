@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import warnings
 
 import pytest
 import torch
@@ -151,3 +152,77 @@ def test_a_state_that_does_not_fit_changes_nothing(change, message):
 def test_a_state_that_is_no_dict(state):
     with pytest.raises(ValueError, match="state_dict must be what state_dict"):
         controller(small_model()).load_state_dict(state)
+
+
+# -- a resumed run whose controller was forgotten ----------------------------------------------------------------------
+
+
+def resumed(**options):
+    """A model, an optimizer with momenta and a new controller, as after a restart."""
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    train(model, optimizer, make_batches())
+    return model, optimizer, gr.SpatialGradientScaling(model, optimizer, batches=2, **options)
+
+
+def warned(sgs, *epochs, batches=None):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for epoch in epochs:
+            sgs.update_if_due(epoch, batches)
+    assert all(w.category is UserWarning and w.filename == __file__ for w in caught)
+    return [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize(
+    ("options", "epoch", "until"), [({}, 2, 5), ({}, 7, 10), ({"every": 4, "warmup": 6}, 9, 12), ({"warmup": 0}, 1, 5)]
+)
+def test_a_forgotten_state_is_told_once(options, epoch, until):
+    _, _, sgs = resumed(**options)
+    (message,) = warned(sgs, epoch, epoch, epoch)
+    assert message == (
+        f"scalings were neither learned nor loaded, though epoch {epoch} is past the warm-up ({sgs.warmup}). "
+        f"Convolutions train unscaled until epoch {until}. A resumed run must load the controller's state_dict too"
+    )
+    assert sgs.update_if_due(until, make_batches())
+
+
+def test_a_forgotten_state_of_every_steps_is_told_once():
+    _, _, sgs = resumed(every_steps=2)
+    assert warned(sgs, 0, 1) == []
+    (message,) = warned(sgs, 4, 5)
+    assert "epoch 4 is past the warm-up (1). Convolutions train unscaled until the updates of its steps" in message
+    _, _, sgs = resumed(every_steps=2)
+    sgs.load_state_dict(controller(small_model(), every_steps=2).state_dict())
+    assert warned(sgs, 4) == []
+    model, optimizer, sgs = resumed(every_steps=2)
+    train(model, optimizer, make_batches(1))  # the step counts, even though it was not due
+    assert warned(sgs, 4) == []
+    assert warned(controller(small_model(), every_steps=2, warmup=0), 1) == []  # a fresh run that counts from 1
+
+
+@pytest.mark.parametrize("why", ["fresh optimizer", "during the warm-up", "learned", "loaded", "loaded ones", "due"])
+def test_nothing_is_told_where_nothing_was_forgotten(why):
+    _, optimizer, sgs = resumed(warmup=3)
+    if why == "fresh optimizer":
+        optimizer.state.clear()
+    elif why == "learned":
+        sgs.update(make_batches())
+    elif why.startswith("loaded"):
+        other = controller(small_model())
+        if why == "loaded":
+            other.update(make_batches())
+        sgs.load_state_dict(through_disk(other.state_dict()))
+    elif why == "due":
+        assert warned(sgs, 5, batches=make_batches()) == []
+    assert warned(sgs, *((0, 1, 2) if why == "during the warm-up" else (4, 6))) == []
+
+
+def test_a_whole_run_tells_nothing():
+    model, batches = small_model(), make_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
+    sgs = gr.SpatialGradientScaling(model, optimizer, batches=2)
+    for epoch in range(7):
+        assert warned(sgs, epoch, batches=batches) == []
+        train(model, optimizer, batches)
+    assert warned(copy.deepcopy(sgs), 8) == []

@@ -3,6 +3,7 @@
 import gc
 import random
 import sys
+import warnings
 import weakref
 
 import numpy as np
@@ -118,6 +119,136 @@ def test_the_generators_of_a_loader_are_as_before(where):
     assert torch.equal(generator.get_state(), before)
     next(iter(loader))
     assert not torch.equal(generator.get_state(), before)
+
+
+class Observed(nn.Module):
+    """Does to its buffers what observers of quantization do, also in eval mode, and worse."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = small_model()
+        self.register_buffer("least", torch.tensor([]))  # grows in its first forward
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("columns", torch.arange(6.0).view(2, 3).t())
+        self.register_buffer("gone", torch.ones(3), persistent=False)
+        self.register_buffer("nothing", None)
+
+    def forward(self, x):
+        channels = x.amin((0, 2, 3))
+        if self.least.numel() == 0:
+            self.least.resize_(channels.shape).copy_(channels)
+        self.least.copy_(torch.minimum(self.least, channels))
+        self.scale.resize_(4).copy_(torch.full((4,), 7.0)).mul_(x.std())
+        self.columns.data = torch.zeros(5, dtype=torch.int64)
+        if "gone" in self._buffers:
+            del self.gone
+            self.gone = 3
+            self.register_buffer("late", torch.ones(2), persistent=False)
+            self.nothing = torch.ones(1)
+        return self.body(x.clamp(min=self.least.view(1, -1, 1, 1)) + 0 * self.scale[0])
+
+
+def places(model):
+    return [(name, id(b), b.shape, b.dtype, b.stride(), b.clone()) for name, b in model.named_buffers()]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_buffers_are_as_before_whatever_a_forward_does_to_them(fails):
+    model = Observed()
+    if fails:
+        model.body[3].register_forward_pre_hook(lambda *_: 1 / 0)
+    sgs, before = controller(model), places(model)
+    keys = list(model.state_dict()), [list(module._buffers) for module in model.modules()]
+    state, pointer = random.getstate(), model.columns.data_ptr()
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            sgs.update(make_batches())
+    else:
+        sgs.update(make_batches())
+    assert same(before, places(model))
+    assert keys == (list(model.state_dict()), [list(module._buffers) for module in model.modules()])
+    assert model.columns.data_ptr() == pointer
+    assert model.nothing is None
+    assert torch.equal(model.gone, torch.ones(3))
+    assert not hasattr(model, "late")
+    assert random.getstate() == state
+    assert all_hooks(model) == fails
+
+
+def test_both_passes_see_the_same_maps():
+    """Of a model that moves its buffers, draws random numbers and changes modes in eval mode."""
+
+    class Drifting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.norm = nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)
+            self.register_buffer("gain", torch.ones(()))
+            self.seen = []
+
+        def forward(self, x):
+            self.gain.mul_(1.5)
+            x = self.norm(x * self.gain * (1 + torch.rand(()) + random.random() + np.random.rand()))
+            self.norm.train()
+            self.seen.append(x.clone())
+            return self.conv(x)
+
+    model = Drifting()
+    sgs = controller(model, batches=3)
+    sgs.update(make_batches(3))
+    assert len(model.seen) == 6
+    assert all(torch.equal(a, b) for a, b in zip(model.seen[:3], model.seen[3:]))
+    assert not torch.equal(model.seen[0] / model.seen[0].std(), model.seen[1] / model.seen[1].std())
+    assert_same(sgs.scalings, {"conv": gr.spatial_gradient_scaling(torch.cat(model.seen[:3]), 3)})
+
+
+def test_what_can_be_restored_is_restored_where_something_cannot():
+    class Stubborn(Named):
+        def __setattr__(self, name, value):
+            if name == "training" and value and "broken" in vars(self):
+                raise RuntimeError("no way back")
+            super().__setattr__(name, value)
+
+        def forward(self, image):
+            vars(self)["broken"] = True
+            return self.conv(image)
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x):
+            self.count += 1
+            return x + torch.rand(()) + random.random() + np.random.rand()
+
+    model = nn.Sequential(Counting(), Stubborn(), Counting())
+    sgs = controller(model)
+    generator = torch.Generator()
+    loader = torch.utils.data.DataLoader(torch.cat(make_batches()), 5, shuffle=True, generator=generator)
+    before = everything(model, generator)
+    with pytest.raises(RuntimeError, match="no way back"):
+        sgs.update(loader)
+    after = everything(model, generator)
+    assert after[0] == [True, True, False, True, True]  # the stubborn one alone is not as before
+    assert all(same(was, now) for was, now in zip(before[1:], after[1:]))
+
+
+def test_quantization_aware_training_before_its_first_step():
+    quantization = pytest.importorskip("torch.ao.quantization")
+    model = nn.Sequential(quantization.QuantStub(), *small_model()[:3], quantization.DeQuantStub()).train()
+    model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = quantization.prepare_qat(quantization.fuse_modules_qat(model, [["1", "2", "3"]]))
+    sgs, before, state = controller(model), places(model), random.getstate()
+    assert any(b.numel() == 0 for b in model.buffers())
+    sgs.update(make_batches())
+    assert same(before, places(model))
+    assert random.getstate() == state
+    ((name, g),) = sgs.scalings.items()
+    assert name == "1"
+    assert not torch.equal(g, torch.ones(3, 3))
 
 
 def test_overridden_train_and_eval_are_not_called():

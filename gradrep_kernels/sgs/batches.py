@@ -1,0 +1,75 @@
+"""What a model is given of a batch, and how it is called with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Forward = Callable[[nn.Module, object], object]
+
+
+def draw(batches: object, most: int, forward: Forward | None, inputs: list) -> None:
+    """Append up to `most` batches to `inputs`, or with no `forward` what the model is given of each.
+
+    Raises:
+        TypeError: a batch of another kind, and no `forward`.
+    """
+    for batch in islice(batches, most):
+        inputs.append(batch if forward is not None else _model_input(batch))
+
+
+def _model_input(batch: object) -> Tensor | Mapping:
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(first, (Tensor, Mapping)):
+        return first
+    got = type(batch).__name__ if first is batch else f"{type(batch).__name__} of {type(first).__name__}"
+    raise TypeError(
+        f"a batch must be a Tensor, a tuple or list that starts with one, or a dict; got {got} (or give forward=)"
+    )
+
+
+def call_of(model: nn.Module, forward: Forward | None) -> Forward:
+    """Return what calls the model with a copy of a batch on the device of its parameters.
+
+    A model may write into its input, and both passes must see the same. Without `forward` the copy has the parameters'
+    dtype too, unless autocast is on.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if forward is not None:
+        return lambda model, batch: forward(model, _copied(batch, device, None))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if torch.is_autocast_enabled(device.type):
+        dtype = None  # it casts by itself, and some of its operations want float32
+    return lambda model, batch: _call(model, _copied(batch, device, dtype))
+
+
+def _call(model: nn.Module, batch: Tensor | Mapping) -> object:
+    try:
+        return model(**batch) if isinstance(batch, Mapping) else model(batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        tensors = [t for t in (batch.values() if isinstance(batch, Mapping) else [batch]) if isinstance(t, Tensor)]
+        if not tensors or any(t.is_floating_point() or t.is_complex() for t in tensors):
+            raise
+        dtypes = " and ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in tensors))
+        raise TypeError(
+            f"the batch is {dtypes}, which the model does not take; forward= is where it is prepared as in the "
+            "training step"
+        ) from error
+
+
+def _copied(item: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """Return a copy on `device`, its floating-point tensors as `dtype`."""
+    if isinstance(item, Tensor):
+        return item.to(device, dtype if item.is_floating_point() else None, copy=True)
+    if isinstance(item, Mapping):
+        return {key: _copied(value, device, dtype) for key, value in item.items()}
+    if isinstance(item, (tuple, list)):
+        copies = [_copied(value, device, dtype) for value in item]
+        return type(item)(*copies) if hasattr(item, "_fields") else type(item)(copies)
+    return item
