@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["inner_optimizer", "named_root", "plain_name", "unwrapped"]
+__all__ = ["inner_optimizer", "named_root", "plain_name", "root_prefix", "saved_name", "unwrapped"]
 
 # Children by which torch.compile and Lightning Fabric hold the model, and those of wrappers whose attribute is `module`
 # (DistributedDataParallel, DataParallel, AveragedModel, averages of timm).
@@ -26,8 +26,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, _HOLD_MODULE):
             model = model.module
-        elif _COMPILED in model._modules or _FABRIC in model._modules:
-            model = model._modules.get(_COMPILED) or model._modules[_FABRIC]
+        elif _COMPILED in model._modules:
+            model = model._modules[_COMPILED]
+        elif _FABRIC in model._modules:
+            model = model._modules[_FABRIC]
         else:
             return model
 
@@ -46,12 +48,23 @@ def named_root(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def root_prefix(model: nn.Module) -> str:
+    """Return what the names of `model` have in front of those of `named_root(model)`: nothing, or a name and a dot."""
+    root = named_root(model)
+    return next(f"{name}." if name else "" for name, module in model.named_modules() if module is root)
+
+
 def plain_name(name: str) -> str:
-    """Return the name of a module, parameter or buffer without what wrappers add to it."""
-    parts = [part for part in name.split(".") if part not in _NEVER_A_NAME]
-    while len(parts) > 1 and parts[0] == _MODULE:
-        parts = parts[1:]
-    return ".".join(parts)
+    """Return a name, relative to `named_root`, without what wrappers of parts of the model add to it."""
+    return ".".join(part for part in name.split(".") if part not in _NEVER_A_NAME)
+
+
+def saved_name(name: str) -> str:
+    """Return a name out of a file without what any wrapper adds to it, the wrapper of the whole model included."""
+    name = plain_name(name)
+    while name.startswith(f"{_MODULE}."):
+        name = name.removeprefix(f"{_MODULE}.")
+    return name
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:

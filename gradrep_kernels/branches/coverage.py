@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -72,10 +73,8 @@ def _of_blocks(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Coverage:
     """The coverage of a model that has been converted: a block counts as one convolution, its largest."""
     inside = {m for block in blocks.values() for m in block.modules()}
     converted, left, kernels = {}, {}, {}
-    largest = {
-        max((m for m in block.modules() if isinstance(m, nn.Conv2d)), key=lambda m: m.weight[0, 0].numel()): name
-        for name, block in blocks.items()
-    }
+    convs = {name: [m for m in block.modules() if isinstance(m, nn.Conv2d)] for name, block in blocks.items()}
+    largest = {max(own, key=lambda m: math.prod(m.kernel_size)): name for name, own in convs.items() if own}
     plain = survey(model).left
     for name, conv in _convs(model):
         if conv in largest:

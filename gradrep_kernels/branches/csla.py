@@ -24,7 +24,15 @@ from gradrep_kernels.branches.algebra import (
 )
 from gradrep_kernels.branches.convert import with_blocks
 from gradrep_kernels.branches.scales import Scales, match
-from gradrep_kernels.branches.sites import Site, Where, conv_sites, first_few, warn_outside
+from gradrep_kernels.branches.sites import (
+    Site,
+    Where,
+    branch_scale,
+    conv_sites,
+    first_few,
+    has_branch_scales,
+    warn_outside,
+)
 from gradrep_kernels.wrappers import named_root, plain_name
 
 __all__ = ["CSLABlock", "ScaleLayer", "csla_model", "extract_scales", "hyper_search_model", "reinitialize"]
@@ -137,9 +145,9 @@ def hyper_search_model(model: nn.Module, init: str | float = "depth", *, where: 
         init: 'depth': in module order, i = 0 at a conv without shortcut and +1 at each that has one. Scales behind
             convs start at 1 for i = 0, else at √(2/i) (Appendix B, which section 4.1 misprints).
             A number: all of them start there (YOLOv6: 1.0). Identity scales start at 1 either way.
-        where: which convolutions to replace: a name (of a conv, or of a module above), a pattern ('*.conv2'), several
-            of them, or a function of (name, conv). A chosen convolution needs no norm behind it. The others stay plain
-            and need no scales: give `partial=True` to what takes them.
+        where: which convolutions to replace: a name (of a conv, or of a module above), a pattern as of the module
+            fnmatch ('*.conv2'), several of them, or a function of (name, conv). A chosen convolution needs no norm
+            behind it. The others stay plain and need no scales: give `partial=True` to what takes them.
 
     The k x k branches take the present weights. The 1x1 kernels are drawn as nn.Conv2d draws them, in module order,
     from the default generator, which moves on. `model` itself is not changed. A wrapper (DDP, torch.compile, Fabric,
@@ -201,7 +209,7 @@ def extract_scales(model: nn.Module) -> Scales:
     scales: Scales = {}
     problems = []
     for name, module in named_root(model).named_modules():
-        if isinstance(module, CSLABlock) or isinstance(getattr(module, "scale_conv", None), nn.Module):
+        if isinstance(module, CSLABlock) or has_branch_scales(module):
             name = plain_name(name)
             try:
                 scales[name] = module.scales() if isinstance(module, CSLABlock) else _scales_of(module)
@@ -218,7 +226,7 @@ def _scales_of(block: nn.Module) -> BranchScales:
     """Read the branch scales of a block that is not ours by its attributes."""
 
     def vector(attribute: str) -> Tensor | None:
-        layer = getattr(block, attribute, None)
+        layer = branch_scale(block, attribute)
         if layer is None:
             return None
         weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
@@ -293,14 +301,17 @@ def _why_not_fresh(site: Site) -> str | None:
 
 
 def _warn_of_unknown(sites: list[Site]) -> None:
-    """Warn of convolutions that nothing tells to be fresh."""
-    silent = [
-        site.name
-        for site in sites
-        if getattr(site.norm, "running_mean", None) is None and getattr(site.norm, "weight", None) is None
-    ]
+    """Warn of convolutions that nothing tells to be fresh: no norm with statistics, or with a weight that trains."""
+
+    def shows(norm: nn.Module | None) -> bool:
+        if getattr(norm, "running_mean", None) is not None:
+            return True
+        weight = getattr(norm, "weight", None)
+        return weight is not None and weight.requires_grad
+
+    silent = [site.name for site in sites if not shows(site.norm)]
     if silent:
         warn_outside(
             "reinitialize cannot tell whether these convolutions are untrained, for no norm with statistics or a "
-            f"weight follows them: {first_few(silent)}. If they are, force=True says so"
+            f"weight that trains follows them: {first_few(silent)}. If they are, force=True says so"
         )

@@ -5,9 +5,12 @@ Registration order only suggests it. A graph of the model shows it, or the calls
 
 from __future__ import annotations
 
+import copy
+import inspect
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -35,64 +38,89 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def call(model: nn.Module, example: Example) -> Any:
-    """Return the outputs of a model on an example, in eval mode and without autograd."""
-    with in_eval_mode(model), torch.no_grad():
+    """Return the outputs of a model on an example, in eval mode, without autograd, from the same random state."""
+    gpus = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    with in_eval_mode(model), torch.no_grad(), torch.random.fork_rng(gpus):
+        torch.manual_seed(0)
         if isinstance(example, Mapping):
             return model(**example)
         return model(*example) if isinstance(example, (tuple, list)) else model(example)
 
 
-def check_pairs(model: nn.Module, pairs: list[Site], example: Example | None, what: str) -> None:
-    """Raise ValueError where a convolution has another consumer than its norm, or the norm another input.
+def check_pairs(model: nn.Module, pairs: list[Site], example: Example | None, what: str) -> list[Site]:
+    """Return the pairs whose convolution is called, in eval mode.
 
     Without an example the model is traced by torch.fx. Where it cannot be traced, pairs that are neighbours in an
     nn.Sequential are believed, and a warning says that the others are as they are registered.
+
+    Raises ValueError where a convolution has another consumer than its norm, or the norm another input.
     """
     if not pairs:
-        return
+        return []
     if example is not None:
-        problems = _problems(pairs, *_calls_of_a_forward(model, pairs, example))
+        consumers, calls = _calls_of_a_forward(model, pairs, example)
     else:
-        calls = _calls_of_a_graph(model)
-        if isinstance(calls, str):
+        seen = _calls_of_a_graph(model)
+        if isinstance(seen, str):
             doubtful = _not_in_a_sequential(model, pairs)
             if doubtful:
                 warn_outside(
                     f"{what} cannot see whether these norms are called on the outputs of their convolutions, and goes "
                     f"by the order in which they are registered: {first_few(doubtful)}. The model cannot be traced "
-                    f"({calls}). example= an input of the model checks the result"
+                    f"({seen}). example= an input of the model checks the result"
                 )
-            return
-        problems = _problems(pairs, *calls)
-    if problems:
-        raise ValueError(f"{what} needs convolutions whose only consumer is the norm after them: {first_few(problems)}")
-
-
-def _problems(pairs: list[Site], consumers: Mapping[nn.Module, list[Any]], calls: Counter[nn.Module]) -> list[str]:
-    """List the pairs that are none.
-
-    `consumers` has for each call of a convolution the modules that take its output. None stands for anything else.
-    """
+            return pairs
+        consumers, calls = seen
     problems = []
     for site in pairs:
         used = consumers.get(site.conv, [])
-        if not used:
-            problems.append(f"{site.name} is not called")
-        elif any(taken != [site.norm] for taken in used):
+        if any(taken != [site.norm] for taken in used):
             times = f" in one of its {len(used)} calls" if len(used) > 1 else ""
             problems.append(f"{site.name} has another consumer than its norm{times}")
-        elif calls[site.norm] != len(used):
+        elif used and calls[site.norm] != len(used):
             problems.append(f"the norm after {site.name} is called elsewhere too")
-    return problems
+    if problems:
+        raise ValueError(f"{what} needs convolutions whose only consumer is the norm after them: {first_few(problems)}")
+    return [site for site in pairs if site.conv in consumers]
 
 
-def _calls_of_a_graph(model: nn.Module) -> tuple[Mapping[nn.Module, list], Counter] | str:
-    """Return (consumers, calls) as `_problems` takes them, or why the model cannot be traced."""
+# For each call of a module the modules that take its output (None stands for anything else), and its number of calls.
+_Calls = tuple[Mapping[nn.Module, list[Any]], Counter[nn.Module]]
+
+
+def _calls_of_a_graph(model: nn.Module) -> _Calls | str:
+    """Return what the graph of the model shows, or why the model cannot be traced.
+
+    Optional arguments of its forward have their defaults.
+    """
     from torch import fx  # 0.1 s
 
+    class Traced(fx.Proxy):
+        # So that `isinstance(x, Tensor)` in a forward takes the way of a tensor.
+        __class__ = property(lambda proxy: Tensor)
+
+    class Tracer(fx.Tracer):
+        def proxy(self, node: fx.Node) -> fx.Proxy:
+            return Traced(node, self)
+
+        def create_arg(self, a: Any) -> Any:
+            return a.node if type(a) is Traced else super().create_arg(a)
+
+    # A forward on proxies leaves them in the attributes that it sets, and calls hooks with them.
+    tensors = [*model.parameters(), *model.buffers()]
+    traced = copy.deepcopy(model, {id(t): t for t in tensors})
+    for module in traced.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
     try:
-        with in_eval_mode(model):
-            graph = fx.Tracer().trace(model)
+        with in_eval_mode(traced), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of defaults that the graph takes for granted
+            graph = Tracer().trace(traced, defaults)
     except Exception as reason:  # a model may fail in any way on proxies
         return f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"[:120]
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -102,9 +130,8 @@ def _calls_of_a_graph(model: nn.Module) -> tuple[Mapping[nn.Module, list], Count
         if node.op == "call_module":
             module = modules[node.target]
             calls[module] += 1
-            consumers[module].append(
-                [modules.get(user.target) if user.op == "call_module" else None for user in node.users]
-            )
+            taken = [modules.get(user.target) if user.op == "call_module" else None for user in node.users]
+            consumers[module].append(taken)
         elif node.op == "get_attr":  # a weight or a statistic that is used outside of its module's call
             owner = modules.get(node.target.rpartition(".")[0])
             if owner is not None:
@@ -113,32 +140,32 @@ def _calls_of_a_graph(model: nn.Module) -> tuple[Mapping[nn.Module, list], Count
     return consumers, calls
 
 
-def _calls_of_a_forward(
-    model: nn.Module, pairs: list[Site], example: Example
-) -> tuple[Mapping[nn.Module, list], Counter]:
-    """Return the same as seen by hooks, where only calls of these modules show."""
+def _calls_of_a_forward(model: nn.Module, pairs: list[Site], example: Example) -> _Calls:
+    """Return what hooks see, for which only the calls of modules show."""
+    copied = copy.deepcopy(model)  # a forward may write into buffers in eval mode too
+    original = dict(zip(copied.modules(), model.modules()))
     consumers: dict[nn.Module, list] = defaultdict(list)
     calls: Counter[nn.Module] = Counter()
     outputs: dict[int, tuple[Tensor, list]] = {}  # kept alive, so that no id is given twice
 
     def made(conv: nn.Module, inputs: tuple, output: Tensor) -> None:
         taken: list = []
-        consumers[conv].append(taken)
+        consumers[original[conv]].append(taken)
         outputs[id(output)] = output, taken
 
     def takes(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        calls[module] += 1
+        calls[original[module]] += 1
         for x in (*args, *kwargs.values()):
             if id(x) in outputs:
-                outputs[id(x)][1].append(module)
+                outputs[id(x)][1].append(original[module])
 
-    with ExitStack() as hooks:
-        for conv in {site.conv for site in pairs}:
-            hooks.callback(conv.register_forward_hook(made).remove)
-        for module in model.modules():
-            if not any(True for _ in module.children()):
-                hooks.callback(module.register_forward_pre_hook(takes, with_kwargs=True).remove)
-        call(model, example)
+    convs = {site.conv for site in pairs}
+    for module in copied.modules():
+        if original[module] in convs:
+            module.register_forward_hook(made)
+        if not any(True for _ in module.children()):
+            module.register_forward_pre_hook(takes, with_kwargs=True)
+    call(copied, example)
     return consumers, calls
 
 

@@ -22,14 +22,15 @@ from gradrep_kernels.branches.sites import (
     warn_of_plain,
 )
 from gradrep_kernels.grad_mult import GradMult
-from gradrep_kernels.wrappers import plain_name
+from gradrep_kernels.wrappers import saved_name
 
 __all__ = ["Scales", "grad_mults", "load_scales", "match", "save_scales"]
 
 Scales = dict[str, BranchScales]
 
+_BIASES = (".scale_conv.bias", ".scale_1x1.bias", ".scale_identity.bias")
 _GHOST_CONV = ".cheap_operation.1.weight"
-_CONTAINERS = ("model", "state_dict")  # keys under which checkpoints hold a model's state_dict
+_CONTAINERS = ("model", "state_dict", "model_state_dict")  # keys under which checkpoints hold a model's state_dict
 # The branch that a key's ending names. Files are written with the first three; the others are those of the published
 # RepOpt-GhostNet file.
 _BRANCH_OF_SUFFIX = {
@@ -82,7 +83,7 @@ def match(
     by_site: dict[str, BranchScales] = {}
     problems, left_out = [], False
     for name, value in scales.items():
-        below = below_followed.get(name) or below_any.get(name) or below_any.get(plain_name(name), [])
+        below = below_followed.get(name) or below_any.get(name) or below_any.get(saved_name(name), [])
         if not below:
             problems.append(f"{name}: unexpected, {_why_not_met(name, found)}")
         elif len(below) > 1:
@@ -232,14 +233,14 @@ def _read_flat(path: Path) -> Mapping:
         raise ValueError(
             f"{path} is not a scales file: it holds a {type(flat).__name__}, needed is a flat dict of tensors"
         )
-    inside = next((flat[key] for key in _CONTAINERS if isinstance(flat.get(key), Mapping)), flat)
-    return flat if any(map(_branch_of, flat)) else inside
+    held = [flat, *(flat[key] for key in _CONTAINERS if isinstance(flat.get(key), Mapping))]
+    return next((part for part in held if any(map(_branch_of, part))), held[1] if len(held) > 1 else flat)
 
 
 def _branch_of(key: object) -> tuple[str, str] | None:
     """Split a key into (name of the block, branch). None: it is no scale's."""
     suffix = next((suffix for suffix in _BRANCH_OF_SUFFIX if isinstance(key, str) and key.endswith(suffix)), None)
-    name = plain_name(key.removesuffix(suffix)) if suffix else ""
+    name = saved_name(key.removesuffix(suffix)) if suffix else ""
     return (name, _BRANCH_OF_SUFFIX[suffix]) if name else None
 
 
@@ -254,7 +255,9 @@ def _by_block(flat: Mapping) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     fused = {name for name, branch in filter(None, map(_branch_of, flat)) if branch == "identity"}
     for key, tensor in flat.items():
         name, branch = _branch_of(key) or ("", "")
-        if not name or (key.endswith(_GHOST_CONV) and name not in fused):
+        if isinstance(key, str) and key.endswith(_BIASES) and isinstance(tensor, Tensor) and bool((tensor != 0).any()):
+            problems.append(f"{key} is not 0: a bias behind a scale is no part of a CSLA block")
+        elif not name or (key.endswith(_GHOST_CONV) and name not in fused):
             others.append(f"unknown key {key!r}")
         elif not isinstance(tensor, Tensor):
             problems.append(f"{key} is a {type(tensor).__name__}, not a tensor")
@@ -262,4 +265,6 @@ def _by_block(flat: Mapping) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
             problems.append(f"{key} is the second {branch} scale of {name}")
         else:
             tensors[name][branch] = tensor
+    if not tensors and others:
+        others[0] = f"it has no branch scales: {others[0]}"
     return tensors, problems or ([] if tensors else others)

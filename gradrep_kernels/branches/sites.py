@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from gradrep_kernels.branches.algebra import MultiBranch
 from gradrep_kernels.wrappers import named_root, plain_name
@@ -22,9 +22,11 @@ __all__ = [
     "Site",
     "Survey",
     "Where",
+    "branch_scale",
     "conv_sites",
     "convs_and_siblings",
     "first_few",
+    "has_branch_scales",
     "is_fake_quantized",
     "is_kxk",
     "multi_branch_blocks",
@@ -42,15 +44,10 @@ LOGGER = logging.getLogger("gradrep_kernels.csla")
 Where = str | Iterable[str] | Callable[[str, nn.Conv2d], bool]
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.InstanceNorm2d)
-# The deployed form of a multi-branch block is made by one of these methods: timm and MobileOne, RepVGG and DBB,
-# YOLOv6, YOLOv7 and its descendants.
-_MOST_BRANCHES = 16  # convolutions in one block
-_MERGING_METHODS = (
-    "reparameterize",
-    "switch_to_deploy",
-    "get_equivalent_kernel_bias",
-    "fuse_convs",
-)
+# The deployed form of a multi-branch block is made by one of these methods. RepVGG, DBB and YOLO have the first two,
+# timm and MobileOne, YOLOv9 and RepViT the others, which models of other kinds may have too.
+_MERGING_METHODS = ("switch_to_deploy", "get_equivalent_kernel_bias")
+_USUAL_METHODS = ("reparameterize", "fuse_convs", "fuse")
 
 
 class Site(NamedTuple):
@@ -62,12 +59,12 @@ class Site(NamedTuple):
 
 
 class Sibling(NamedTuple):
-    """A convolution, and the module that is registered after it in the same parent."""
+    """A convolution, and the module that is registered after it in the same parent, or its norm inside it."""
 
     name: str
     conv: nn.Conv2d
     next: nn.Module | None
-    shared: bool  # the conv, its weight or the next sibling is registered at more than one place
+    shared: bool  # the conv, its weight or its norm is registered at more than one place
 
 
 @dataclass
@@ -104,8 +101,9 @@ def convs_and_siblings(model: nn.Module) -> Iterator[Sibling]:
         holders.update(p for p in module._parameters.values() if p is not None)
     for name, conv in named_root(model).named_modules():
         if isinstance(conv, nn.Conv2d):
-            after = following.get(conv)
-            shared = places[conv] > 1 or places[after] > 1 or holders[conv._parameters.get("weight")] > 1
+            after = conv._modules.get("bn") or following.get(conv)  # prepare_qat fuses the norm into the convolution
+            shared = places[conv] > 1 or holders[conv._parameters.get("weight")] > 1
+            shared = shared or (isinstance(after, _NORMS) and places[after] > 1)
             yield Sibling(plain_name(name), conv, after, shared)
 
 
@@ -139,14 +137,9 @@ def _why_no_block(sibling: Sibling, fake_quantized: bool) -> str | None:
     return None
 
 
-def _norm_of(sibling: Sibling) -> nn.Module | None:
-    inside = sibling.conv._modules.get("bn")  # prepare_qat fuses it into the convolution
-    return sibling.next if inside is None else inside
-
-
 def _why_no_norm(sibling: Sibling) -> str | None:
     """Say why what follows this convolution is not its norm. None: it is."""
-    after = _norm_of(sibling)
+    after = sibling.next
     if not isinstance(after, _NORMS):
         return "no sibling follows" if after is None else f"a {type(after).__name__} follows, not a norm"
     features = after.num_channels if isinstance(after, nn.GroupNorm) else after.num_features
@@ -155,17 +148,38 @@ def _why_no_norm(sibling: Sibling) -> str | None:
     return None
 
 
+def branch_scale(block: nn.Module, name: str) -> nn.Module | None:
+    """Return the child of a block that holds the scale of a branch: one number per channel."""
+    layer = block._modules.get(name)  # not getattr, which a wrapper may pass on to what it wraps
+    if layer is None or isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)):
+        return None
+    return layer
+
+
+def has_branch_scales(module: nn.Module) -> bool:
+    layer = branch_scale(module, "scale_conv")
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.numel() == max(weight.shape, default=0)
+
+
 def _is_multi_branch(module: nn.Module) -> bool:
     """Whether `module` is a block of branches: ours, one with branch scales, or one that can be merged for deployment.
 
-    A block that has been merged has one convolution left. A module of many is a model, whose method merges its blocks.
+    Of the last kind some branches have the same shape and stride. Where only the name of a usual method speaks for it,
+    all have. A block that has been merged has one convolution left.
     """
-    if isinstance(module, MultiBranch) or isinstance(getattr(module, "scale_conv", None), nn.Module):
+    if isinstance(module, MultiBranch) or has_branch_scales(module):
         return True
-    methods = _MERGING_METHODS + (("fuse",) if "rep" in type(module).__name__.lower() else ())
-    if not any(callable(getattr(module, method, None)) for method in methods):
+    kind = type(module)  # not the instance, whose properties may raise
+    is_usual = any(callable(getattr(kind, method, None)) for method in _USUAL_METHODS)
+    if not is_usual and not any(callable(getattr(kind, method, None)) for method in _MERGING_METHODS):
         return False
-    return 1 < sum(isinstance(m, nn.Conv2d) for m in module.modules()) <= _MOST_BRANCHES
+    alike = Counter(
+        (m.in_channels, m.out_channels, m.stride) for m in module.modules() if isinstance(m, nn.modules.conv._ConvNd)
+    )
+    if any(callable(getattr(kind, method, None)) for method in _MERGING_METHODS):
+        return max(alike.values(), default=0) > 1
+    return len(alike) == 1 and alike.total() > 1
 
 
 def multi_branch_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -202,7 +216,7 @@ def survey(model: nn.Module, where: Where | None = None, *, fake_quantized: bool
         elif reason is not None and chosen.names(name):
             raise ValueError(f"where: {name} cannot be converted: {reason}")
         if reason is None:
-            found.sites.append(Site(name, conv, None if why_no_norm else _norm_of(sibling)))
+            found.sites.append(Site(name, conv, None if why_no_norm else sibling.next))
         else:
             found.left[name or "the model itself"] = conv, reason
     if chosen is not None and chosen.unmet:
@@ -217,8 +231,9 @@ class _Chosen:
         self._function = where if callable(where) else None
         patterns = () if callable(where) else (where,) if isinstance(where, str) else where
         self.patterns = list(patterns) if isinstance(patterns, Iterable) else [patterns]
-        if not all(isinstance(p, str) for p in self.patterns):
+        if isinstance(where, nn.Module) or not all(isinstance(p, str) for p in self.patterns):
             raise TypeError(f"where must be names, patterns or a function of (name, conv), got {where!r}")
+        self.patterns = [plain_name(p) for p in self.patterns]
         self.unmet = list(self.patterns)
 
     def __call__(self, name: str, conv: nn.Conv2d) -> bool:
@@ -279,8 +294,11 @@ def warn_of_plain(found: Survey, converted: Container[str]) -> None:
 
 
 def warn_outside(text: str) -> None:
-    """Warn at the caller's line, which lies above this package."""
+    """Warn at the caller's line, which lies above this package, and above torch, which wraps functions of it."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("gradrep_kernels."):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "gradrep_kernels",
+        "torch",
+    ):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops.reference.multiply import compute_dtype
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, described, names_of, parameters_of
 from gradrep_kernels.optim.update_rule import State
+from gradrep_kernels.wrappers import saved_name
 
 KEY = "grad_mults"
 """In an optimizer's state_dict."""
@@ -51,19 +53,89 @@ def refresh_fingerprints(groups: ParamGroups, multipliers: Multipliers) -> None:
         group[FINGERPRINT] = multipliers.fingerprint(group["params"])
 
 
-def as_given(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep a checkpoint as it is before pre-hooks, which may write into it."""
-    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in state_dict.items()}
+class Loading:
+    """One load of a checkpoint: what is judged before torch's part of it, and mended after it.
+
+    Args:
+        check(param, mult): gives `mult` as a GradMult that fits, or raises ValueError
+        set_grad_mult(param, mult): sets it
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        state_dict: Mapping[str, Any],
+        live: Multipliers,
+        strict: bool,
+        check: Callable[[Tensor, GradMult], GradMult],
+        set_grad_mult: Callable[[Tensor, GradMult], None],
+    ):
+        # Kept as it is before pre-hooks, which may write into its dicts.
+        self._given = _dicts_copied(state_dict, 3)
+        self._names = [group.get("param_names") for group in optimizer.param_groups]
+        self._is_moved_by_hooks = bool(optimizer._optimizer_load_state_dict_pre_hooks)
+        self._live, self._strict, self._check, self._set = live, strict, check, set_grad_mult
+        self._verdict = Verdict()
+        self._restored: list[tuple[Tensor, GradMult]] = []
+
+    def judge(self, optimizer: Optimizer, hooked: dict[str, Any]) -> dict[str, Any]:
+        """As the last pre-hook: raise ValueError, before anything is changed, where Grad Mults differ.
+
+        Returns the checkpoint with states moved to where the names of their parameters are.
+        """
+        groups = optimizer.param_groups
+        self._verdict = judge(self._given, hooked, groups, self._live)
+        self._hooked = hooked if self._is_moved_by_hooks else _states_by_name(hooked, groups)
+        if self._verdict.conflicts and self._strict:
+            raise ValueError(
+                "the checkpoint's Grad Mults are not the live ones: "
+                f"{_first_few(self._verdict.conflicts)}. Set the right ones first, or load with strict=False"
+            )
+        params = parameters_of(groups)
+        self._restored = [(params[n], self._check(params[n], mult)) for n, mult in self._verdict.restored.items()]
+        return self._hooked
+
+    def mend(self, optimizer: Optimizer) -> None:
+        """As the first post-hook: set what is restored, and give back what torch's part takes."""
+        for group, own in zip(optimizer.param_groups, self._names):
+            if own is not None:
+                # torch takes the names over from the checkpoint. Parameters that stand in another order would then
+                # bear each other's names.
+                group["param_names"] = own
+        states = optimizer.update_rule.states
+        keep_wide_states(self._hooked["state"], self._hooked["param_groups"], optimizer, states)
+        for param, mult in self._restored:
+            self._set(param, mult)
+        refresh_fingerprints(optimizer.param_groups, self._live)
+
+    def messages(self) -> list[str]:
+        """Return what the caller is to be warned of."""
+        messages = []
+        if self._verdict.conflicts:
+            problems = _first_few(self._verdict.conflicts)
+            messages.append(f"the checkpoint's Grad Mults are not the live ones, which stay: {problems}")
+        if self._verdict.kept:
+            kept = _first_few(self._verdict.kept, ", ")
+            messages.append(f"the checkpoint has none of these live Grad Mults, which stay: {kept}")
+        return messages
+
+
+def _dicts_copied(value: Any, levels: int) -> Any:
+    if levels == 0 or not isinstance(value, Mapping):
+        return value
+    return {key: _dicts_copied(inner, levels - 1) for key, inner in value.items()}
 
 
 def judge(given: Mapping[str, Any], hooked: Mapping[str, Any], groups: ParamGroups, live: Multipliers) -> Verdict:
     """Hold the Grad Mults of a checkpoint against the live ones.
 
     Args:
-        given:  the checkpoint as `as_given` kept it
+        given:  the checkpoint before the caller's pre-hooks
         hooked: the same after the caller's load_state_dict pre-hooks, which may have moved its parameters
     """
     verdict = Verdict()
+    if [len(g["params"]) for g in hooked["param_groups"]] != [len(g["params"]) for g in groups]:
+        return verdict  # torch refuses it, in its own words
     callers = live.callers(parameters_of(groups))
     if KEY not in given and KEY not in hooked:
         _judge_fingerprints(hooked["param_groups"], groups, live, callers, verdict)
@@ -108,37 +180,71 @@ def _placed(
 
     A parameter is found by its name, where checkpoint and optimizer have names. Pre-hooks that match parameters by
     their names move states alone, so a position may be stale. Else a Grad Mult goes where the state of the same number
-    goes, unless pre-hooks have moved states and not the multipliers.
+    goes, unless pre-hooks have moved states and not the multipliers. A name that several parameters have is none.
     """
     before, after = given.get(KEY, {}), hooked.get(KEY, {})
     dropped = bool(before) and not after  # as a hook does that builds its result from the optimizer's own state_dict
-    stale = dropped or (_same(before, after) and not _same(given.get("state", {}), hooked["state"]))
+    moved = _same(before, after) and not _same(given.get("state", {}), hooked["state"])
     packed = _unpacked(before if dropped else after)
-    position_of_name = {name: n for n, name in enumerate(names_of(groups)) if name is not None}
+    saved_names = _names_by_id(given["param_groups"])
+    own_names = [None if name is None else saved_name(name) for name in names_of(groups)]
+    position_of_name = {name: n for n, name in enumerate(own_names) if name is not None and own_names.count(name) == 1}
     ids = [n for group in hooked["param_groups"] for n in group["params"]]
-    position_of_id = dict(zip(ids, range(len(parameters_of(groups)))))
+    position_of_id = dict(zip(ids, range(len(own_names))))
     placed: dict[int, GradMult] = {}
     for n, (mult, name) in packed.items():
-        if name in position_of_name:
-            position = position_of_name[name]
-        elif stale:
-            what = f"parameter {n}" if name is None else f"parameter {name!r}"
-            verdict.conflicts.append(
-                f"{what} has one, but load_state_dict pre-hooks moved the states and not 'grad_mults', and the "
-                "optimizer knows no such name"
-            )
-            continue
-        elif n not in position_of_id:
+        name = saved_names.get(n) if name is None else saved_name(name)
+        position = position_of_name.get(name)
+        if position is None:
+            problem = _why_no_position(name, own_names, dropped, moved)
+            if problem:
+                what = f"parameter {n}" if name is None else f"parameter {name!r}"
+                verdict.conflicts.append(f"{what} has one, but {problem}")
+                continue
+            # A parameter that is listed twice has one id, and a multiplier for each of its positions.
+            position = position_of_id.get(n, n)
+        if not 0 <= position < len(own_names):
             raise ValueError(
-                f"state_dict['grad_mults'] speaks of parameter {n}; this optimizer has "
-                f"{len(parameters_of(groups))}, numbered from 0"
+                f"state_dict['grad_mults'] speaks of parameter {n}; this optimizer has {len(own_names)}, numbered "
+                "from 0"
             )
-        else:
-            position = position_of_id[n]
         if position in placed:
             raise ValueError(f"state_dict['grad_mults'] speaks of {described(groups, position)} twice")
         placed[position] = mult
     return placed
+
+
+def _why_no_position(name: str | None, own_names: list[str | None], dropped: bool, moved: bool) -> str | None:
+    """Say why a multiplier cannot go by its number either. None: it can."""
+    if name is not None and None not in own_names and name not in own_names:
+        return "the optimizer has no parameter of this name"
+    if dropped:
+        return "load_state_dict pre-hooks dropped 'grad_mults', and the optimizer knows no such name"
+    if moved:
+        return "load_state_dict pre-hooks moved the states and not 'grad_mults', and the optimizer knows no such name"
+    return None
+
+
+def _names_by_id(saved_groups: list[dict[str, Any]]) -> dict[int, str]:
+    ids = [n for group in saved_groups for n in group["params"]]
+    return {n: saved_name(name) for n, name in zip(ids, names_of(saved_groups)) if name is not None}
+
+
+def _states_by_name(saved: dict[str, Any], groups: ParamGroups) -> dict[str, Any]:
+    """Return a checkpoint whose states torch will load where the names of their parameters are.
+
+    torch loads states by position. Where both sides have the same names in another order, those would be other
+    parameters. Without all names, or with other ones, the checkpoint stays as it is.
+    """
+    ids = [n for group in saved["param_groups"] for n in group["params"]]
+    theirs, own = names_of(saved["param_groups"]), names_of(groups)
+    if None in theirs or None in own:
+        return saved
+    theirs, own = list(map(saved_name, theirs)), list(map(saved_name, own))
+    if theirs == own or len(set(own)) != len(own) or sorted(theirs) != sorted(own):
+        return saved
+    to = {n: ids[own.index(name)] for n, name in zip(ids, theirs)}
+    return {**saved, "state": {to.get(n, n): entry for n, entry in saved["state"].items()}}
 
 
 def _unpacked(packed: Any) -> dict[int, tuple[GradMult, str | None]]:
@@ -163,7 +269,7 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def first_few(parts: list[str], between: str = "; ") -> str:
+def _first_few(parts: list[str], between: str = "; ") -> str:
     more = f"{between}and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
     return between.join(parts[:_SHOWN]) + more
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from gradrep_kernels.wrappers import plain_name
+from gradrep_kernels.wrappers import plain_name, root_prefix
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -29,13 +29,14 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         for name in getattr(module, "decayed_vectors", ())
     }
     decays: dict[bool, list] = {True: [], False: []}
+    prefix = root_prefix(model)
     for name, param in model.named_parameters():
         if param.requires_grad:
-            decays[param.dim() > 1 or name in decayed_vectors].append((name, param))
+            decays[param.dim() > 1 or name in decayed_vectors].append((plain_name(name.removeprefix(prefix)), param))
     return [
         {
             "params": [p for _, p in named],
-            "param_names": [plain_name(n) for n, _ in named],
+            "param_names": [n for n, _ in named],
             "weight_decay": weight_decay if does else 0.0,
         }
         for does, named in decays.items()

@@ -26,16 +26,23 @@ def position_of(groups: ParamGroups, param: Tensor) -> int:
         if p is param:
             return n
     what = f"shape {list(param.shape)}" if isinstance(param, Tensor) else type(param).__name__
-    hint = ". It requires a gradient: freeze what is not to be trained, or leave it out"
-    raise ValueError(
-        f"unknown parameter ({what}): it is not in this optimizer's param_groups"
-        + (hint if isinstance(param, nn.Parameter) and param.requires_grad else "")
-    )
+    if isinstance(param, nn.Parameter):
+        hint = ". If it is another model's, make the multipliers from this one. If it is to join later, freeze it first"
+    else:
+        hint = "; keys are parameters of the model, as in what csla.grad_mults gives"
+    raise ValueError(f"unknown parameter ({what}): it is not in this optimizer's param_groups{hint}")
 
 
 def names_of(groups: ParamGroups) -> list[str | None]:
-    """The names of all parameters, in that order. None stands for one whose name the optimizer was not given."""
-    return [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
+    """The names of all parameters, in that order. None stands for one whose name is not known.
+
+    Those of a group that parameters have joined or left without their names are not.
+    """
+    names = []
+    for group in groups:
+        own = group.get("param_names")
+        names += own if own is not None and len(own) == len(group["params"]) else [None] * len(group["params"])
+    return names
 
 
 def is_frozen(param: Tensor) -> bool:
@@ -78,8 +85,8 @@ def names_for_all(groups: ParamGroups, new: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for group in unnamed_groups:
-            del group["param_names"]
+        for group in [*unnamed_groups, *([] if named else [new])]:
+            group.pop("param_names", None)
         raise
 
 

@@ -49,7 +49,7 @@ class RepOptimizer(Optimizer):
     A multiplier of a frozen parameter that is in no group is kept. It takes effect when the parameter joins.
 
     Raises ValueError for multipliers that do not broadcast to their parameter, are negative, NaN or inf, or belong to a
-    parameter that this optimizer does not have. Nothing is changed then.
+    trained parameter that this optimizer does not have. Nothing is changed then.
     """
 
     update_rule: ClassVar[UpdateRule]
@@ -350,46 +350,18 @@ class RepOptimizer(Optimizer):
         A checkpoint that lost them on the way (distributed checkpoint drops the key) is told by the number
         `grad_mults_fingerprint` in its groups. Live ones that give another number are different.
 
-        States keep a precision above their parameter's, which torch's load_state_dict takes from them.
+        Two things differ from torch's load_state_dict. Where both sides have the same names in another order, and no
+        pre-hook moves them, states go by name too. And states keep a precision above their parameter's.
         """
-        names = [group.get("param_names") for group in self.param_groups]
-        verdict, saved, given = checkpoint.Verdict(), state_dict, checkpoint.as_given(state_dict)
-        checked: list[tuple[Tensor, GradMult]] = []
-
-        def judge(optimizer: Optimizer, hooked: dict[str, Any]) -> None:
-            nonlocal verdict, saved
-            saved, verdict = hooked, checkpoint.judge(given, hooked, self.param_groups, self._multipliers)
-            if verdict.conflicts and strict:
-                raise ValueError(
-                    "the checkpoint's Grad Mults are not the live ones: "
-                    f"{checkpoint.first_few(verdict.conflicts)}. Set the right ones first, or load with strict=False"
-                )
-            params = parameters_of(self.param_groups)
-            checked.extend((params[n], self._checked(params[n], mult)) for n, mult in verdict.restored.items())
-
-        def after(optimizer: Optimizer) -> None:
-            for group, own in zip(self.param_groups, names):
-                if own is not None:
-                    # torch takes the names over from the checkpoint. Parameters that stand in another order would
-                    # then bear each other's names.
-                    group["param_names"] = own
-            checkpoint.keep_wide_states(saved["state"], saved["param_groups"], self, self.update_rule.states)
-            for param, mult in checked:
-                self._set_grad_mult(param, mult)
-            self._refresh_fingerprints()
-
+        loading = checkpoint.Loading(self, state_dict, self._multipliers, strict, self._checked, self._set_grad_mult)
         handles = [
-            self.register_load_state_dict_pre_hook(judge),
-            self.register_load_state_dict_post_hook(after, prepend=True),
+            self.register_load_state_dict_pre_hook(loading.judge),
+            self.register_load_state_dict_post_hook(loading.mend, prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
         finally:
             for handle in handles:
                 handle.remove()
-        if verdict.conflicts:
-            problems = checkpoint.first_few(verdict.conflicts)
-            warnings.warn(f"the checkpoint's Grad Mults are not the live ones, which stay: {problems}", stacklevel=2)
-        if verdict.kept:
-            kept = checkpoint.first_few(verdict.kept, ", ")
-            warnings.warn(f"the checkpoint has none of these live Grad Mults, which stay: {kept}", stacklevel=2)
+        for message in loading.messages():
+            warnings.warn(message, stacklevel=2)

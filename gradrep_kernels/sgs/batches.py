@@ -52,7 +52,15 @@ def _call(model: nn.Module, batch: Tensor | Mapping) -> object:
         return model(**batch) if isinstance(batch, Mapping) else model(batch)
     except torch.OutOfMemoryError:
         raise
+    except NotImplementedError as error:
+        raise TypeError("the model has no forward that takes a batch; forward= is where it is called") from error
     except Exception as error:
+        if isinstance(batch, Mapping) and isinstance(error, TypeError):
+            keys = ", ".join(map(str, batch))
+            raise TypeError(
+                f"the model does not take the batch, a dict of {keys}, as keyword arguments; forward= is where it is "
+                "prepared as in the training step"
+            ) from error
         tensors = [t for t in (batch.values() if isinstance(batch, Mapping) else [batch]) if isinstance(t, Tensor)]
         if not tensors or any(t.is_floating_point() or t.is_complex() for t in tensors):
             raise

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradrep_kernels.sgs.gathering import Binning
 from gradrep_kernels.sgs.layers import Layer
-from gradrep_kernels.wrappers import plain_name
+from gradrep_kernels.wrappers import saved_name
 
 
 def check_objects(model: object, process_group: object) -> None:
@@ -89,7 +89,7 @@ def saved_steps(state_dict: Mapping) -> tuple[int, bool]:
 
 def _by_live_names(saved: Mapping[str, object], live: Mapping[str, object]) -> dict[str, object]:
     """Return `saved` under names without what wrappers add, which earlier versions saved with them."""
-    return {name if name in live or not isinstance(name, str) else plain_name(name): v for name, v in saved.items()}
+    return {name if name in live or not isinstance(name, str) else saved_name(name): v for name, v in saved.items()}
 
 
 def _is_int(value: object, least: int) -> bool:

@@ -35,7 +35,7 @@ from gradrep_kernels.sgs.learning import Learning, Options
 from gradrep_kernels.sgs.passes import run, undisturbed
 from gradrep_kernels.sgs.ranks import Ranks, attempt
 from gradrep_kernels.sgs.warn import warn, warn_not_finite
-from gradrep_kernels.wrappers import inner_optimizer, named_root, plain_name, unwrapped
+from gradrep_kernels.wrappers import inner_optimizer, named_root, saved_name, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class SpatialGradientScaling:
             is_active = bool(handles) or (self._scaler is None and self.every_steps is None)
             self._watches, self._held, self._informed = self.every_steps is not None, -1, True
             for layer in self._layers:
-                layer.convs = {plain_name(name): conv for name, conv in layer.convs.items()}
+                layer.convs = {saved_name(name): conv for name, conv in layer.convs.items()}
         # A shallow copy shares everything, and its original has the hooks.
         is_shallow = any(other._learning is self._learning for other in _controllers)
         if is_active and not is_shallow and not self._is_scaled_by_another():
@@ -205,7 +205,7 @@ class SpatialGradientScaling:
         names = ("k", "every", "warmup", "batches", "every_steps", "remove_near", "dependence", "apply_to")
         options = {name: state[name] for name in names}
         self.__init__(state["_model"], state["optimizer"], **options, process_group=state["_ranks"].group)
-        saved = {plain_name(layer.name): vars(layer) for layer in state["_layers"]}
+        saved = {saved_name(layer.name): vars(layer) for layer in state["_layers"]}
         for layer in self._layers:
             self._learning.set(layer, saved[layer.name]["g"])
         plans = {layer: saved[layer.name]["plan"] for layer in self._layers}
@@ -333,6 +333,7 @@ class SpatialGradientScaling:
         """
         self._look_again()
         if not self._layers:
+            self._informed = True  # nothing was forgotten: layers may join later
             return
         start, self._ranks.bytes = time.perf_counter(), 0
         kept: list = []

@@ -88,6 +88,7 @@ def test_where_chooses(where, expected, no_warnings):
         (lambda name, conv: False, ValueError, "model has no odd k x k nn.Conv2d that `where` chooses"),
         (3, TypeError, "where must be names, patterns or a function of (name, conv), got 3"),
         ([Dense], TypeError, "where must be names, patterns or a function"),
+        (nn.Identity(), TypeError, "where must be names, patterns or a function"),
     ],
 )
 def test_where_is_checked(where, error, message):
@@ -361,6 +362,52 @@ def test_blocks_that_are_multi_branch_already_are_named(no_warnings):
     assert len(csla.extract_scales(csla.hyper_search_model(model))) == 3
 
 
+class Vae(nn.Module):
+    """Not multi-branch, although it has a method of that name; nor is a convolution a branch scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1))
+        self.scale_conv = nn.Conv2d(8, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def reparameterize(self, mean, spread):
+        return mean + spread * torch.randn_like(spread)
+
+    @property
+    def fuse(self):
+        raise RuntimeError("asked for a property")
+
+    def forward(self, x):
+        return self.norm(self.scale_conv(self.encode(x)))
+
+
+def test_names_of_methods_and_attributes_alone_make_no_block(no_warnings):
+    assert list(csla.extract_scales(csla.hyper_search_model(Vae()))) == ["encode.0", "scale_conv"]
+    assert csla.coverage(Vae()).counts == (2, 3)
+
+
+class Delegating(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_a_wrapper_that_passes_attributes_on_is_no_second_block():
+    search = nn.Sequential(Delegating(Foreign(6, 6)))
+    assert list(csla.extract_scales(search)) == ["0.inner"]
+    assert csla.coverage(search).counts == (1, 1)
+
+
 # ---- wrappers, and checkpoints of the search
 
 
@@ -423,6 +470,24 @@ def test_scales_out_of_a_checkpoint_of_the_search(form, tmp_path):
     )
 
 
+def test_scales_are_found_where_a_checkpoint_has_them(tmp_path):
+    state = csla.hyper_search_model(network()).state_dict()
+    torch.save({"model": {"weight": torch.ones(2)}, "state_dict": state}, tmp_path / "s.pth")
+    assert list(csla.load_scales(tmp_path / "s.pth")) == ["0.0", "1.0"]
+    torch.save({**state, "model": {"weight": torch.ones(2)}}, tmp_path / "s.pth")
+    assert list(csla.load_scales(tmp_path / "s.pth")) == ["0.0", "1.0"]
+    torch.save(nn.Sequential(Foreign(6, 6, bias=1.0)).state_dict(), tmp_path / "s.pth")
+    with pytest.raises(ValueError, match=r"0\.scale_conv\.bias is not 0: a bias behind a scale is no part"):
+        csla.load_scales(tmp_path / "s.pth")
+
+
+def test_a_module_that_is_called_module_keeps_its_name():
+    model = nn.ModuleDict({"module": network()[0], "other": nn.ModuleDict({"module": network()[1]})})
+    assert list(csla.coverage(model).converted) == ["module.0", "other.module.0"]
+    assert list(csla.extract_scales(csla.hyper_search_model(model, where="module"))) == ["module.0"]
+    assert gr.param_groups(model, 0.1)[0]["param_names"] == ["module.0.weight", "other.module.0.weight"]
+
+
 def test_a_checkpoint_that_holds_a_model_says_how_to_read_it_where_it_is_trusted(tmp_path):
     path = tmp_path / "checkpoint.pt"
     torch.save({"model": csla.hyper_search_model(network()), "options": argparse.Namespace(lr=1)}, path)
@@ -479,6 +544,25 @@ def test_grad_mults_of_a_model_that_was_prepared_for_quantization(fuse):
         csla.hyper_search_model(ready)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_grad_mults_of_a_graph_that_was_prepared_for_quantization():
+    """Its observers are registered between the convolutions, some of them twice."""
+    import torch.ao.quantization as tq
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    torch.manual_seed(6)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+    layers += [nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+    model = nn.Sequential(*layers)
+    scales = random_scales(model, dtype=torch.float32)
+    expected = [m.dense(p.shape) for p, m in csla.grad_mults(model, scales).items()]
+    x = torch.randn(1, 3, 6, 6)
+    ready = prepare_qat_fx(model.train(), tq.get_default_qat_qconfig_mapping("fbgemm"), (x,))
+    found = [m.dense(p.shape) for p, m in csla.grad_mults(ready, scales).items()]
+    assert len(found) == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
 # ---- which models are fresh
 
 NORMS = {
@@ -527,6 +611,10 @@ def test_norms_that_start_with_other_numbers_are_fresh(no_warnings):
 
 def test_where_nothing_tells_whether_a_model_is_fresh_a_warning_does(no_warnings):
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
-    with pytest.warns(UserWarning, match=r"cannot tell whether these convolutions are untrained.*: 0\. If they are"):
+    with pytest.warns(UserWarning, match=r"cannot tell whether these .* untrained.*: 0\. If they are") as heard:
         csla.reinitialize(model, random_scales(model))
+    assert heard[0].filename == __file__
+    frozen = nn.Sequential(nn.Conv2d(3, 6, 3), nn.GroupNorm(2, 6).requires_grad_(False))
+    with pytest.warns(UserWarning, match="cannot tell whether these convolutions are untrained"):
+        csla.reinitialize(frozen, random_scales(frozen))
     csla.reinitialize(model, random_scales(model), force=True)

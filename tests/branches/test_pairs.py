@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
 from cases_csla import FORWARD_TOLERANCE
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from gradrep_kernels import csla
 from gradrep_kernels.branches.normed import acb_model, repvgg_model
@@ -87,9 +90,28 @@ class WeightElsewhere(Net):
         return super().forward(x) + F.conv2d(x, self.first.weight, padding=1)
 
 
-class Uncalled(Net):
+class Auxiliary(Net):
+    """The second pair is called in training alone."""
+
     def forward(self, x):
-        return self.first_norm(self.first(x))
+        x = self.first_norm(self.first(x))
+        return self.second_norm(self.second(x)) if self.training else x
+
+
+class Skipping(Net):
+    """Another way for an argument that is given than for its default."""
+
+    def forward(self, x, skip=None):
+        raw = self.first(x)
+        y = self.second_norm(self.second(self.first_norm(raw)))
+        return y + raw if skip is None else y + skip
+
+
+class AsksForATensor(Net):
+    def forward(self, x):
+        raw = self.first(x)
+        y = self.second_norm(self.second(self.first_norm(raw)))
+        return y + raw if isinstance(x, torch.Tensor) else y
 
 
 class Between(Net):
@@ -117,7 +139,8 @@ WRONG = {
     Swapped: "first has another consumer than its norm",
     Apart: "second has another consumer than its norm",
     WeightElsewhere: "first has another consumer than its norm",
-    Uncalled: "second is not called",
+    Skipping: "first has another consumer than its norm",
+    AsksForATensor: "first has another consumer than its norm",
     Between: "first has another consumer than its norm",
 }
 SEEN_BY_CALLS = [kind for kind in WRONG if kind is not WeightElsewhere]
@@ -161,12 +184,115 @@ def test_what_cannot_be_folded_is_refused_by_the_graph(kind, no_warnings):
 
 @pytest.mark.parametrize("kind", SEEN_BY_CALLS)
 def test_what_cannot_be_folded_is_refused_by_the_calls_on_an_example(kind, no_warnings):
-    if kind is Tapped:
+    if kind in (Tapped, Skipping, AsksForATensor):
         message = "differ by up to"  # hooks do not see a sum, the outputs do
     else:
         message = WRONG[kind]
     with pytest.raises(ValueError, match=message):
         csla.merge(kind().eval(), fold_norm=True, example=example())
+
+
+@pytest.mark.parametrize("with_example", [False, True])
+def test_what_is_not_called_in_eval_mode_is_left(with_example, no_warnings):
+    model = Auxiliary().eval()
+    merged = csla.merge(model, fold_norm=True, example=example() if with_example else None)
+    assert isinstance(merged.first_norm, nn.Identity)
+    assert isinstance(merged.second_norm, nn.BatchNorm2d)
+    assert float((model(example()) - merged(example())).detach().abs().max()) < FORWARD_TOLERANCE
+
+
+def test_a_pair_with_hooks_or_a_computed_weight_is_left(no_warnings):
+    def doubles(module, inputs, output):
+        return output * 2
+
+    for spoil in (
+        lambda m: m.first.register_forward_hook(doubles),
+        lambda m: m.first_norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,)),
+        lambda m: prune.random_unstructured(m.first, "weight", 0.5),
+    ):
+        model = Net().eval()
+        spoil(model)
+        with torch.no_grad():
+            model(
+                example()
+            )  # what pruning computes is no leaf, and cannot be copied, before a forward without autograd
+        merged = csla.merge(model, fold_norm=True)
+        assert isinstance(merged.first_norm, nn.BatchNorm2d)
+        assert isinstance(merged.second_norm, nn.Identity)
+        assert float((model(example()) - merged(example())).detach().abs().max()) < FORWARD_TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:merge")  # a buffer that is written to cannot be traced
+def test_looking_leaves_nothing_in_the_model():
+    seen = []
+
+    class Keeps(Net):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.kept = self.act(self.first_norm(self.first(x)))
+            self.calls += 1
+            return self.second_norm(self.second(self.kept)) * torch.rand(())
+
+    model = Keeps().eval()
+    model.act.register_forward_hook(lambda *args: seen.append(args[1]))
+    state = torch.get_rng_state()
+    for merged in (csla.merge(model, fold_norm=True), csla.merge(model, fold_norm=True, example=example())):
+        assert not hasattr(merged, "kept")
+        assert float(merged.calls) == float(model.calls) == 0
+        copy.deepcopy(merged)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(type(inputs[0]) is torch.Tensor for inputs in seen)
+
+
+class Output(NamedTuple):
+    logits: torch.Tensor
+
+
+@dataclasses.dataclass
+class Data:
+    logits: torch.Tensor
+
+
+AFTER = {  # what a model makes of its output, of whose largest value a wrong fold moves a tenth and more
+    "as it is": lambda y: y,
+    "small": lambda y: y * 1e-5,
+    "softmax": lambda y: y.flatten(1).softmax(1),
+    "dict": lambda y: {"logits": y, "count": len(y)},
+    "named tuple": Output,
+    "dataclass": Data,
+    "infinities": lambda y: torch.cat((y, torch.full_like(y, -torch.inf))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("after", AFTER)
+def test_outputs_are_compared_in_every_form_and_dtype(after, dtype, no_warnings):
+    class Right(Net):
+        def forward(self, x):
+            return AFTER[after](super().forward(x))
+
+    class Wrong(Right):
+        def forward(self, x):
+            return AFTER[after](Net.forward(self, x) + F.conv2d(x, self.first.weight, padding=1))
+
+    x = example().to(dtype)
+    csla.merge(Right().to(dtype).eval(), fold_norm=True, example=x)
+    with pytest.raises(ValueError, match="gives other outputs on the example: they differ by up to"):
+        csla.merge(Wrong().to(dtype).eval(), fold_norm=True, example=x)
+
+
+@pytest.mark.parametrize("outputs", [lambda y: y.argmax(1), lambda y: y[:0], lambda y: "nothing"])
+def test_outputs_that_cannot_be_compared_are_no_proof(outputs):
+    class Odd(Net):
+        def forward(self, x):
+            return outputs(super().forward(x))
+
+    with pytest.raises(ValueError, match="gives no floating-point outputs on it that could be compared"):
+        csla.merge(Odd().eval(), fold_norm=True, example=example())
 
 
 def test_weights_that_are_used_elsewhere_show_in_the_outputs(no_warnings):

@@ -94,7 +94,7 @@ def test_what_is_said_of_frozen_parameters(case):
     with pytest.raises(ValueError, match="unknown parameter"):
         opt.set_grad_mult(frozen.detach(), torch.ones(3, 3))  # no parameter, so it can never join
     stranger = nn.Parameter(torch.ones(6, 3, 3, 3))
-    with pytest.raises(ValueError, match="It requires a gradient: freeze what is not to be trained, or leave it out"):
+    with pytest.raises(ValueError, match="If it is another model's, make the multipliers from this one"):
         opt.set_grad_mult(stranger, torch.ones(3, 3))
     opt.set_grad_mult(held[0], None)  # a step and a change leave the one that waits alone
     set_grads(held, 0)
@@ -170,6 +170,11 @@ def test_a_refused_group_changes_no_names(case):
     assert "param_names" not in opt.param_groups[0]
     opt.add_param_group({"params": params[2]})
     assert len(opt.param_groups) == 2
+    named_opt = case.make([("first", params[0])])
+    refused = {"params": [params[0]]}
+    with pytest.raises(ValueError, match="some parameters appear in more than one"):
+        named_opt.add_param_group(refused)
+    assert "param_names" not in refused
 
 
 def test_names_are_those_of_the_model_inside(case):
@@ -299,6 +304,147 @@ def test_names_that_only_a_wrapper_has_changed_leave_positions(case, no_warnings
     model, opt = alike(case, multiplied=False)
     opt.load_state_dict(saved)
     assert numbers(model, opt) == NUMBERS
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_states_follow_the_names_where_no_hook_moves_them(case, no_warnings, prefix):
+    model, opt = alike(case)
+    steps(model, opt, STEADY, 0)
+    saved = through_a_file(opt.state_dict())
+    for group in saved["param_groups"]:
+        group["param_names"] = [prefix + name for name in group["param_names"]]
+    twin, fresh = alike(case, ORDER, multiplied=False)
+    twin.load_state_dict(model.state_dict())
+    fresh.load_state_dict(saved)
+    assert fresh.param_groups[0]["param_names"] == list(ORDER)
+    steps(model, opt, STEADY, 50)
+    steps(twin, fresh, STEADY, 50)
+    for p, q in zip(model.parameters(), twin.parameters()):
+        assert_close(p, q, 0.0)
+
+
+def test_states_of_other_names_go_by_position_as_torch_has_it(case, no_warnings):
+    model, opt = alike(case, multiplied=False)
+    steps(model, opt, 2, 0)
+    twin = Alike()
+    fresh = case.make([(f"layer{n}", p) for n, p in enumerate(twin.parameters())], **case.hyper)
+    fresh.load_state_dict(opt.state_dict())
+    for p, q in zip(model.parameters(), twin.parameters()):
+        for key in case.states:
+            assert torch.equal(opt.state[p][key], fresh.state[q][key])
+
+
+def test_a_name_that_the_optimizer_does_not_have_takes_no_position(case):
+    saved = alike(case)[1].state_dict()
+    model = Alike()
+    opt = case.make([(f"renamed.{name}", p) for name, p in model.named_parameters()])
+    with pytest.raises(ValueError, match=r"'left\.weight' has one, but the optimizer has no parameter of this"):
+        opt.load_state_dict(saved)
+    with pytest.warns(UserWarning, match="has no parameter of this name"):
+        opt.load_state_dict(saved, strict=False)
+    assert numbers(model, opt) == {}
+
+
+def test_a_name_of_several_parameters_is_none(case, no_warnings):
+    def pair(multiplied):
+        first, second = Alike(), Alike()
+        opt = case.make([{"params": list(m.named_parameters())} for m in (first, second)])
+        if multiplied:
+            opt.set_grad_mult(first.left.weight, GradMult(torch.full((), 2.0)))
+        return first, second, opt
+
+    first, second, fresh = pair(False)
+    fresh.load_state_dict(pair(True)[2].state_dict())
+    assert (numbers(first, fresh), numbers(second, fresh)) == ({"left.weight": 2.0}, {})
+
+
+def test_an_older_checkpoint_has_its_names_in_its_groups(case, no_warnings):
+    saved = alike(case)[1].state_dict()
+    for parts in saved["grad_mults"].values():
+        del parts["name"]
+    twin, fresh = alike(case, ORDER, multiplied=False)
+    fresh.load_state_dict(saved)
+    assert numbers(twin, fresh) == NUMBERS
+
+
+def test_a_group_whose_names_are_out_of_step_has_none(case, no_warnings):
+    opt = alike(case)[1]
+    late = nn.Parameter(torch.ones(4, 4, 3, 3, dtype=torch.float64))
+    opt.param_groups[0]["params"].insert(0, late)  # past add_param_group
+    opt.set_grad_mult(late, GradMult(torch.full((), 7.0)))
+    saved = opt.state_dict()
+    assert [set(parts) for parts in saved["grad_mults"].values()] == [{"scale", "identity"}] * 4
+    twin = Alike()
+    fresh = case.make([nn.Parameter(late.detach().clone()), *twin.parameters()])
+    fresh.load_state_dict(saved)
+    assert numbers(twin, fresh) == NUMBERS
+    assert saved["param_groups"][0]["grad_mults_fingerprint"] == fresh.param_groups[0]["grad_mults_fingerprint"]
+
+
+def test_a_parameter_that_is_listed_twice_is_found_in_its_own_checkpoint(case):
+    p, q = (nn.Parameter(torch.ones(4, 2)) for _ in range(2))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        opt = case.make([p, p, q], grad_mults={p: torch.full((), 2.0)})
+    opt.load_state_dict(through_a_file(opt.state_dict()))
+    assert float(opt.grad_mult(p).scale) == 2.0
+
+
+def test_a_checkpoint_of_another_size_is_refused_in_torchs_words(case):
+    saved = alike(case)[1].state_dict()
+    with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+        case.make(list(Alike().parameters())[:2]).load_state_dict(saved)
+
+
+def test_groups_that_were_replaced_are_saved_with_their_own_fingerprint(case):
+    model, opt = alike(case)
+    opt.param_groups = [{**opt.param_groups[0], "params": [model.left.weight], "param_names": ["left.weight"]}]
+    for p in (model.right.weight, model.head.weight):
+        p.requires_grad_(False)
+    saved = opt.state_dict()
+    fresh = case.make([("left.weight", nn.Parameter(model.left.weight.detach().clone()))])
+    fresh.load_state_dict(saved)
+    assert saved["param_groups"][0]["grad_mults_fingerprint"] == fresh.param_groups[0]["grad_mults_fingerprint"]
+
+
+def test_a_post_hook_of_the_caller_sees_everything_restored(case):
+    opt = alike(case)[1]
+    twin, fresh = alike(case, multiplied=False)
+    seen = []
+    fresh.register_load_state_dict_post_hook(lambda opt: seen.append(numbers(twin, opt)))
+    fresh.load_state_dict(opt.state_dict())
+    assert seen == [NUMBERS]
+
+
+def swaps_entries(opt, state):
+    """Exchanges the entries of two parameters within the dict of states."""
+    state["state"][1], state["state"][2] = state["state"][2], state["state"][1]
+
+
+def swaps_arrays(opt, state):
+    """Exchanges arrays within the entries of two parameters."""
+    first, second = state["state"][1], state["state"][2]
+    for key in first:
+        first[key], second[key] = second[key], first[key]
+
+
+@pytest.mark.parametrize("hook", [swaps_entries, swaps_arrays])
+def test_states_that_a_hook_moved_in_place_are_noticed(case, hook):
+    model, opt = alike(case, names=False)
+    steps(model, opt, 2, 0)
+    fresh = alike(case, multiplied=False, names=False)[1]
+    fresh.register_load_state_dict_pre_hook(hook)
+    with pytest.raises(ValueError, match="pre-hooks moved the states and not 'grad_mults'"):
+        fresh.load_state_dict(through_a_file(opt.state_dict()))
+
+
+def test_a_hook_that_drops_multipliers_is_told_so(case):
+    def drops(opt, state):
+        return {key: value for key, value in state.items() if key != "grad_mults"}
+
+    fresh = alike(case, multiplied=False, names=False)[1]
+    fresh.register_load_state_dict_pre_hook(drops)
+    with pytest.raises(ValueError, match="pre-hooks dropped 'grad_mults', and the optimizer knows no such name"):
+        fresh.load_state_dict(alike(case, names=False)[1].state_dict())
 
 
 @pytest.mark.parametrize("strict", [True, False])

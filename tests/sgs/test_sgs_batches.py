@@ -79,12 +79,18 @@ def test_a_uint8_batch_that_the_model_does_not_take(form):
     assert not torch.equal(sgs.scalings["conv"], torch.ones(3, 3))
 
 
-@pytest.mark.parametrize("batch", [torch.ones(2, 3, 6, 6), {"labels": torch.ones(2, dtype=torch.int64), "gain": 2.0}])
-def test_other_failures_of_a_model_stay_what_they_are(batch):
-    """Three channels are too many. A dict may hold whole numbers beside the images that the model does not find."""
-    batch = {"image": torch.ones(2, 3, 6, 6), **batch} if isinstance(batch, dict) else batch
-    with pytest.raises((RuntimeError, TypeError), match=r"to have 2 channels|unexpected keyword"):
+def test_other_failures_of_a_model_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="to have 2 channels"):
+        controller(Named()).update([torch.ones(2, 3, 6, 6)])  # one too many
+
+
+def test_what_the_model_cannot_be_called_with_is_prepared_by_forward():
+    batch = {"image": torch.ones(2, 2, 6, 6), "labels": torch.ones(2, dtype=torch.int64), "gain": 2.0}
+    message = r"does not take the batch, a dict of image, labels, gain, as keyword arguments; forward= is where it is"
+    with pytest.raises(TypeError, match=message):
         controller(Named()).update([batch])
+    with pytest.raises(TypeError, match="the model has no forward that takes a batch; forward= is where it is called"):
+        controller(nn.ModuleDict({"conv": nn.Conv2d(2, 2, 3)})).update([torch.ones(2, 2, 6, 6)])
 
 
 @pytest.mark.parametrize(

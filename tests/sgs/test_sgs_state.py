@@ -201,6 +201,19 @@ def test_a_forgotten_state_of_every_steps_is_told_once():
     assert warned(controller(small_model(), every_steps=2, warmup=0), 1) == []  # a fresh run that counts from 1
 
 
+@pytest.mark.filterwarnings("ignore:SpatialGradientScaling found no convolution")
+def test_an_update_that_found_no_layer_was_not_forgotten():
+    """As of a model whose convolutions are frozen when the first update is due."""
+    model = small_model()
+    head = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.01, momentum=0.9)
+    head.state[head.param_groups[0]["params"][0]]["momentum_buffer"] = torch.ones(2)
+    sgs = gr.SpatialGradientScaling(model, head)
+    assert sgs.update_if_due(1, make_batches())
+    head.add_param_group({"params": list(model.parameters())})
+    assert warned(sgs, 2) == []
+    assert len(sgs.scalings) == 3
+
+
 @pytest.mark.parametrize("why", ["fresh optimizer", "during the warm-up", "learned", "loaded", "loaded ones", "due"])
 def test_nothing_is_told_where_nothing_was_forgotten(why):
     _, optimizer, sgs = resumed(warmup=3)
