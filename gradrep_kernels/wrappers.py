@@ -73,8 +73,8 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer:
     Raises TypeError for what is no optimizer, and for a wrapper that cannot be opened. The message names the attribute
     that holds the optimizer.
     """
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer) and inner is not optimizer:
+        optimizer = inner
     if isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_pre_hooks"):
         return optimizer
     kind = type(optimizer).__name__

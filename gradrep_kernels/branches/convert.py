@@ -123,22 +123,23 @@ def _compare_outputs(model: nn.Module, merged: nn.Module, example: Example) -> N
     computed as it is.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    allowed = min(_MOST_ROUNDING * torch.finfo(dtype).eps, _LEAST_DIFFERENCE)
+    units = _MOST_ROUNDING
     try:
         wide = tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, example)
         expected, found = (_outputs(call(copy.deepcopy(m).double(), wide)) for m in (model, merged))
     except Exception:
-        allowed *= 10
+        units *= 10
         expected, found = (_outputs(call(copy.deepcopy(m), example)) for m in (model, merged))
     if [t.shape for t in expected] != [t.shape for t in found]:
         raise ValueError("the merged model gives outputs of other numbers or shapes on the example")
     if not any(t.numel() for t in expected):
         raise ValueError("example: the model gives no floating-point outputs on it that could be compared")
+    allowed = min(units * torch.finfo(dtype).eps, _LEAST_DIFFERENCE)
     for a, b in zip(expected, found):
-        differ = a != b  # infinities of one sign do not
+        differ = (a != b) & ~(a.isnan() & b.isnan())  # infinities of one sign do not
         if not bool(differ.any()):
             continue
-        difference, size = float((a - b)[differ].abs().max()), float(a[a.isfinite()].abs().max())
+        difference, size = float((a - b)[differ].abs().max()), float(a.nan_to_num(0, 0, 0).abs().max())
         if not difference <= allowed * size:
             raise ValueError(
                 f"the merged model gives other outputs on the example: they differ by up to {difference:.3g}, and are "

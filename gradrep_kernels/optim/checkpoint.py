@@ -73,19 +73,17 @@ class Loading:
         # Kept as it is before pre-hooks, which may write into its dicts.
         self._given = _dicts_copied(state_dict, 3)
         self._names = [group.get("param_names") for group in optimizer.param_groups]
-        self._is_moved_by_hooks = bool(optimizer._optimizer_load_state_dict_pre_hooks)
         self._live, self._strict, self._check, self._set = live, strict, check, set_grad_mult
         self._verdict = Verdict()
         self._restored: list[tuple[Tensor, GradMult]] = []
+        self._others: list[str] = []  # names of parameters that get the states of others
 
-    def judge(self, optimizer: Optimizer, hooked: dict[str, Any]) -> dict[str, Any]:
-        """As the last pre-hook: raise ValueError, before anything is changed, where Grad Mults differ.
-
-        Returns the checkpoint with states moved to where the names of their parameters are.
-        """
+    def judge(self, optimizer: Optimizer, hooked: dict[str, Any]) -> None:
+        """As the last pre-hook: raise ValueError, before anything is changed, where Grad Mults differ."""
         groups = optimizer.param_groups
-        self._verdict = judge(self._given, hooked, groups, self._live)
-        self._hooked = hooked if self._is_moved_by_hooks else _states_by_name(hooked, groups)
+        self._hooked, self._verdict = hooked, judge(self._given, hooked, groups, self._live)
+        if hooked["state"] and _same(self._given["state"], hooked["state"]):  # else hooks have moved them
+            self._others = _in_another_order(hooked["param_groups"], groups)
         if self._verdict.conflicts and self._strict:
             raise ValueError(
                 "the checkpoint's Grad Mults are not the live ones: "
@@ -93,7 +91,6 @@ class Loading:
             )
         params = parameters_of(groups)
         self._restored = [(params[n], self._check(params[n], mult)) for n, mult in self._verdict.restored.items()]
-        return self._hooked
 
     def mend(self, optimizer: Optimizer) -> None:
         """As the first post-hook: set what is restored, and give back what torch's part takes."""
@@ -117,6 +114,12 @@ class Loading:
         if self._verdict.kept:
             kept = _first_few(self._verdict.kept, ", ")
             messages.append(f"the checkpoint has none of these live Grad Mults, which stay: {kept}")
+        if self._others:
+            messages.append(
+                "the checkpoint's parameters stand in another order. As in torch, states go by position, so these have "
+                f"those of other parameters: {_first_few(self._others, ', ')}. A load_state_dict pre-hook can move "
+                "them by name"
+            )
         return messages
 
 
@@ -230,21 +233,13 @@ def _names_by_id(saved_groups: list[dict[str, Any]]) -> dict[int, str]:
     return {n: saved_name(name) for n, name in zip(ids, names_of(saved_groups)) if name is not None}
 
 
-def _states_by_name(saved: dict[str, Any], groups: ParamGroups) -> dict[str, Any]:
-    """Return a checkpoint whose states torch will load where the names of their parameters are.
-
-    torch loads states by position. Where both sides have the same names in another order, those would be other
-    parameters. Without all names, or with other ones, the checkpoint stays as it is.
-    """
-    ids = [n for group in saved["param_groups"] for n in group["params"]]
-    theirs, own = names_of(saved["param_groups"]), names_of(groups)
-    if None in theirs or None in own:
-        return saved
-    theirs, own = list(map(saved_name, theirs)), list(map(saved_name, own))
-    if theirs == own or len(set(own)) != len(own) or sorted(theirs) != sorted(own):
-        return saved
-    to = {n: ids[own.index(name)] for n, name in zip(ids, theirs)}
-    return {**saved, "state": {to.get(n, n): entry for n, entry in saved["state"].items()}}
+def _in_another_order(saved_groups: list[dict[str, Any]], groups: ParamGroups) -> list[str]:
+    """List the names here at whose position the checkpoint has another of the names here."""
+    if any(isinstance(n, str) for group in saved_groups for n in group["params"]):
+        return []  # of torch.distributed.checkpoint, which has placed the states by name and left the names stale
+    theirs = [None if name is None else saved_name(name) for name in names_of(saved_groups)]
+    own = [None if name is None else saved_name(name) for name in names_of(groups)]
+    return [name for name, other in zip(own, theirs) if None not in (name, other) and name != other and other in own]
 
 
 def _unpacked(packed: Any) -> dict[int, tuple[GradMult, str | None]]:

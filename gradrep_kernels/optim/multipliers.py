@@ -76,6 +76,10 @@ class Multipliers:
         factors = self._factors.get(param)
         return None if factors is None else factors.caller
 
+    def spatial(self, param: Tensor) -> GradMult | None:
+        factors = self._factors.get(param)
+        return None if factors is None else factors.spatial
+
     def product(self, param: Tensor) -> GradMult | None:
         """Multiply caller ⊙ spatial, for the whole weight."""
         factors = self._factors.get(param)

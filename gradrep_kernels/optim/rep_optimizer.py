@@ -111,6 +111,11 @@ class RepOptimizer(Optimizer):
             raise ValueError(f"a spatial scaling must have shape [kh, kw], got {list(scaling.shape)}")
         self._multipliers.set_spatial(param, self._checked(param, scaling))
 
+    def spatial_scaling(self, param: Tensor) -> Tensor | None:
+        """Return what `set_spatial_scaling` set  # [kh, kw]"""
+        factor = self._multipliers.spatial(param)
+        return None if factor is None else factor.scale
+
     def _set_grad_mult(self, param: Tensor, mult: GradMult | None) -> None:
         self._multipliers.set_caller(param, mult, waits=not self._holds(param))
 
@@ -350,8 +355,8 @@ class RepOptimizer(Optimizer):
         A checkpoint that lost them on the way (distributed checkpoint drops the key) is told by the number
         `grad_mults_fingerprint` in its groups. Live ones that give another number are different.
 
-        Two things differ from torch's load_state_dict. Where both sides have the same names in another order, and no
-        pre-hook moves them, states go by name too. And states keep a precision above their parameter's.
+        States go by position, as torch's load_state_dict has it, and a warning says so where names stand in another
+        order. They keep a precision above their parameter's, which torch's takes from them.
         """
         loading = checkpoint.Loading(self, state_dict, self._multipliers, strict, self._checked, self._set_grad_mult)
         handles = [

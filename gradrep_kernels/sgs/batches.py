@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -35,16 +35,18 @@ def _model_input(batch: object) -> Tensor | Mapping:
 def call_of(model: nn.Module, forward: Forward | None) -> Forward:
     """Return what calls the model with a copy of a batch on the device of its parameters.
 
-    A model may write into its input, and both passes must see the same. Without `forward` the copy has the parameters'
-    dtype too, unless autocast is on.
+    A model may write into its input, and both passes must see the same. Without `forward` maps ([C, H, W] or more) get
+    the dtype of the model's first convolution, unless some convolution has theirs, or autocast is on. Numbers beside
+    them, such as time steps, stay as they are.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if forward is not None:
-        return lambda model, batch: forward(model, _copied(batch, device, None))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        return lambda model, batch: forward(model, _copied(batch, device, []))
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    dtypes = [p.dtype for conv in convs for p in conv.parameters() if p.is_floating_point()]
     if torch.is_autocast_enabled(device.type):
-        dtype = None  # it casts by itself, and some of its operations want float32
-    return lambda model, batch: _call(model, _copied(batch, device, dtype))
+        dtypes = []  # it casts by itself, and some of its operations want float32
+    return lambda model, batch: _call(model, _copied(batch, device, dtypes))
 
 
 def _call(model: nn.Module, batch: Tensor | Mapping) -> object:
@@ -71,13 +73,14 @@ def _call(model: nn.Module, batch: Tensor | Mapping) -> object:
         ) from error
 
 
-def _copied(item: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """Return a copy on `device`, its floating-point tensors as `dtype`."""
+def _copied(item: Any, device: torch.device, dtypes: Sequence[torch.dtype]) -> Any:
+    """Return a copy on `device`. Maps of a dtype that is not among `dtypes` get the first of them."""
     if isinstance(item, Tensor):
-        return item.to(device, dtype if item.is_floating_point() else None, copy=True)
+        cast = dtypes and item.is_floating_point() and item.dim() >= 3 and item.dtype not in dtypes
+        return item.to(device, dtypes[0] if cast else None, copy=True)
     if isinstance(item, Mapping):
-        return {key: _copied(value, device, dtype) for key, value in item.items()}
+        return {key: _copied(value, device, dtypes) for key, value in item.items()}
     if isinstance(item, (tuple, list)):
-        copies = [_copied(value, device, dtype) for value in item]
+        copies = [_copied(value, device, dtypes) for value in item]
         return type(item)(*copies) if hasattr(item, "_fields") else type(item)(copies)
     return item

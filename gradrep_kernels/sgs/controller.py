@@ -173,10 +173,17 @@ class SpatialGradientScaling:
         if self._scaler is not None or self._watches:
             self._handles += StepHooks(self._before_step, self._after_step).register(self.optimizer)
         _controllers.add(self)
-        if inherited is not None and inherited is not self._scaler:
-            for layer in self._layers:
-                self._learning.set(layer, inherited.spatial_scaling(layer.weight))
-                self._informed = self._informed or layer.g is not None
+        # A copied optimizer that scales by itself has the scalings too. `set` moves them to where they belong now.
+        own = getattr(self.optimizer, "spatial_scaling", None)
+        for layer in self._layers:
+            g = None if own is None else own(layer.weight)
+            if g is not None and self._scaler is not None:
+                self.optimizer.set_spatial_scaling(layer.weight, None)
+            if g is None and inherited is not None and inherited is not self._scaler:
+                g = inherited.spatial_scaling(layer.weight)
+            if g is not None:
+                self._learning.set(layer, g.to("cpu", copy=True))
+                self._informed = True
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_handles": [], "_is_active": self in _controllers}
@@ -314,8 +321,8 @@ class SpatialGradientScaling:
 
         Args:
             batches: iterable (a DataLoader). A Tensor goes to model(b), a tuple or list to model(b[0]), a dict to
-                     model(**b), copied to the device of the parameters. Floating-point tensors get the dtype of the
-                     parameters, unless autocast is on
+                     model(**b), copied to the device of the parameters. Maps get the dtype of the model's first
+                     convolution, unless one of its convolutions has theirs, or autocast is on
             forward: forward(model, batch) instead, with the model free of its wrappers and the whole batch copied
                      there, in the dtype that it has
 

@@ -23,9 +23,10 @@ class ForwardWatch:
     def __init__(self, updates: TrainingUpdates | None, layer: Layer | None):
         self.updates, self.layer = updates, layer
 
-    def __call__(self, conv: nn.Conv2d, args: tuple, kwargs: dict) -> None:
+    def __call__(self, conv: nn.Conv2d, args: tuple, kwargs: dict | None = None) -> None:
+        # torch.ao moves hooks to the modules that it puts in, and forgets that they want keyword arguments.
         if self.updates is not None:
-            self.updates.watch(self.layer, conv, args, kwargs)
+            self.updates.watch(self.layer, conv, args, kwargs or {})
 
     def __reduce__(self):  # copy.deepcopy uses it too
         return ForwardWatch, (None, None)

@@ -80,7 +80,8 @@ class _Buffers:
             module._buffers.update(self._buffers)
         vars(module)["_non_persistent_buffers_set"] = set(self._not_saved)
         for buffer, alias, value in self._values:
-            alias.copy_(value)  # leaves the version counter alone, as batch norm does when it writes
+            if not alias.is_meta and not torch.equal(alias, value):
+                alias.copy_(value)  # leaves the version counter alone, as batch norm does when it writes
             if _place(buffer) != _place(alias):
                 buffer.data = alias
 

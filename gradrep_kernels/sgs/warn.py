@@ -26,4 +26,4 @@ def warn(text: str, category: type[Warning] = UserWarning) -> None:
 
 
 def _is_inside(module: str) -> bool:
-    return module.split(".")[0] == "torch" or module.rpartition(".")[0] == __package__
+    return module.split(".")[0] in ("gradrep_kernels", "torch")

@@ -264,6 +264,7 @@ AFTER = {  # what a model makes of its output, of whose largest value a wrong fo
     "dict": lambda y: {"logits": y, "count": len(y)},
     "named tuple": Output,
     "dataclass": Data,
+    "not a number": lambda y: torch.cat((y, torch.full_like(y, torch.nan))),
     "infinities": lambda y: torch.cat((y, torch.full_like(y, -torch.inf))),
 }
 
@@ -283,6 +284,24 @@ def test_outputs_are_compared_in_every_form_and_dtype(after, dtype, no_warnings)
     csla.merge(Right().to(dtype).eval(), fold_norm=True, example=x)
     with pytest.raises(ValueError, match="gives other outputs on the example: they differ by up to"):
         csla.merge(Wrong().to(dtype).eval(), fold_norm=True, example=x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_that_cannot_be_computed_in_float64_is_compared_as_it_is(dtype, no_warnings):
+    class Own(Net):
+        def forward(self, x):
+            return super().forward(x.to(dtype))
+
+    class Between(Own):
+        """Writes into the output before the norm, which hooks do not see."""
+
+        def forward(self, x):
+            y = self.first(x.to(dtype)).mul_(1.5).add_(0.5)
+            return self.second_norm(self.second(F.relu(self.first_norm(y))))
+
+    csla.merge(Own().to(dtype).eval(), fold_norm=True, example=example().to(dtype))
+    with pytest.raises(ValueError, match="gives other outputs on the example"):
+        csla.merge(Between().to(dtype).eval(), fold_norm=True, example=example().to(dtype))
 
 
 @pytest.mark.parametrize("outputs", [lambda y: y.argmax(1), lambda y: y[:0], lambda y: "nothing"])

@@ -306,21 +306,39 @@ def test_names_that_only_a_wrapper_has_changed_leave_positions(case, no_warnings
     assert numbers(model, opt) == NUMBERS
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_states_follow_the_names_where_no_hook_moves_them(case, no_warnings, prefix):
+@pytest.mark.parametrize("hook", [None, lambda opt, state: None], ids=["no hook", "a hook that moves nothing"])
+@pytest.mark.parametrize("order", [ORDER, ("stem.weight", "right.weight", "left.weight", "new.weight")])
+def test_states_that_go_by_position_to_others_are_told(case, order, hook):
+    """Multipliers are found by name all the same."""
     model, opt = alike(case)
-    steps(model, opt, STEADY, 0)
-    saved = through_a_file(opt.state_dict())
-    for group in saved["param_groups"]:
-        group["param_names"] = [prefix + name for name in group["param_names"]]
+    steps(model, opt, 2, 0)
+    own = {**dict(Alike().named_parameters()), "new.weight": nn.Parameter(torch.ones(4, 4, 3, 3).double())}
+    fresh = case.make([(name, own[name]) for name in order], **case.hyper)
+    if hook is not None:
+        fresh.register_load_state_dict_pre_hook(hook)
+    others = r"right\.weight, head\.weight, stem\.weight, left\.weight" if order == ORDER else r"right\.weight, left\.w"
+    message = rf"stand in another order\..*so these have those of other parameters: {others}"
+    with pytest.warns(UserWarning, match=message) as heard:
+        fresh.load_state_dict(through_a_file(opt.state_dict()), strict=False)
+    assert heard[0].filename == __file__
+    assert fresh.param_groups[0]["param_names"] == list(order)
+    found = {name: fresh.grad_mult(own[name]) for name in order}
+    assert {name: float(m.scale) for name, m in found.items() if m is not None} == {
+        name: number for name, number in NUMBERS.items() if name in order
+    }
+
+
+def test_a_distributed_state_dict_places_states_by_name(case, no_warnings):
+    """torch places them, and leaves the checkpoint's names in the groups."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, opt = alike(case, multiplied=False)
+    steps(model, opt, 2, 0)
     twin, fresh = alike(case, ORDER, multiplied=False)
-    twin.load_state_dict(model.state_dict())
-    fresh.load_state_dict(saved)
-    assert fresh.param_groups[0]["param_names"] == list(ORDER)
-    steps(model, opt, STEADY, 50)
-    steps(twin, fresh, STEADY, 50)
+    set_optimizer_state_dict(twin, fresh, get_optimizer_state_dict(model, opt))
     for p, q in zip(model.parameters(), twin.parameters()):
-        assert_close(p, q, 0.0)
+        for key in case.states:
+            assert torch.equal(opt.state[p][key], fresh.state[q][key])
 
 
 def test_states_of_other_names_go_by_position_as_torch_has_it(case, no_warnings):

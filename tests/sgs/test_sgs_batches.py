@@ -118,3 +118,29 @@ def test_a_tuple_may_start_with_a_dict():
     sgs.update([({"image": batch, "gain": 2.0}, torch.zeros(5)) for batch in batches])
     expected.update([2 * batch for batch in batches])
     assert_same(sgs.scalings, expected.scalings)
+
+
+class Mixed(nn.Module):
+    """A float32 number comes first, and the convolution is of another dtype."""
+
+    def __init__(self, dtype, first=torch.float32):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, dtype=first))
+        self.conv = nn.Conv2d(2, 3, 3, padding=1).to(dtype)
+        self.seen = []
+
+    def forward(self, image, time=None):
+        self.seen.append((image.dtype, None if time is None else time.clone()))
+        return self.conv(image) * self.scale
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("dtype", "first"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_maps_are_cast_as_the_convolutions_are_and_numbers_beside_them_are_not(given, dtype, first):
+    model = Mixed(dtype, first)
+    time = torch.tensor([997.0, 998.0])
+    batch = {"image": make_batches()[0].to(given), "time": time}
+    gr.SpatialGradientScaling(model, torch.optim.SGD(model.parameters(), lr=0.1), batches=1).update([batch])
+    assert [image for image, _ in model.seen] == [dtype] * 2
+    assert all(torch.equal(seen, time) and seen.dtype == time.dtype for _, seen in model.seen)
+    assert batch["image"].dtype == given

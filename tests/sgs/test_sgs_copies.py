@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from sgs_controllers import all_hooks, assert_same, controller, make_batches, train
+from sgs_controllers import all_hooks, assert_same, controller, make_batches, small_model, train
 from torch import nn
 
 import gradrep_kernels as gr
@@ -305,3 +305,22 @@ def test_pickles_of_earlier_versions(name):
     change = twin[0].weight - before
     torch.testing.assert_close(model[0].weight, before + g * change, rtol=1e-12, atol=1e-14)
     assert len(copy.deepcopy((model, optimizer, sgs))[1]._optimizer_step_pre_hooks) == 1
+
+
+def test_a_controller_for_a_copied_optimizer_that_scales_by_itself_begins_with_its_scalings():
+    model, batches = small_model().eval(), make_batches()
+    optimizer = gr.FusedRepSGD(model.parameters(), lr=0.1)
+    sgs = gr.SpatialGradientScaling(model, optimizer)
+    sgs.update(batches)
+    for apply_to in ("gradient", "update"):
+        other, copied = copy.deepcopy((model, optimizer))
+        new = gr.SpatialGradientScaling(other, copied, apply_to=apply_to)
+        assert_same(new.scalings, sgs.scalings)
+        total = copied.grad_mult(other[0].weight, total=True)
+        assert (total is None) == (apply_to == "update")  # never by both
+        before = other[0].weight.detach().clone()
+        other[0].weight.grad = torch.ones_like(before)
+        copied.step()
+        assert torch.allclose(other[0].weight, before - 0.1 * sgs.scalings["0"], atol=1e-7)
+        new.load_state_dict(new.state_dict())
+        assert_same(new.scalings, sgs.scalings)

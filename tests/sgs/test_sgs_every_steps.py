@@ -232,3 +232,24 @@ def test_options_can_be_changed_between_updates(option):
 
     changed = {"k": 2.0, "remove_near": True, "every_steps": None}[option]
     assert not torch.equal(run({}, {option: changed}), run({}, {}))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_watching_goes_on_after_a_model_is_prepared_for_quantization():
+    """torch.ao moves the hook to the module that it puts in, as one without keyword arguments."""
+    import torch.ao.quantization as tq
+
+    torch.manual_seed(0)
+    model = tq.QuantWrapper(nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    sgs = gr.SpatialGradientScaling(model, optimizer, every_steps=1)
+    model.qconfig = tq.get_default_qat_qconfig("fbgemm")
+    average = copy.deepcopy(model)  # carries idle hooks
+    for each in (model, average):
+        tq.prepare_qat(each.train(), inplace=True)
+    for batch in make_batches(3):
+        optimizer.zero_grad()
+        model(batch).square().sum().backward()
+        optimizer.step()
+        average(batch)
+    assert all(bool((g != 1).any()) for g in sgs.scalings.values())

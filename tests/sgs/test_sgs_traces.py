@@ -450,3 +450,12 @@ def test_a_model_that_was_compiled_and_run_before():
     assert len(compilations) == before > 0
     expected.update(batches)
     assert_same(sgs.scalings, expected.scalings)
+
+
+def test_a_buffer_of_overlapping_elements_is_left_alone():
+    model = small_model()
+    model.register_buffer("mean", torch.tensor([0.5]).expand(3))
+    sgs = controller(model)
+    sgs.update(make_batches())
+    assert torch.equal(model.mean, torch.full((3,), 0.5))
+    assert model.mean.stride() == (0,)
