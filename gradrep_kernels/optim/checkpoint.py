@@ -164,7 +164,7 @@ def _judge_fingerprints(
     """Judge a checkpoint without the key: one of torch's optimizer, or one that lost it on the way."""
     position = 0
     for n, (group, saved_group) in enumerate(zip(groups, saved_groups)):
-        now, saved = live.fingerprint(group["params"]), saved_group.get(FINGERPRINT, 0)
+        now, saved = live.fingerprint(_in_the_order_of(saved_group, group)), saved_group.get(FINGERPRINT, 0)
         ours = [k for k in range(position, position + len(group["params"])) if k in callers]
         position += len(group["params"])
         if saved == now:
@@ -174,6 +174,19 @@ def _judge_fingerprints(
         else:
             are = "none" if now == 0 else "others"
             verdict.conflicts.append(f"group {n} had some, which the checkpoint has lost, and {are} are set")
+
+
+def _in_the_order_of(saved_group: dict[str, Any], group: dict[str, Any]) -> list[Tensor]:
+    """Return the parameters of a group in the order that a saved one has their names in, where both know all names.
+
+    The fingerprint depends on the order, and distributed checkpoint brings states by name into any order.
+    """
+    theirs, own = names_of([saved_group]), names_of([group])
+    if None in theirs or None in own:
+        return group["params"]
+    by_name = dict(zip(map(saved_name, own), group["params"]))
+    theirs = list(map(saved_name, theirs))
+    return [by_name[name] for name in theirs] if by_name.keys() == set(theirs) else group["params"]
 
 
 def _placed(

@@ -328,14 +328,20 @@ def test_states_that_go_by_position_to_others_are_told(case, order, hook):
     }
 
 
-def test_a_distributed_state_dict_places_states_by_name(case, no_warnings):
-    """torch places them, and leaves the checkpoint's names in the groups."""
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_a_distributed_state_dict_places_states_by_name(case, no_warnings, multiplied):
+    """torch places them, leaves the checkpoint's names in the groups, and drops the multipliers."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-    model, opt = alike(case, multiplied=False)
+    model, opt = alike(case, multiplied=multiplied)
     steps(model, opt, 2, 0)
-    twin, fresh = alike(case, ORDER, multiplied=False)
+    twin, fresh = alike(case, ORDER, multiplied=multiplied)
     set_optimizer_state_dict(twin, fresh, get_optimizer_state_dict(model, opt))
+    assert numbers(twin, fresh) == (NUMBERS if multiplied else {})
+    if multiplied:
+        fresh.set_grad_mult(twin.left.weight, torch.full((), 9.0))
+        with pytest.raises(ValueError, match="which the checkpoint has lost, and others are set"):
+            set_optimizer_state_dict(twin, fresh, get_optimizer_state_dict(model, opt))
     for p, q in zip(model.parameters(), twin.parameters()):
         for key in case.states:
             assert torch.equal(opt.state[p][key], fresh.state[q][key])
