@@ -80,10 +80,15 @@ class _Buffers:
             module._buffers.update(self._buffers)
         vars(module)["_non_persistent_buffers_set"] = set(self._not_saved)
         for buffer, alias, value in self._values:
-            if not alias.is_meta and not torch.equal(alias, value):
+            if not (_is_expanded(alias) and torch.equal(alias, value)):  # elsewhere the comparison would wait for a GPU
                 alias.copy_(value)  # leaves the version counter alone, as batch norm does when it writes
             if _place(buffer) != _place(alias):
                 buffer.data = alias
+
+
+def _is_expanded(t: Tensor) -> bool:
+    """Whether elements lie on one another, as `expand` leaves them. Nothing can be written there."""
+    return t.layout == torch.strided and any(n > 1 and step == 0 for n, step in zip(t.shape, t.stride()))
 
 
 def _identities(buffers: dict[str, Tensor | None]) -> list[tuple[str, int]]:
