@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from gradrep_kernels.branches.algebra import MultiBranch, fold, rounded
-from gradrep_kernels.branches.pairs import Example, call, check_pairs
+from gradrep_kernels.branches.pairs import Example, call, check_pairs, scratch_copy
 from gradrep_kernels.branches.sites import LOGGER, Site, convs_and_siblings, replace
 from gradrep_kernels.wrappers import unwrapped
 
@@ -126,10 +126,10 @@ def _compare_outputs(model: nn.Module, merged: nn.Module, example: Example) -> N
     units = _MOST_ROUNDING
     try:
         wide = tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, example)
-        expected, found = (_outputs(call(copy.deepcopy(m).double(), wide)) for m in (model, merged))
+        expected, found = (_outputs(call(scratch_copy(m).double(), wide)) for m in (model, merged))
     except Exception:
         units *= 10
-        expected, found = (_outputs(call(copy.deepcopy(m), example)) for m in (model, merged))
+        expected, found = (_outputs(call(scratch_copy(m), example)) for m in (model, merged))
     if [t.shape for t in expected] != [t.shape for t in found]:
         raise ValueError("the merged model gives outputs of other numbers or shapes on the example")
     if not any(t.numel() for t in expected):

@@ -29,10 +29,9 @@ from gradrep_kernels.branches.sites import (
     Where,
     branch_scale,
     conv_sites,
-    first_few,
     has_branch_scales,
-    warn_outside,
 )
+from gradrep_kernels.messages import first_few, warn_outside
 from gradrep_kernels.wrappers import named_root, plain_name
 
 __all__ = ["CSLABlock", "ScaleLayer", "csla_model", "extract_scales", "hyper_search_model", "reinitialize"]
@@ -104,14 +103,6 @@ class CSLABlock(MultiBranch):
         if self.bias is not None:
             y = y + self.bias.view(-1, 1, 1)
         return y
-
-    def scales(self) -> BranchScales:
-        """Return the branch scales of now. The identity's has trained on in a CSLA model too."""
-        return BranchScales(
-            self.scale_conv.weight,
-            None if self.scale_1x1 is None else self.scale_1x1.weight,
-            False if self.scale_identity is None else self.scale_identity.weight,
-        )
 
     @torch.no_grad()
     def merged_kernel(self) -> Tensor:
@@ -209,10 +200,10 @@ def extract_scales(model: nn.Module) -> Scales:
     scales: Scales = {}
     problems = []
     for name, module in named_root(model).named_modules():
-        if isinstance(module, CSLABlock) or has_branch_scales(module):
+        if has_branch_scales(module):
             name = plain_name(name)
             try:
-                scales[name] = module.scales() if isinstance(module, CSLABlock) else _scales_of(module)
+                scales[name] = _scales_of(module)
             except (TypeError, ValueError) as error:
                 problems.append(f"{name}: {error}")
     if problems:
@@ -223,7 +214,7 @@ def extract_scales(model: nn.Module) -> Scales:
 
 
 def _scales_of(block: nn.Module) -> BranchScales:
-    """Read the branch scales of a block that is not ours by its attributes."""
+    """Read the branch scales of now. The identity's has trained on in a CSLA model too."""
 
     def vector(attribute: str) -> Tensor | None:
         layer = branch_scale(block, attribute)

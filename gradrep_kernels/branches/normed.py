@@ -23,7 +23,8 @@ from gradrep_kernels.branches.algebra import (
 )
 from gradrep_kernels.branches.convert import with_blocks
 from gradrep_kernels.branches.pairs import check_pairs
-from gradrep_kernels.branches.sites import Site, conv_sites, first_few
+from gradrep_kernels.branches.sites import Site, conv_sites
+from gradrep_kernels.messages import first_few
 
 __all__ = ["NormedBranches", "acb_model", "repvgg_model"]
 

@@ -9,38 +9,36 @@ import copy
 import inspect
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradrep_kernels.branches.sites import Site, first_few, warn_outside
+from gradrep_kernels.branches.sites import Site
+from gradrep_kernels.messages import first_few, warn_outside
 
-__all__ = ["Example", "call", "check_pairs", "in_eval_mode"]
+__all__ = ["Example", "call", "check_pairs", "scratch_copy"]
 
 Example = Tensor | tuple | list | Mapping  # the input of a model: a tensor, positional or keyword arguments
 
 
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Set modes as attributes, because `.eval()` may be overridden, and put them back."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
+def scratch_copy(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """Return a copy in eval mode, to look at one forward of it: a forward may write into buffers and attributes.
+
+    Modes are set as attributes, because `.eval()` may be overridden. The tensors `shared` are not copied.
+    """
+    copied = copy.deepcopy(model, {id(t): t for t in shared})
+    for module in copied.modules():
         module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    return copied
 
 
 def call(model: nn.Module, example: Example) -> Any:
-    """Return the outputs of a model on an example, in eval mode, without autograd, from the same random state."""
+    """Return the outputs of a model on an example, without autograd, each time from the same random state."""
     gpus = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    with in_eval_mode(model), torch.no_grad(), torch.random.fork_rng(gpus):
+    with torch.no_grad(), torch.random.fork_rng(gpus):
         torch.manual_seed(0)
         if isinstance(example, Mapping):
             return model(**example)
@@ -108,7 +106,7 @@ def _calls_of_a_graph(model: nn.Module) -> _Calls | str:
 
     # A forward on proxies leaves them in the attributes that it sets, and calls hooks with them.
     tensors = [*model.parameters(), *model.buffers()]
-    traced = copy.deepcopy(model, {id(t): t for t in tensors})
+    traced = scratch_copy(model, shared=tensors)
     for module in traced.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
@@ -118,7 +116,7 @@ def _calls_of_a_graph(model: nn.Module) -> _Calls | str:
         if parameter.default is not inspect.Parameter.empty
     }
     try:
-        with in_eval_mode(traced), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of defaults that the graph takes for granted
             graph = Tracer().trace(traced, defaults)
     except Exception as reason:  # a model may fail in any way on proxies
@@ -142,7 +140,7 @@ def _calls_of_a_graph(model: nn.Module) -> _Calls | str:
 
 def _calls_of_a_forward(model: nn.Module, pairs: list[Site], example: Example) -> _Calls:
     """Return what hooks see, for which only the calls of modules show."""
-    copied = copy.deepcopy(model)  # a forward may write into buffers in eval mode too
+    copied = scratch_copy(model)
     original = dict(zip(copied.modules(), model.modules()))
     consumers: dict[nn.Module, list] = defaultdict(list)
     calls: Counter[nn.Module] = Counter()

@@ -16,12 +16,12 @@ from gradrep_kernels.branches.sites import (
     Site,
     Survey,
     conv_sites,
-    first_few,
     refuse_blocks,
     survey,
     warn_of_plain,
 )
 from gradrep_kernels.grad_mult import GradMult
+from gradrep_kernels.messages import first_few
 from gradrep_kernels.wrappers import saved_name
 
 __all__ = ["Scales", "grad_mults", "load_scales", "match", "save_scales"]

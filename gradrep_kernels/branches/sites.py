@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from gradrep_kernels.branches.algebra import MultiBranch
+from gradrep_kernels.messages import first_few, warn_outside
 from gradrep_kernels.wrappers import named_root, plain_name
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "branch_scale",
     "conv_sites",
     "convs_and_siblings",
-    "first_few",
     "has_branch_scales",
     "is_fake_quantized",
     "is_kxk",
@@ -34,7 +32,6 @@ __all__ = [
     "replace",
     "survey",
     "warn_of_plain",
-    "warn_outside",
 ]
 
 # Users turn on the messages under the name of the public module, whichever file writes them.
@@ -76,11 +73,6 @@ class Survey:
     blocks: dict[str, nn.Module] = field(default_factory=dict)  # those that are multi-branch already, by name
 
 
-def first_few(problems: list[str], shown: int = 4) -> str:
-    """Join the first problems into one line that says how many more there are."""
-    return "; ".join(problems[:shown]) + (f"; and {len(problems) - shown} more" if len(problems) > shown else "")
-
-
 def replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
     """Put the values of `new` where its keys are registered. Names and their order stay."""
     for parent in list(model.modules()):
@@ -101,7 +93,7 @@ def convs_and_siblings(model: nn.Module) -> Iterator[Sibling]:
         holders.update(p for p in module._parameters.values() if p is not None)
     for name, conv in named_root(model).named_modules():
         if isinstance(conv, nn.Conv2d):
-            after = conv._modules.get("bn") or following.get(conv)  # prepare_qat fuses the norm into the convolution
+            after = conv._modules.get("bn", following.get(conv))  # prepare_qat fuses the norm into the convolution
             shared = places[conv] > 1 or holders[conv._parameters.get("weight")] > 1
             shared = shared or (isinstance(after, _NORMS) and places[after] > 1)
             yield Sibling(plain_name(name), conv, after, shared)
@@ -170,16 +162,18 @@ def _is_multi_branch(module: nn.Module) -> bool:
     """
     if isinstance(module, MultiBranch) or has_branch_scales(module):
         return True
-    kind = type(module)  # not the instance, whose properties may raise
-    is_usual = any(callable(getattr(kind, method, None)) for method in _USUAL_METHODS)
-    if not is_usual and not any(callable(getattr(kind, method, None)) for method in _MERGING_METHODS):
+    can_be_merged = _has_method(module, _MERGING_METHODS)
+    if not can_be_merged and not _has_method(module, _USUAL_METHODS):
         return False
-    alike = Counter(
-        (m.in_channels, m.out_channels, m.stride) for m in module.modules() if isinstance(m, nn.modules.conv._ConvNd)
-    )
-    if any(callable(getattr(kind, method, None)) for method in _MERGING_METHODS):
-        return max(alike.values(), default=0) > 1
-    return len(alike) == 1 and alike.total() > 1
+    convs = [m for m in module.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    alike = Counter((conv.in_channels, conv.out_channels, conv.stride) for conv in convs)
+    most = max(alike.values(), default=0)
+    return most > 1 and (can_be_merged or most == len(convs))
+
+
+def _has_method(module: nn.Module, names: Iterable[str]) -> bool:
+    """Ask the class, not the instance, whose properties may raise."""
+    return any(callable(getattr(type(module), name, None)) for name in names)
 
 
 def multi_branch_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -291,14 +285,3 @@ def warn_of_plain(found: Survey, converted: Container[str]) -> None:
         parts.append(f"{len(names)} blocks are multi-branch already and stay so ({first_few(names, 2)})")
     if parts:
         warn_outside(f"{'; '.join(parts)}. gr.csla.coverage(model) lists all")
-
-
-def warn_outside(text: str) -> None:
-    """Warn at the caller's line, which lies above this package, and above torch, which wraps functions of it."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
-        "gradrep_kernels",
-        "torch",
-    ):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(text, stacklevel=level)

@@ -12,8 +12,6 @@ import importlib
 import importlib.util
 import json
 import os
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from gradrep_kernels.messages import warn_outside
 from gradrep_kernels.ops import cpp
 from gradrep_kernels.ops.cpp.step import takes
 from gradrep_kernels.ops.registry import NAMESPACE, OPS, registered
@@ -290,14 +289,9 @@ def _tell() -> None:
     state = _state("_C", failure)
     if state.startswith("is not built") and _build_record().get("GRADREP_BUILD") == "none":
         return
-    # At the caller's line, which lies above this package, and above torch, which wraps `step`.
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("gradrep_kernels", "torch"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(
+    warn_outside(
         f"CPU tensors are computed by plain torch, more slowly than by the C++ kernels: gradrep_kernels._C {state}. "
-        f"To get it, {_BUILD}. GRADREP_BACKEND=reference asks for plain torch, without this warning",
-        stacklevel=level,
+        f"To get it, {_BUILD}. GRADREP_BACKEND=reference asks for plain torch, without this warning"
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradrep_kernels.grad_mult import GradMult
+from gradrep_kernels.messages import first_few
 from gradrep_kernels.ops.reference.multiply import compute_dtype
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, described, names_of, parameters_of
@@ -22,8 +23,6 @@ KEY = "grad_mults"
 
 FINGERPRINT = "grad_mults_fingerprint"
 """In each parameter group: a number derived from its Grad Mults. It tells a checkpoint that has lost them."""
-
-_SHOWN = 4  # parameters listed in one message
 
 
 @dataclass
@@ -81,13 +80,14 @@ class Loading:
     def judge(self, optimizer: Optimizer, hooked: dict[str, Any]) -> None:
         """As the last pre-hook: raise ValueError, before anything is changed, where Grad Mults differ."""
         groups = optimizer.param_groups
-        self._hooked, self._verdict = hooked, judge(self._given, hooked, groups, self._live)
-        if hooked["state"] and _same(self._given["state"], hooked["state"]):  # else hooks have moved them
+        states_moved = not _same(self._given["state"], hooked["state"])
+        self._hooked, self._verdict = hooked, judge(self._given, hooked, states_moved, groups, self._live)
+        if hooked["state"] and not states_moved:
             self._others = _in_another_order(hooked["param_groups"], groups)
         if self._verdict.conflicts and self._strict:
             raise ValueError(
                 "the checkpoint's Grad Mults are not the live ones: "
-                f"{_first_few(self._verdict.conflicts)}. Set the right ones first, or load with strict=False"
+                f"{first_few(self._verdict.conflicts)}. Set the right ones first, or load with strict=False"
             )
         params = parameters_of(groups)
         self._restored = [(params[n], self._check(params[n], mult)) for n, mult in self._verdict.restored.items()]
@@ -109,16 +109,16 @@ class Loading:
         """Return what the caller is to be warned of."""
         messages = []
         if self._verdict.conflicts:
-            problems = _first_few(self._verdict.conflicts)
+            problems = first_few(self._verdict.conflicts)
             messages.append(f"the checkpoint's Grad Mults are not the live ones, which stay: {problems}")
         if self._verdict.kept:
-            kept = _first_few(self._verdict.kept, ", ")
+            kept = first_few(self._verdict.kept, between=", ")
             messages.append(f"the checkpoint has none of these live Grad Mults, which stay: {kept}")
         if self._others:
             messages.append(
                 "the checkpoint's parameters stand in another order. As in torch, states go by position, so these have "
-                f"those of other parameters: {_first_few(self._others, ', ')}. A load_state_dict pre-hook can move "
-                "them by name"
+                f"those of other parameters: {first_few(self._others, between=', ')}. A load_state_dict pre-hook can "
+                "move them by name"
             )
         return messages
 
@@ -129,12 +129,15 @@ def _dicts_copied(value: Any, levels: int) -> Any:
     return {key: _dicts_copied(inner, levels - 1) for key, inner in value.items()}
 
 
-def judge(given: Mapping[str, Any], hooked: Mapping[str, Any], groups: ParamGroups, live: Multipliers) -> Verdict:
+def judge(
+    given: Mapping[str, Any], hooked: Mapping[str, Any], states_moved: bool, groups: ParamGroups, live: Multipliers
+) -> Verdict:
     """Hold the Grad Mults of a checkpoint against the live ones.
 
     Args:
-        given:  the checkpoint before the caller's pre-hooks
-        hooked: the same after the caller's load_state_dict pre-hooks, which may have moved its parameters
+        given:        the checkpoint before the caller's pre-hooks
+        hooked:       the same after the caller's load_state_dict pre-hooks, which may have moved its parameters
+        states_moved: whether they have given some parameter another state
     """
     verdict = Verdict()
     if [len(g["params"]) for g in hooked["param_groups"]] != [len(g["params"]) for g in groups]:
@@ -143,7 +146,7 @@ def judge(given: Mapping[str, Any], hooked: Mapping[str, Any], groups: ParamGrou
     if KEY not in given and KEY not in hooked:
         _judge_fingerprints(hooked["param_groups"], groups, live, callers, verdict)
         return verdict
-    saved = _placed(given, hooked, groups, verdict)
+    saved = _placed(given, hooked, states_moved, groups, verdict)
     for n in sorted(callers.keys() | saved.keys()):
         if n not in saved:
             verdict.kept.append(described(groups, n))
@@ -181,16 +184,15 @@ def _in_the_order_of(saved_group: dict[str, Any], group: dict[str, Any]) -> list
 
     The fingerprint depends on the order, and distributed checkpoint brings states by name into any order.
     """
-    theirs, own = names_of([saved_group]), names_of([group])
+    theirs, own = _comparable_names([saved_group]), _comparable_names([group])
     if None in theirs or None in own:
         return group["params"]
-    by_name = dict(zip(map(saved_name, own), group["params"]))
-    theirs = list(map(saved_name, theirs))
+    by_name = dict(zip(own, group["params"]))
     return [by_name[name] for name in theirs] if by_name.keys() == set(theirs) else group["params"]
 
 
 def _placed(
-    given: Mapping[str, Any], hooked: Mapping[str, Any], groups: ParamGroups, verdict: Verdict
+    given: Mapping[str, Any], hooked: Mapping[str, Any], states_moved: bool, groups: ParamGroups, verdict: Verdict
 ) -> dict[int, GradMult]:
     """Return the Grad Mults of a checkpoint by the position of their parameter here.
 
@@ -200,13 +202,12 @@ def _placed(
     """
     before, after = given.get(KEY, {}), hooked.get(KEY, {})
     dropped = bool(before) and not after  # as a hook does that builds its result from the optimizer's own state_dict
-    moved = _same(before, after) and not _same(given.get("state", {}), hooked["state"])
+    moved = states_moved and _same(before, after)
     packed = _unpacked(before if dropped else after)
-    saved_names = _names_by_id(given["param_groups"])
-    own_names = [None if name is None else saved_name(name) for name in names_of(groups)]
+    saved_names = dict(zip(_ids(given["param_groups"]), _comparable_names(given["param_groups"])))
+    own_names = _comparable_names(groups)
     position_of_name = {name: n for n, name in enumerate(own_names) if name is not None and own_names.count(name) == 1}
-    ids = [n for group in hooked["param_groups"] for n in group["params"]]
-    position_of_id = dict(zip(ids, range(len(own_names))))
+    position_of_id = {n: position for position, n in enumerate(_ids(hooked["param_groups"]))}
     placed: dict[int, GradMult] = {}
     for n, (mult, name) in packed.items():
         name = saved_names.get(n) if name is None else saved_name(name)
@@ -241,17 +242,21 @@ def _why_no_position(name: str | None, own_names: list[str | None], dropped: boo
     return None
 
 
-def _names_by_id(saved_groups: list[dict[str, Any]]) -> dict[int, str]:
-    ids = [n for group in saved_groups for n in group["params"]]
-    return {n: saved_name(name) for n, name in zip(ids, names_of(saved_groups)) if name is not None}
+def _ids(saved_groups: list[dict[str, Any]]) -> list[int]:
+    """The numbers that a checkpoint has for its parameters, in their order."""
+    return parameters_of(saved_groups)  # they stand where an optimizer has the parameters
+
+
+def _comparable_names(groups: ParamGroups) -> list[str | None]:
+    """The names of all parameters, of a checkpoint or an optimizer, without what wrappers add to them."""
+    return [None if name is None else saved_name(name) for name in names_of(groups)]
 
 
 def _in_another_order(saved_groups: list[dict[str, Any]], groups: ParamGroups) -> list[str]:
     """List the names here at whose position the checkpoint has another of the names here."""
-    if any(isinstance(n, str) for group in saved_groups for n in group["params"]):
+    if any(isinstance(n, str) for n in _ids(saved_groups)):
         return []  # of torch.distributed.checkpoint, which has placed the states by name and left the names stale
-    theirs = [None if name is None else saved_name(name) for name in names_of(saved_groups)]
-    own = [None if name is None else saved_name(name) for name in names_of(groups)]
+    theirs, own = _comparable_names(saved_groups), _comparable_names(groups)
     return [name for name, other in zip(own, theirs) if None not in (name, other) and name != other and other in own]
 
 
@@ -277,11 +282,6 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def _first_few(parts: list[str], between: str = "; ") -> str:
-    more = f"{between}and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
-    return between.join(parts[:_SHOWN]) + more
-
-
 def keep_wide_states(
     saved: Mapping[int, Any], saved_groups: list[dict[str, Any]], optimizer: Any, states: tuple[State, ...]
 ) -> None:
@@ -290,8 +290,7 @@ def keep_wide_states(
     It casts them to the dtype of their parameter. The momentum of bf16 weights with float32 gradients is float32, and a
     resumed run must go on with its bits.
     """
-    ids = [n for group in saved_groups for n in group["params"]]
-    for n, p in zip(ids, parameters_of(optimizer.param_groups)):
+    for n, p in zip(_ids(saved_groups), parameters_of(optimizer.param_groups)):
         entry, loaded = saved.get(n), optimizer.state.get(p)
         if not isinstance(entry, Mapping) or loaded is None or not p.is_floating_point():
             continue

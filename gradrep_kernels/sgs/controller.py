@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradrep_kernels.dtensor import is_dtensor
+from gradrep_kernels.messages import warn_outside
 from gradrep_kernels.sgs.batches import call_of, draw
 from gradrep_kernels.sgs.checks import (
     check_choice,
@@ -34,7 +35,6 @@ from gradrep_kernels.sgs.layers import Layer, find_layers
 from gradrep_kernels.sgs.learning import Learning, Options
 from gradrep_kernels.sgs.passes import run, undisturbed
 from gradrep_kernels.sgs.ranks import Ranks, attempt
-from gradrep_kernels.sgs.warn import warn, warn_not_finite
 from gradrep_kernels.wrappers import inner_optimizer, named_root, saved_name, unwrapped
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class SpatialGradientScaling:
         self._model = unwrapped(model)
         self._layers, self._skipped = find_layers(named_root(self._model), optimizer)
         if not self._layers:
-            warn("SpatialGradientScaling found no convolution to scale; .skipped says why")
+            warn_outside("SpatialGradientScaling found no convolution to scale; .skipped says why")
         self._ranks = Ranks(process_group)
         target = optimizer if self._scaler is None else self._scaler
         self._learning = Learning(self._layers, DEPENDENCES[dependence], self._options, self._ranks, target)
@@ -302,7 +302,7 @@ class SpatialGradientScaling:
     def _warn_if_forgotten(self, epoch: int, until: str) -> None:
         if epoch > self.warmup and self._layers and not self._informed:
             self._informed = True
-            warn(
+            warn_outside(
                 f"scalings were neither learned nor loaded, though epoch {epoch} is past the warm-up ({self.warmup}). "
                 f"Convolutions train unscaled until {until}. A resumed run must load the controller's state_dict too"
             )
@@ -368,21 +368,21 @@ class SpatialGradientScaling:
             self._learning.learn(tables, binnings, failure)
         self._informed = True
         if len(kept) < self.batches:
-            warn(f"asked for {self.batches} batches, there were {len(kept)}")
-        warn_not_finite(not_finite_layers)
+            warn_outside(f"asked for {self.batches} batches, there were {len(kept)}")
+        _warn_not_finite(not_finite_layers)
         counts = len(binnings), len(self._layers), len(kept), time.perf_counter() - start, self._ranks.bytes
         logger.debug("counted for %d of %d layers over %d batches in %.3f s, %d bytes to other ranks", *counts)
 
     def _before_step(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self._training.due and closure_of(args, kwargs) is None:
-            warn_not_finite(self._training.learn())
+            _warn_not_finite(self._training.learn())
         return None if self._scaler is None else self._scaler.before_step(args, kwargs)
 
     def _after_step(self, args: tuple, kwargs: dict) -> None:
         if self._scaler is not None:
             self._scaler.after_step(args, kwargs)
         if self._training.due and closure_of(args, kwargs) is not None:  # its forward ran inside the step
-            warn_not_finite(self._training.learn())
+            _warn_not_finite(self._training.learn())
         if self.every_steps is not None:
             self._training.steps += 1
         if self._watches and _number_of_parameters(self.optimizer) != self._held:
@@ -391,3 +391,9 @@ class SpatialGradientScaling:
 
 def _number_of_parameters(optimizer: torch.optim.Optimizer) -> int:
     return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _warn_not_finite(layers: list[Layer]) -> None:
+    if layers:
+        names = ", ".join(name for layer in layers for name in layer.convs)
+        warn_outside(f"the input of {names} is not finite; the scaling stays as it was", RuntimeWarning)

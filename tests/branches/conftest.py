@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -13,3 +15,11 @@ def _repeatable():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_warnings():
+    """A warning of this package is an error, but where a test waits for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield

@@ -11,20 +11,12 @@ import warnings
 
 import pytest
 import torch
+from foreign_blocks import Foreign, Plain, Scale
 from torch import nn
 from torch.nn import functional as F
 
 import gradrep_kernels as gr
 from gradrep_kernels import csla
-
-
-class ScaleLayer(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), None
-
-    def forward(self, x):
-        return x * self.weight.view(1, -1, 1, 1)
 
 
 class ConvBN(nn.Module):
@@ -36,36 +28,6 @@ class ConvBN(nn.Module):
 
     def forward(self, x):
         return self.act(self.bn(self.conv(x)))
-
-
-class SearchBlock(nn.Module):
-    """The branches of RepOpt: 3 x 3 and 1 x 1 with trainable scales, an identity where the shapes allow it."""
-
-    def __init__(self, inputs, outputs, stride=1):
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.scale_conv = ScaleLayer(outputs)
-        self.conv_1x1 = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-        self.scale_1x1 = ScaleLayer(outputs)
-        if inputs == outputs and stride == 1:
-            self.scale_identity = ScaleLayer(outputs)
-        self.bn = nn.BatchNorm2d(outputs)
-
-    def forward(self, x):
-        y = self.scale_conv(self.conv(x)) + self.scale_1x1(self.conv_1x1(x))
-        if hasattr(self, "scale_identity"):
-            y = y + self.scale_identity(x)
-        return F.relu(self.bn(y))
-
-
-class TargetBlock(nn.Module):
-    def __init__(self, inputs, outputs, stride=1):
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn = nn.BatchNorm2d(outputs)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
 
 
 class RepStage(nn.Module):
@@ -116,24 +78,21 @@ BLOCKS, PLAIN_3X3 = 11, 5  # the latter: downsampling, and two of each head
 def searched() -> Detector:
     """A search model after its training: scales of every sign."""
     torch.manual_seed(1)
-    model = Detector(SearchBlock)
+    model = Detector(Foreign)
     for module in model.modules():
-        if isinstance(module, ScaleLayer):
+        if isinstance(module, Scale):
             nn.init.normal_(module.weight, 0.4, 0.7)
     return model
 
 
 def target() -> Detector:
     torch.manual_seed(2)
-    return Detector(TargetBlock)
+    return Detector(Plain)
 
 
 def pairs(search, plain):
     """(search block, its plain form) in module order, which is how the detector's own code pairs them."""
-    own = [
-        [m for m in model.modules() if isinstance(m, kind)]
-        for model, kind in ((search, SearchBlock), (plain, TargetBlock))
-    ]
+    own = [[m for m in model.modules() if isinstance(m, kind)] for model, kind in ((search, Foreign), (plain, Plain))]
     return list(zip(*own, strict=True))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from typing import NamedTuple
 
 import pytest
@@ -152,13 +151,6 @@ def example() -> torch.Tensor:
 
 def flat(outputs) -> torch.Tensor:
     return torch.cat([t.flatten() for t in torch.utils._pytree.tree_leaves(outputs)])
-
-
-@pytest.fixture
-def no_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
 
 
 @pytest.mark.parametrize("with_example", [False, True])

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import warnings
 
 import pytest
 import torch
 from cases_optim import STEADY, Pair, all_equal, assert_close, mults, net, set_grads
+from files import through_a_file
 from torch import nn
 
 import gradrep_kernels as gr
 from gradrep_kernels import GradMult
 
 FROZEN = (0, 4)  # positions of the weights that are frozen at first: one with an identity, one of a grouped conv
-
-
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import warnings
 
@@ -11,6 +10,7 @@ import cases
 import pytest
 import torch
 from cases_optim import CASES, SGD, Pair, assert_close, batch, csla_norm, dense, mults, named, net, set_grads
+from files import through_a_file
 from torch import nn
 
 import gradrep_kernels as gr
@@ -255,13 +255,6 @@ def test_clipping_a_norm_that_is_not_finite(case, bad):
 
 
 # ---- checkpoints
-
-
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("plain", [True, False])

@@ -1,15 +1,16 @@
 """Copies and pickles of what SpatialGradientScaling scales by hooks step as the original does."""
 
 import copy
-import io
 import pickle
 import warnings
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from files import through_a_file
 from sgs_controllers import all_hooks, assert_same, controller, make_batches, small_model, train
 from torch import nn
 
@@ -19,18 +20,11 @@ from gradrep_kernels.sgs.every_steps import ForwardWatch
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def pickled(everything):
-    file = io.BytesIO()
-    torch.save(everything, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 COPY = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda everything: pickle.loads(pickle.dumps(everything)),
     "pickle, protocol 0": lambda everything: pickle.loads(pickle.dumps(everything, protocol=0)),
-    "torch.save": pickled,
+    "torch.save": partial(through_a_file, weights_only=False),
 }
 copies = pytest.mark.parametrize("copied", COPY.values(), ids=COPY)
 

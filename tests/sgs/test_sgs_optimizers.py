@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from sgs_controllers import OPTIMIZERS, WithScaling, assert_same, make_batches, sgd, small_model
+from sgs_controllers import OPTIMIZERS, FailingOnce, WithScaling, assert_same, make_batches, sgd, small_model
 
 import gradrep_kernels as gr
 
@@ -112,17 +112,6 @@ def test_a_closure_that_raises_leaves_the_callers_gradients():
     with pytest.raises(RuntimeError, match="no loss"):
         optimizer.step(closure)
     assert all(p.grad is grad for p, grad in zip(model.parameters(), objects))
-
-
-class FailingOnce(torch.optim.SGD):
-    fail = True
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        if self.fail:
-            self.fail = False
-            raise RuntimeError("the step fails")
-        return super().step(closure)
 
 
 def test_after_a_step_that_raised_the_next_one_begins_with_the_callers_gradients():

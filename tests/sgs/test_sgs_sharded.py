@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import start_processes
-from sgs_controllers import assert_same, controller, make_batches, train
+from sgs_controllers import FailingOnce, assert_same, controller, make_batches, train
 from torch import nn
 
 import gradrep_kernels as gr
@@ -82,16 +82,6 @@ def run(make, wrap=lambda model: model, times=1, **options):
 
 def after_a_step_that_raised(wrap=lambda model: model, times=1):
     """Gradients that were added to the scaled copies, which stay in `.grad`, are kept."""
-
-    class FailingOnce(torch.optim.SGD):
-        fail = True
-
-        @torch.no_grad()
-        def step(self, closure=None):
-            if self.fail:
-                self.fail = False
-                raise RuntimeError("the step fails")
-            return super().step(closure)
 
     model = wrap(network())
     optimizer = FailingOnce(model.parameters(), lr=1e-3)

@@ -1,25 +1,18 @@
 """state_dict and load_state_dict."""
 
 import copy
-import io
 import math
 import warnings
 
 import pytest
 import torch
+from files import through_a_file
 from sgs_controllers import WithScaling, assert_same, controller, make_batches, small_model, train
 from torch import nn
 
 import gradrep_kernels as gr
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def through_disk(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def test_state_dict_restores_the_scalings_and_tells_the_optimizer():
@@ -29,7 +22,7 @@ def test_state_dict_restores_the_scalings_and_tells_the_optimizer():
     other = small_model(seed=9)
     optimizer = WithScaling(other.parameters(), lr=0.1)
     restored = gr.SpatialGradientScaling(other, optimizer)
-    restored.load_state_dict(through_disk(sgs.state_dict()))
+    restored.load_state_dict(through_a_file(sgs.state_dict()))
     assert_same(restored.scalings, sgs.scalings)
     assert_same({n: g for n, (_, g) in zip(("0", "3", "6"), optimizer.told)}, sgs.scalings)
     optimizer.told.clear()
@@ -74,7 +67,7 @@ def test_a_run_that_updates_every_n_steps_resumes_exactly(stop, kind):
         module.training = isinstance(module, nn.Conv2d)  # no dropout
     optimizer, sgs = start(model)
     train(model, optimizer, batches[:stop])
-    saved = through_disk({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sgs": sgs.state_dict()})
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sgs": sgs.state_dict()})
     train(model, optimizer, batches[stop:])
     other = copy.deepcopy(small_model())
     for module in other:
@@ -225,7 +218,7 @@ def test_nothing_is_told_where_nothing_was_forgotten(why):
         other = controller(small_model())
         if why == "loaded":
             other.update(make_batches())
-        sgs.load_state_dict(through_disk(other.state_dict()))
+        sgs.load_state_dict(through_a_file(other.state_dict()))
     elif why == "due":
         assert warned(sgs, 5, batches=make_batches()) == []
     assert warned(sgs, *((0, 1, 2) if why == "during the warm-up" else (4, 6))) == []

@@ -129,3 +129,16 @@ def scaling_of(nmi):
     s[5:] = (5 * nmi / (4 * nmi + 1)).mean(0)
     s[:4] = s[5:].flip(0)
     return (s / s.mean()).float().view(3, 3)
+
+
+class FailingOnce(torch.optim.SGD):
+    """Raises in its first step."""
+
+    fail = True
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if self.fail:
+            self.fail = False
+            raise RuntimeError("the step fails")
+        return super().step(closure)
