@@ -3,7 +3,7 @@
 Grad Mult inside SGD, spatial gradient scaling, and the tools around them.
 """
 
-from gradrep_kernels import csla, models, moved
+from gradrep_kernels import csla, models, moved, plots
 from gradrep_kernels.branch_scales import BranchScales
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops.backends import use_backend
@@ -32,6 +32,7 @@ __all__ = [
     "normalized_mutual_information",
     "pair_ranges",
     "param_groups",
+    "plots",
     "spatial_gradient_scaling",
     "use_backend",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradrep_kernels.grad_mult import GradMult, constant_copy
+from gradrep_kernels.grad_mult import GradMult, constant_copy, span
 
 __all__ = ["BranchScales"]
 
@@ -88,5 +88,21 @@ class BranchScales:
         return {name: t for name, t in named.items() if isinstance(t, Tensor)}
 
     def __repr__(self) -> str:
-        branches = ["kxk"] + ["one_by_one"] * (self.one_by_one is not None) + ["identity"] * self.has_identity
-        return f"BranchScales([{self.channels}]: {', '.join(branches)})"
+        """Tell the branches, and the mean and range of the scales of each. On a GPU it waits for the values."""
+        try:
+            named = [("kxk", self.kxk), ("one_by_one", self.one_by_one), ("identity", self.identity)]
+            branches = [
+                f"{name} not searched" if value is True else f"{name} {_mean(value)} ({span(value)})"
+                for name, value in named
+                if value is not None and value is not False
+            ]
+            return f"BranchScales([{self.channels}]: {', '.join(branches)})"
+        except AttributeError:  # in a traceback of the constructor it has not all attributes yet
+            return "BranchScales(not whole)"
+
+
+def _mean(values: Tensor) -> str:
+    try:
+        return f"{float(values.detach().double().mean()):.3g}"
+    except Exception:  # meta tensors, fake tensors, a lost device
+        return "?"

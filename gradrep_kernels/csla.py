@@ -8,10 +8,13 @@ from gradrep_kernels.branches.convert import merge
 from gradrep_kernels.branches.coverage import Coverage, coverage
 from gradrep_kernels.branches.csla import csla_model, extract_scales, hyper_search_model, reinitialize
 from gradrep_kernels.branches.scales import Scales, grad_mults, load_scales, save_scales
+from gradrep_kernels.equivalence import Equivalence, check_equivalence
 
 __all__ = [
     "Coverage",
+    "Equivalence",
     "Scales",
+    "check_equivalence",
     "coverage",
     "csla_model",
     "extract_scales",

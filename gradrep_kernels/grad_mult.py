@@ -12,7 +12,9 @@ from torch import Tensor
 
 from gradrep_kernels.ops.reference.multiply import diagonal_taps
 
-__all__ = ["GradMult", "constant_copy"]
+__all__ = ["GradMult", "awaits_grad_mult", "constant_copy", "expect_grad_mult", "span"]
+
+_AWAITS = "awaits_grad_mult"
 
 
 def constant_copy(name: str, value: Tensor) -> Tensor:
@@ -31,6 +33,28 @@ def constant_copy(name: str, value: Tensor) -> Tensor:
     if not bool(torch.isfinite(constant).all()):
         raise ValueError(f"{name} must be finite, got NaN or inf")
     return constant
+
+
+def expect_grad_mult(weight: Tensor) -> None:
+    """Mark a weight that was initialised for a Grad Mult, so that an optimizer without one can tell.
+
+    Copies and a state_dict do not have the mark. An attribute serves, for torch.utils.swap_tensors refuses
+    tensors that weak references point to.
+    """
+    setattr(weight, _AWAITS, True)
+
+
+def awaits_grad_mult(weight: Tensor) -> bool:
+    return getattr(weight, _AWAITS, False)
+
+
+def span(values: Tensor) -> str:
+    """Return the least and the greatest of some values as text for a `repr`, which must not raise."""
+    try:
+        low, high = (float(v) for v in values.detach().aminmax())
+    except Exception:  # no elements, or none that can be read: meta tensors, fake tensors, a lost device
+        return "no values"
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
 
 
 class GradMult:
@@ -231,8 +255,17 @@ class GradMult:
         return torch.equal(self.dense(shape), other.dense(shape))
 
     def __repr__(self) -> str:
-        identity = "" if self.identity is None else f", identity[{self.identity.numel()}]"
-        return f"GradMult(scale{list(self.scale.shape)}{identity}, {str(self.dtype).removeprefix('torch.')})"
+        """Tell shapes, the range of the values and the size. On a GPU it waits for the values."""
+        try:
+            parts = [
+                f"{name}{list(t.shape)} {span(t)}"
+                for name, t in (("scale", self.scale), ("identity", self.identity))
+                if t is not None
+            ]
+            dtype = str(self.dtype).removeprefix("torch.")
+            return f"GradMult({', '.join(parts)}, {dtype}, {self.nbytes:,} bytes)"
+        except AttributeError:  # in a traceback of the constructor it has not all attributes yet
+            return "GradMult(not whole)"
 
 
 def _unpickle(scale: Tensor, identity: Tensor | None) -> GradMult:

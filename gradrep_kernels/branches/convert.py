@@ -7,16 +7,14 @@ that calls `with_blocks`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, is_dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from gradrep_kernels.branches.algebra import MultiBranch, fold, rounded
-from gradrep_kernels.branches.pairs import Example, call, check_pairs, scratch_copy
+from gradrep_kernels.branches.pairs import Example, call, check_pairs, floating_outputs, scratch_copy
 from gradrep_kernels.branches.sites import LOGGER, Site, convs_and_siblings, replace
 from gradrep_kernels.wrappers import unwrapped
 
@@ -126,10 +124,11 @@ def _compare_outputs(model: nn.Module, merged: nn.Module, example: Example) -> N
     units = _MOST_ROUNDING
     try:
         wide = tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, example)
-        expected, found = (_outputs(call(scratch_copy(m).double(), wide)) for m in (model, merged))
+        expected, found = (floating_outputs(call(scratch_copy(m).double(), wide)) for m in (model, merged))
     except Exception:
         units *= 10
-        expected, found = (_outputs(call(scratch_copy(m), example)) for m in (model, merged))
+        expected, found = (floating_outputs(call(scratch_copy(m), example)) for m in (model, merged))
+    expected, found = ([t.double() for t in outputs] for outputs in (expected, found))
     if [t.shape for t in expected] != [t.shape for t in found]:
         raise ValueError("the merged model gives outputs of other numbers or shapes on the example")
     if not any(t.numel() for t in expected):
@@ -145,16 +144,3 @@ def _compare_outputs(model: nn.Module, merged: nn.Module, example: Example) -> N
                 f"the merged model gives other outputs on the example: they differ by up to {difference:.3g}, and are "
                 f"up to {size:.3g} large"
             )
-
-
-def _outputs(value: Any) -> list[Tensor]:
-    """The floating-point tensors in what a model returns, as float64."""
-    if isinstance(value, Tensor):
-        return [value.double()] if value.is_floating_point() else []
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif is_dataclass(value):
-        value = [getattr(value, field.name) for field in fields(value)]
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [t for part in value for t in _outputs(part)]

@@ -79,7 +79,7 @@ def _of_blocks(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Coverage:
     for name, conv in _convs(model):
         if conv in largest:
             name = largest[conv]
-            converted[name] = f"a {type(blocks[name]).__name__}"
+            converted[name] = f"a {type(blocks[name]).__name__} of {_branches_of(blocks[name])}"
         elif conv in inside:
             continue
         else:
@@ -95,6 +95,13 @@ def _convs(model: nn.Module) -> list[tuple[str, nn.Conv2d]]:
 def _branches(conv: nn.Conv2d) -> str:
     rows, columns = conv.kernel_size
     return f"{rows} x {columns}, 1 x 1" + (", identity" if has_shortcut(conv) else "")
+
+
+def _branches_of(block: nn.Module) -> str:
+    """List the kernels of a block, and the identity where a child is called so, as those of ours and of RepVGG are."""
+    kernels = [" x ".join(map(str, m.kernel_size)) for m in block.modules() if isinstance(m, nn.Conv2d)]
+    identity = any("identity" in name for name, _ in block.named_children())
+    return ", ".join(kernels + ["identity"] * identity)
 
 
 def _listed(value: BranchScales) -> str:

@@ -31,6 +31,7 @@ from gradrep_kernels.branches.sites import (
     conv_sites,
     has_branch_scales,
 )
+from gradrep_kernels.grad_mult import expect_grad_mult
 from gradrep_kernels.messages import first_few, warn_outside
 from gradrep_kernels.wrappers import named_root, plain_name
 
@@ -252,6 +253,10 @@ def reinitialize(
         force:    go ahead although the model has been trained or re-initialised.
         partial:  scales may leave out convolutions, whose kernels stay, and identity branches.
 
+    A run that resumes from a checkpoint leaves `reinitialize` out, and so does fine-tuning: the weights are there, and
+    `grad_mults` is all they need. An optimizer of this package warns at its first step where it has weights that were
+    re-initialised and a Grad Mult for none of them. `grad_mults={}` says that this is meant.
+
     Raises ValueError, and changes nothing, if scales and model do not fit, if the model was re-initialised before, or
     if a norm is not fresh: it has seen batches, its running statistics moved, or, without statistics, its weight or
     bias differs between channels. That the model was re-initialised is known by a mark on the conv modules, which
@@ -264,13 +269,18 @@ def reinitialize(
     if not force:
         problems = [problem for site, _ in pairs if (problem := _why_not_fresh(site))]
         if problems:
-            raise ValueError(f"reinitialize needs an untrained model, force=True goes ahead: {first_few(problems)}")
+            raise ValueError(
+                "resuming? leave reinitialize out, for the checkpoint has the weights that it would make. "
+                "Fine-tuning? A trained network keeps its weights, and needs grad_mults alone. "
+                f"reinitialize begins a training, and this model is not untrained: {first_few(problems)}"
+            )
         _warn_of_unknown([site for site, _ in pairs])
     for site, value in pairs:
         if identity == "one" and value.has_identity:
             value = BranchScales(value.kxk, value.one_by_one, True)
         site.conv.weight.copy_(CSLABlock(site.conv, value).merged_kernel())
         setattr(site.conv, _REINITIALIZED, True)
+        expect_grad_mult(site.conv.weight)
 
 
 def _why_not_fresh(site: Site) -> str | None:

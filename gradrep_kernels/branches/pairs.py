@@ -10,6 +10,7 @@ import inspect
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from gradrep_kernels.branches.sites import Site
 from gradrep_kernels.messages import first_few, warn_outside
 
-__all__ = ["Example", "call", "check_pairs", "scratch_copy"]
+__all__ = ["Example", "call", "check_pairs", "floating_outputs", "scratch_copy"]
 
 Example = Tensor | tuple | list | Mapping  # the input of a model: a tensor, positional or keyword arguments
 
@@ -43,6 +44,19 @@ def call(model: nn.Module, example: Example) -> Any:
         if isinstance(example, Mapping):
             return model(**example)
         return model(*example) if isinstance(example, (tuple, list)) else model(example)
+
+
+def floating_outputs(value: Any) -> list[Tensor]:
+    """Return the floating-point tensors in what a model returns, in their order."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif is_dataclass(value):
+        value = [getattr(value, field.name) for field in fields(value)]
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [t for part in value for t in floating_outputs(part)]
 
 
 def check_pairs(model: nn.Module, pairs: list[Site], example: Example | None, what: str) -> list[Site]:

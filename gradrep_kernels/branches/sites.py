@@ -279,7 +279,10 @@ def warn_of_plain(found: Survey, converted: Container[str]) -> None:
     total = len(plain) + sum(site.name in converted for site in found.sites)
     if 2 * len(plain) > total:
         reasons = first_few([f"{name}: {reason}" for name, reason in plain.items()], 2)
-        parts.append(f"{len(plain)} of {total} k x k convolutions stay plain ({reasons})")
+        parts.append(
+            f"{len(plain)} of {total} k x k convolutions stay plain ({reasons}). `where` of hyper_search_model chooses "
+            "convolutions, and takes those that no norm follows"
+        )
     if found.blocks:
         names = [f"{name}, a {type(block).__name__}" for name, block in found.blocks.items()]
         parts.append(f"{len(names)} blocks are multi-branch already and stay so ({first_few(names, 2)})")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import SGD, sgd
 
-from gradrep_kernels.grad_mult import GradMult
+from gradrep_kernels.optim.multipliers import GradMults
 from gradrep_kernels.optim.rep_optimizer import RepOptimizer
 from gradrep_kernels.optim.update_rule import State, UpdateRule
 
@@ -91,7 +91,7 @@ class FusedRepSGD(RepOptimizer, SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        grad_mults: Mapping[Tensor, GradMult | Tensor] | None = None,
+        grad_mults: GradMults | None = None,
     ):
         super().__init__(
             params,

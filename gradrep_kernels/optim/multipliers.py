@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradrep_kernels.dtensor import is_dtensor
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.optim.sharding import part_on
+
+# A Mapping's keys have one type: one of Tensors is not one of Parameters, which `csla.grad_mults` gives.
+GradMults = Mapping[Tensor, GradMult | Tensor] | Mapping[nn.Parameter, GradMult | Tensor]
 
 
 @dataclass

@@ -19,8 +19,13 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     Returns groups with `params`, `param_names` and `weight_decay`. The names are free of what wrappers add to them.
     Error messages use them, and checkpoints find Grad Mults by them.
-    Raises ValueError for a negative weight_decay.
+    Raises TypeError for what is no model, and ValueError for a negative weight_decay.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be an nn.Module, got {type(model).__name__}: param_groups(model, 4e-5) takes the model "
+            "itself, for it needs the names of the parameters"
+        )
     if weight_decay < 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
     decayed_vectors = {

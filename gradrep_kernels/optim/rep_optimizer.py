@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradrep_kernels.dtensor import is_dtensor, local
-from gradrep_kernels.grad_mult import GradMult
+from gradrep_kernels.grad_mult import GradMult, awaits_grad_mult
+from gradrep_kernels.messages import first_few, warn_outside
 from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.reference import rep_grad_norm
 from gradrep_kernels.ops.reference.multiply import compute_dtype, multiply
 from gradrep_kernels.optim import checkpoint
 from gradrep_kernels.optim.eager import eager, keep_out_of_graphs
 from gradrep_kernels.optim.gather import Gathered, gather, hyper_table, take_steps
-from gradrep_kernels.optim.multipliers import Multipliers, as_grad_mult
+from gradrep_kernels.optim.multipliers import GradMults, Multipliers, as_grad_mult
 from gradrep_kernels.optim.parameters import (
     are_plain,
     described,
@@ -58,7 +59,7 @@ class RepOptimizer(Optimizer):
         self,
         params: Iterable,
         *args: Any,
-        grad_mults: Mapping[Tensor, GradMult | Tensor] | None = None,
+        grad_mults: GradMults | None = None,
         fused: bool | None = None,
         **options: Any,
     ):
@@ -68,8 +69,14 @@ class RepOptimizer(Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if grad_mults is not None and not isinstance(grad_mults, Mapping):
             raise TypeError(f"grad_mults must map parameters to GradMult or Tensor, got {type(grad_mults).__name__}")
+        if isinstance(params, nn.Module):
+            raise TypeError(
+                f"params must be parameters or groups of them, got a {type(params).__name__}: pass "
+                "param_groups(model, weight_decay), or model.parameters()"
+            )
         self.update_rule.check()
         self._multipliers = Multipliers()
+        self._none_is_meant = grad_mults is not None
         self._forget_plan()
         super().__init__(params, *args, **options)
         keep_out_of_graphs(type(self))
@@ -196,6 +203,7 @@ class RepOptimizer(Optimizer):
         grad_scale, found_inf = self._scaler()
         self._plan = None
         self._refuse_strays()
+        self._warn_of_forgotten()
         rule, groups = self.update_rule, self.param_groups
         work = gather(groups, self.state, rule, self._multipliers, unscales=grad_scale is not None)
         for group, p in work.sparse:
@@ -237,6 +245,20 @@ class RepOptimizer(Optimizer):
                 f"parameters with Grad Mults are no longer in param_groups: {len(strays)}, one of shape "
                 f"{list(strays[0].shape)}. If something replaced them (wrapping the model after the optimizer was "
                 "made), set the Grad Mults again on the new ones; else set_grad_mult(old, None)"
+            )
+
+    def _warn_of_forgotten(self) -> None:
+        """Warn once where weights were re-initialised for Grad Mults, and none of them has one."""
+        if self._none_is_meant:
+            return
+        self._none_is_meant = True
+        waiting = [(n, p) for n, p in enumerate(parameters_of(self.param_groups)) if awaits_grad_mult(p)]
+        if waiting and all(self._multipliers.caller(p) is None for _, p in waiting):
+            names = [described(self.param_groups, n) for n, _ in waiting]
+            warn_outside(
+                "weights were re-initialised for Grad Mults, but this optimizer has none for them: "
+                f"{first_few(names, between=', ')}. It wants grad_mults=gr.csla.grad_mults(model, scales); "
+                "grad_mults={} says that none is meant"
             )
 
     def _refuse_sparse(self, group: dict[str, Any], p: Tensor) -> None:
@@ -325,6 +347,7 @@ class RepOptimizer(Optimizer):
         super().__setstate__(state)
         keep_out_of_graphs(type(self))
         self._forget_plan()
+        self.__dict__.setdefault("_none_is_meant", True)  # the original was asked
         if "_multipliers" not in self.__dict__:  # a pickled torch optimizer's state
             self._multipliers = Multipliers()
         for group in self.param_groups:

@@ -10,8 +10,10 @@ from gradrep_kernels.sgs.dependence import (
     spatial_gradient_scaling,
 )
 from gradrep_kernels.sgs.histograms import joint_histogram, pair_ranges
+from gradrep_kernels.sgs.history import ScalingUpdate
 
 __all__ = [
+    "ScalingUpdate",
     "SpatialGradientScaling",
     "alpha_beta_scaling",
     "joint_histogram",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradrep_kernels.sgs.gathering import Binning
+from gradrep_kernels.sgs.history import History
 from gradrep_kernels.sgs.layers import Layer
 from gradrep_kernels.wrappers import saved_name
 
@@ -21,9 +23,11 @@ def check_objects(model: object, process_group: object) -> None:
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {kind}")
 
 
-def check_int(name: str, value: object, least: int) -> None:
-    if not _is_int(value, least):
-        raise ValueError(f"{name} must be an int, {least} or more, got {value!r}")
+def check_ints(**values: tuple[object, int]) -> None:
+    """Raise ValueError unless each is an int that is not below its least. They are given as name=(value, least)."""
+    for name, (value, least) in values.items():
+        if not _is_int(value, least):
+            raise ValueError(f"{name} must be an int, {least} or more, got {value!r}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -31,12 +35,38 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def saved_scalings(state_dict: Mapping, live: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return the scalings in a state, after a comparison with those of the controller by name and shape.
+class SavedState(NamedTuple):
+    """What a state holds, after a comparison with the controller."""
+
+    scalings: Mapping[str, Tensor]
+    binnings: dict[Layer, Binning]
+    steps: int
+    paused: bool
+    epoch: int | None
+    history: History
+
+
+def saved_state(state_dict: Mapping, live: Mapping[str, Tensor], layers: Iterable[Layer]) -> SavedState:
+    """Read a state. Those of earlier versions have no history.
+
+    Args:
+        live:   the scalings of the controller by name
+        layers: of the controller
 
     Raises:
-        ValueError: they do not fit, are negative or are not finite.
+        ValueError: names, shapes, dtypes or values that do not fit.
     """
+    scalings = _saved_scalings(state_dict, live)
+    steps, paused, epoch = state_dict.get("steps", 0), state_dict.get("paused", False), state_dict.get("epoch")
+    if not _is_int(steps, 0) or not isinstance(paused, bool):
+        raise ValueError(f"steps must be an int, 0 or more, and paused a bool, got {steps!r} and {paused!r}")
+    if epoch is not None and not _is_int(epoch):
+        raise ValueError(f"epoch must be an int or None, got {epoch!r}")
+    history = _saved_history(state_dict.get("history"), layers)
+    return SavedState(scalings, _saved_binnings(state_dict, layers), steps, paused, epoch, history)
+
+
+def _saved_scalings(state_dict: Mapping, live: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("scalings"), Mapping):
         raise ValueError("state_dict must be what state_dict() gave: it has no 'scalings'")
     saved = _by_live_names(state_dict["scalings"], live)
@@ -50,12 +80,8 @@ def saved_scalings(state_dict: Mapping, live: Mapping[str, Tensor]) -> Mapping[s
     return saved
 
 
-def saved_binnings(state_dict: Mapping, layers: Iterable[Layer]) -> dict[Layer, Binning]:
-    """Return the binnings in a state, which holds them as (ranges, n) by the layer's name, as copies.
-
-    Raises:
-        ValueError: they do not fit the layers.
-    """
+def _saved_binnings(state_dict: Mapping, layers: Iterable[Layer]) -> dict[Layer, Binning]:
+    """Return the binnings in a state, which holds them as (ranges, n) by the layer's name, as copies."""
     ranges = state_dict.get("ranges", {})
     if not isinstance(ranges, Mapping):
         raise ValueError(f"ranges must be a dict by layer, got {type(ranges).__name__}")
@@ -75,16 +101,27 @@ def saved_binnings(state_dict: Mapping, layers: Iterable[Layer]) -> dict[Layer, 
     return binnings
 
 
-def saved_steps(state_dict: Mapping) -> tuple[int, bool]:
-    """Return (steps, paused) of a state.
-
-    Raises:
-        ValueError: no int that is 0 or more, or no bool.
-    """
-    steps, paused = state_dict.get("steps", 0), state_dict.get("paused", False)
-    if not _is_int(steps, 0) or not isinstance(paused, bool):
-        raise ValueError(f"steps must be an int, 0 or more, and paused a bool, got {steps!r} and {paused!r}")
-    return steps, paused
+def _saved_history(saved: object, layers: Iterable[Layer]) -> History:
+    """Return the history in a state, by the names of the layers. `saved` is what `History.state` gave, or None."""
+    if saved is None:
+        return History()
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("scalings"), Mapping):
+        raise ValueError(f"history must be what state_dict() gave: it has no 'scalings', got {type(saved).__name__}")
+    lists = [saved.get(key) for key in ("numbers", "epochs", "steps")]
+    if not all(isinstance(values, (list, tuple)) for values in lists) or len(set(map(len, lists))) > 1:
+        raise ValueError("history must hold lists of numbers, epochs and steps, of one length")
+    numbers, epochs, steps = lists
+    are_ints = all(_is_int(n) for n in (*numbers, *epochs, *steps) if n is not None)
+    if not are_ints or not _is_int(saved.get("updates"), 0) or not _is_int(saved.get("stride"), 1):
+        raise ValueError("history: updates, stride, numbers, epochs and steps must be ints")
+    by_name = {layer.name: layer for layer in layers}
+    scalings = _by_live_names(saved["scalings"], by_name)
+    if scalings.keys() - by_name.keys():
+        raise ValueError(f"history does not fit the model: unexpected {_first_few(scalings.keys() - by_name.keys())}")
+    for name, g in scalings.items():
+        shape = (len(numbers), *by_name[name].kernel_size)
+        _check_tensor(f"history: {name}", g, shape, torch.is_floating_point, "floating point")
+    return History.of_state({**saved, "scalings": scalings})
 
 
 def _by_live_names(saved: Mapping[str, object], live: Mapping[str, object]) -> dict[str, object]:
@@ -92,8 +129,8 @@ def _by_live_names(saved: Mapping[str, object], live: Mapping[str, object]) -> d
     return {name if name in live or not isinstance(name, str) else saved_name(name): v for name, v in saved.items()}
 
 
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_int(value: object, least: int | None = None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
 
 
 def _check_tensor(name: str, value: object, shape: tuple[int, ...], fits: Callable[[Tensor], bool], dtype: str) -> None:

@@ -5,36 +5,28 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradrep_kernels.dtensor import is_dtensor
 from gradrep_kernels.messages import warn_outside
-from gradrep_kernels.sgs.batches import call_of, draw
-from gradrep_kernels.sgs.checks import (
-    check_choice,
-    check_int,
-    check_objects,
-    saved_binnings,
-    saved_scalings,
-    saved_steps,
-)
+from gradrep_kernels.sgs.checks import check_choice, check_ints, check_objects, saved_state
 from gradrep_kernels.sgs.copies import carried, carry, release
 from gradrep_kernels.sgs.dependence import check_k
+from gradrep_kernels.sgs.description import described, next_due, when_next
+from gradrep_kernels.sgs.drawn import learn_from
 
 # Models that were pickled before the hook moved name it `gradrep_kernels.sgs.controller._Watch`.
 from gradrep_kernels.sgs.every_steps import ForwardWatch as _Watch  # noqa: F401
 from gradrep_kernels.sgs.every_steps import TrainingUpdates
-from gradrep_kernels.sgs.gathering import DEPENDENCES, Binning, Ranges, Tables, gather_map
+from gradrep_kernels.sgs.gathering import DEPENDENCES, Binning
 from gradrep_kernels.sgs.gradient_hooks import GradientScaling, StepHooks, UpdateScaling, closure_of
-from gradrep_kernels.sgs.layers import Layer, find_layers
-from gradrep_kernels.sgs.learning import Learning, Options
-from gradrep_kernels.sgs.passes import run, undisturbed
-from gradrep_kernels.sgs.ranks import Ranks, attempt
+from gradrep_kernels.sgs.history import History, ScalingUpdate
+from gradrep_kernels.sgs.layers import find_layers, number_of_parameters
+from gradrep_kernels.sgs.learning import Learning, Options, warn_forgotten, warn_not_finite
+from gradrep_kernels.sgs.ranks import Ranks
 from gradrep_kernels.wrappers import inner_optimizer, named_root, saved_name, unwrapped
 
 logger = logging.getLogger(__name__)
@@ -89,6 +81,8 @@ class SpatialGradientScaling:
     Tied weights, and convolutions that are called more than once, pool all their maps. A convolution that is not called
     during an update keeps its G. So does one whose map is not finite (with a warning) or whose dependence is undefined.
 
+    `history` has G after each update, thinned so that it stays small. `repr` tells how far the controller is.
+
     Copies (copy.deepcopy) and pickles: a controller that is copied together with its model and optimizer goes on with
     the copies. A copy of an optimizer that hooks scale keeps the scalings of that time, until a controller is made for
     it, which begins with them.
@@ -130,11 +124,12 @@ class SpatialGradientScaling:
     ):
         check_objects(model, process_group)
         optimizer = inner_optimizer(optimizer)
-        check_int("every", every, 1)
-        check_int("warmup", warmup, 0)
-        check_int("batches", batches, 1)
-        if every_steps is not None:
-            check_int("every_steps", every_steps, 1)
+        check_ints(
+            every=(every, 1),
+            warmup=(warmup, 0),
+            batches=(batches, 1),
+            every_steps=(1 if every_steps is None else every_steps, 1),
+        )
         check_choice("dependence", dependence, tuple(DEPENDENCES))
         check_choice("apply_to", apply_to, ("gradient", "update"))
         self._scaler: GradientScaling | UpdateScaling | None = None
@@ -155,8 +150,10 @@ class SpatialGradientScaling:
         self._learning = Learning(self._layers, DEPENDENCES[dependence], self._options, self._ranks, target)
         self._training = TrainingUpdates(self._learning, self._options)
         self._watches = every_steps is not None  # for as long as the controller lives
-        self._held = _number_of_parameters(optimizer)  # when layers were last looked for
+        self._held = number_of_parameters(optimizer)  # when layers were last looked for
         self._informed = False  # whether scalings were learned or loaded, or their lack was told
+        self._history = History()
+        self._epoch: int | None = None  # that `update_if_due` was told last
         self._start()
 
     def _is_scaled_by_another(self) -> bool:
@@ -197,6 +194,7 @@ class SpatialGradientScaling:
             self._restore_attributes(state)
             return
         handles, is_active = state["_handles"], state.get("_is_active")
+        state = {"_history": History(), "_epoch": None, **state}  # earlier versions kept neither
         self.__dict__.update({name: value for name, value in state.items() if name != "_is_active"}, _handles=[])
         if is_active is None:  # an earlier version's, which pickled its hooks
             is_active = bool(handles) or (self._scaler is None and self.every_steps is None)
@@ -226,6 +224,20 @@ class SpatialGradientScaling:
         return {name: layer.scaling() for layer in self._layers for name in layer.convs}
 
     @property
+    def history(self) -> list[ScalingUpdate]:
+        """The scalings after each update that learned some, oldest first: (number, epoch, step, scalings), as copies.
+
+        `epoch` is the one that `update_if_due` was told last, `step` that of an update by `every_steps`. Up to 127
+        updates are all there. Of more it has the first, the last, and from 64 to 127 at equal distances between them.
+        It is part of the state_dict.
+        """
+        names = [(name, layer) for layer in self._layers for name in layer.convs]
+        return [
+            entry._replace(scalings={name: layer.copy_of(entry.scalings.get(layer.name)) for name, layer in names})
+            for entry in self._history.entries()
+        ]
+
+    @property
     def skipped(self) -> dict[str, str]:
         """{module name: why this nn.Conv2d is not scaled}."""
         return dict(self._skipped)
@@ -235,16 +247,13 @@ class SpatialGradientScaling:
 
         It loads with weights_only=True.
         """
-        binnings = self._training.binnings
         return {
             "scalings": self.scalings,
             "steps": self._training.steps,
             "paused": self._training.paused,
-            "ranges": {
-                layer.name: (binnings[layer].ranges.clone(), binnings[layer].n.clone())
-                for layer in self._layers
-                if layer in binnings
-            },
+            "ranges": {layer.name: (b.ranges.clone(), b.n.clone()) for layer, b in self._training.binnings.items()},
+            "history": self._history.state(),
+            "epoch": self._epoch,
         }
 
     def load_state_dict(self, state_dict: Mapping) -> None:
@@ -257,13 +266,12 @@ class SpatialGradientScaling:
                 not finite. Nothing is changed then.
         """
         self._look_again()
-        saved = saved_scalings(state_dict, self.scalings)
-        binnings = saved_binnings(state_dict, self._layers)
-        steps, paused = saved_steps(state_dict)
+        saved = saved_state(state_dict, self.scalings, self._layers)
         for layer in self._layers:
-            g = saved[layer.name].detach().to("cpu", torch.float32, copy=True)
+            g = saved.scalings[layer.name].detach().to("cpu", torch.float32, copy=True)
             self._learning.set(layer, None if bool((g == 1).all()) else g)
-        self._training.restore(steps, paused, binnings)
+        self._training.restore(saved.steps, saved.paused, saved.binnings)
+        self._history, self._epoch = saved.history, saved.epoch
         self._informed = True
 
     def remove(self) -> None:
@@ -287,14 +295,15 @@ class SpatialGradientScaling:
         Warns once where a resumed run seems to have forgotten `load_state_dict`.
         """
         self._look_again()
+        self._epoch = int(epoch)
         if self.every_steps is not None:
             self._training.paused = epoch < self.warmup
             if self._training.steps == 0 and self.optimizer.state:
                 self._warn_if_forgotten(epoch, "the updates of its steps")
             return False
-        if epoch != self.warmup and (epoch < self.warmup or epoch % self.every != 0):
+        if epoch != next_due(epoch - 1, self.every, self.warmup):
             if self.optimizer.state:
-                self._warn_if_forgotten(epoch, f"epoch {(epoch // self.every + 1) * self.every}")
+                self._warn_if_forgotten(epoch, f"epoch {next_due(epoch, self.every, self.warmup)}")
             return False
         self.update(loader, forward)
         return True
@@ -302,21 +311,18 @@ class SpatialGradientScaling:
     def _warn_if_forgotten(self, epoch: int, until: str) -> None:
         if epoch > self.warmup and self._layers and not self._informed:
             self._informed = True
-            warn_outside(
-                f"scalings were neither learned nor loaded, though epoch {epoch} is past the warm-up ({self.warmup}). "
-                f"Convolutions train unscaled until {until}. A resumed run must load the controller's state_dict too"
-            )
+            warn_forgotten(epoch, self.warmup, until)
 
     def _look_again(self) -> None:
         """Add the convolutions whose weights have joined the optimizer."""
-        self._held = _number_of_parameters(self.optimizer)
+        self._held = number_of_parameters(self.optimizer)
         seen = {conv for layer in self._layers for conv in layer.convs.values()}
         layers, self._skipped = find_layers(named_root(self._model), self.optimizer, self._layers)
         self._layers[:] = layers  # `Learning` has the same list
         if self._watches and self._handles:
             self._handles += self._training.register(layers, seen)
 
-    def update(self, batches: Iterable, forward: Callable[[nn.Module, object], object] | None = None) -> None:
+    def update(self, batches: Iterable, forward: Callable[..., object] | None = None) -> None:
         """Learn G from up to `self.batches` batches, drawn once, in two passes without autograd in eval mode.
 
         Args:
@@ -343,57 +349,46 @@ class SpatialGradientScaling:
             self._informed = True  # nothing was forgotten: layers may join later
             return
         start, self._ranks.bytes = time.perf_counter(), 0
-        kept: list = []
         self._training.forget()
-        with undisturbed(self._model, batches) as begin_pass:
-
-            def pass_over(layers: Iterable[Layer], statistics: Ranges | Tables) -> None:
-                hooks = [
-                    (conv, partial(gather_map, (statistics,), self.remove_near, layer))
-                    for layer in layers
-                    for conv in layer.convs.values()
-                ]
-                begin_pass()
-                run(self._model, kept, call_of(self._model, forward), hooks, calls)
-
-            failure = attempt(lambda: draw(batches, self.batches, forward, kept))
-            calls = len(kept)
-            if self._ranks.many and any(is_dtensor(p) for p in self._model.parameters()):
-                calls = self._ranks.calls_of_each(calls, failure, self._layers[0].weight.device)
-            ranges = Ranges()
-            failure = failure or attempt(lambda: pass_over(self._layers, ranges))
-            binnings, not_finite_layers = self._learning.bin(ranges, len(kept), failure)
-            tables = self._learning.new_tables(binnings)
-            failure = attempt(lambda: pass_over(binnings, tables))
-            self._learning.learn(tables, binnings, failure)
+        outcome = learn_from(batches, self.batches, forward, self._model, self._learning, self._options)
         self._informed = True
-        if len(kept) < self.batches:
-            warn_outside(f"asked for {self.batches} batches, there were {len(kept)}")
-        _warn_not_finite(not_finite_layers)
-        counts = len(binnings), len(self._layers), len(kept), time.perf_counter() - start, self._ranks.bytes
+        if outcome.learned:
+            self._remember(None)
+        if outcome.drawn < self.batches:
+            warn_outside(f"asked for {self.batches} batches, there were {outcome.drawn}")
+        warn_not_finite(outcome.not_finite)
+        counts = outcome.counted, len(self._layers), outcome.drawn, time.perf_counter() - start, self._ranks.bytes
         logger.debug("counted for %d of %d layers over %d batches in %.3f s, %d bytes to other ranks", *counts)
+
+    def __repr__(self) -> str:
+        try:
+            steps = None if self.every_steps is None or self._training.paused else self._training.steps
+            when = when_next(self._epoch, self.every, self.warmup, steps, self.every_steps, self._history.updates)
+            when = when if self in _controllers else "removed"
+            return f"{type(self).__name__}({described(self._layers, self._skipped, self._history.updates, when)})"
+        except Exception:  # a traceback of the constructor shows one that has not all attributes yet
+            return f"{type(self).__name__}(not whole)"
+
+    def _remember(self, step: int | None) -> None:
+        self._history.add(self._epoch, step, {layer.name: layer.g for layer in self._layers if layer.g is not None})
+
+    def _learn_in_step(self) -> None:
+        learned, not_finite_layers = self._training.learn()
+        if learned:
+            self._remember(self._training.steps + 1)
+        warn_not_finite(not_finite_layers)
 
     def _before_step(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self._training.due and closure_of(args, kwargs) is None:
-            _warn_not_finite(self._training.learn())
+            self._learn_in_step()
         return None if self._scaler is None else self._scaler.before_step(args, kwargs)
 
     def _after_step(self, args: tuple, kwargs: dict) -> None:
         if self._scaler is not None:
             self._scaler.after_step(args, kwargs)
         if self._training.due and closure_of(args, kwargs) is not None:  # its forward ran inside the step
-            _warn_not_finite(self._training.learn())
+            self._learn_in_step()
         if self.every_steps is not None:
             self._training.steps += 1
-        if self._watches and _number_of_parameters(self.optimizer) != self._held:
+        if self._watches and number_of_parameters(self.optimizer) != self._held:
             self._look_again()
-
-
-def _number_of_parameters(optimizer: torch.optim.Optimizer) -> int:
-    return sum(len(group["params"]) for group in optimizer.param_groups)
-
-
-def _warn_not_finite(layers: list[Layer]) -> None:
-    if layers:
-        names = ", ".join(name for layer in layers for name in layer.convs)
-        warn_outside(f"the input of {names} is not finite; the scaling stays as it was", RuntimeWarning)

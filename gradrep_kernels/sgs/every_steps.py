@@ -83,15 +83,15 @@ class TrainingUpdates:
             with torch.no_grad():
                 gather_map((self._ranges, self._tables), self._options.remove_near, layer, conv, args, kwargs)
 
-    def learn(self) -> list[Layer]:
-        """Learn from what was gathered, and return the layers whose maps are not finite."""
+    def learn(self) -> tuple[bool, list[Layer]]:
+        """Learn from what was gathered. Returns whether a G was, and the layers whose maps are not finite."""
         ranges, tables = self._ranges, self._tables
         self.forget()
         with torch.no_grad():
             binnings, not_finite_layers = self._learning.bin(ranges, drawn=1)
-            self._learning.learn(tables, binnings)
+            learned = self._learning.learn(tables, binnings)
         self.binnings.update(binnings)
-        return not_finite_layers
+        return learned, not_finite_layers
 
     def restore(self, steps: int, paused: bool, binnings: dict[Layer, Binning]) -> None:
         self.steps, self.paused, self.binnings = steps, paused, binnings

@@ -39,7 +39,15 @@ class Layer:
 
     def scaling(self) -> Tensor:
         """A copy of G, ones where there is none."""
-        return torch.ones(self.kernel_size) if self.g is None else self.g.clone()
+        return self.copy_of(self.g)
+
+    def copy_of(self, g: Tensor | None) -> Tensor:
+        """Return a copy of a G of this layer, ones for None."""
+        return torch.ones(self.kernel_size) if g is None else g.clone()
+
+
+def number_of_parameters(optimizer: torch.optim.Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def find_layers(

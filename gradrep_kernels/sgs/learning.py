@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from gradrep_kernels.messages import warn_outside
 from gradrep_kernels.sgs.dependence import normalize, not_finite, spatial_dependence
 from gradrep_kernels.sgs.gathering import Binning, Dependence, Ranges, Tables
 from gradrep_kernels.sgs.layers import Layer
@@ -30,6 +31,19 @@ class ScalingTarget(Protocol):
     """Receives the scalings: an optimizer that scales by itself, or the hooks that do it for another one."""
 
     def set_spatial_scaling(self, parameter: nn.Parameter, g: Tensor | None) -> None: ...
+
+
+def warn_not_finite(layers: list[Layer]) -> None:
+    if layers:
+        names = ", ".join(name for layer in layers for name in layer.convs)
+        warn_outside(f"the input of {names} is not finite; the scaling stays as it was", RuntimeWarning)
+
+
+def warn_forgotten(epoch: int, warmup: int, until: str) -> None:
+    warn_outside(
+        f"scalings were neither learned nor loaded, though epoch {epoch} is past the warm-up ({warmup}). Convolutions "
+        f"train unscaled until {until}. A resumed run must load the controller's state_dict too"
+    )
 
 
 class Learning:
@@ -90,8 +104,8 @@ class Learning:
                 binnings[layer] = Binning(torch.stack((lows[..., 0], -lows[..., 1]), dim=-1), n)
         return binnings, not_finite_layers
 
-    def learn(self, tables: Tables, binnings: dict[Layer, Binning], failure: Exception | None = None) -> None:
-        """Pool the tables, set each G that they define, and leave `tables` empty.
+    def learn(self, tables: Tables, binnings: dict[Layer, Binning], failure: Exception | None = None) -> bool:
+        """Pool the tables, set each G that they define, and leave `tables` empty. Returns whether there was any.
 
         Args:
             binnings: as `bin` returned them for the maps in `tables`; layers without one are passed over
@@ -108,10 +122,13 @@ class Learning:
         *pooled, failures = self.ranks.reduce(own, "sum", device, most_pairs)
         del own  # up to 100 MB where several ranks pool
         raise_together(failure, int(failures))
+        learned = False
         for layer, dependence in zip(layers, self._evaluate(pooled)):
             s = spatial_dependence(dependence, layer.kernel_size, self._options.k, self._options.remove_near)
             if s is not None:
                 self.set(layer, normalize(s))
+                learned = True
+        return learned
 
     def set(self, layer: Layer, g: Tensor | None) -> None:
         """Give G [kh, kw] to the layer and to the optimizer. None: not scaled."""

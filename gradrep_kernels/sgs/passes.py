@@ -38,11 +38,11 @@ def undisturbed(model: nn.Module, loader: object) -> Iterator[Callable[[], None]
         if of_first_pass:
             _call_all([*(part.restore for part in buffers), *of_first_pass])
         else:
-            of_first_pass.extend(_random_states(gpus))
+            of_first_pass.extend(random_states(gpus))
 
     restorations = [partial(setattr, module, "training", training) for module, training in modes]
     restorations += [part.restore for part in buffers]
-    restorations += _random_states(gpus) + [partial(g.set_state, g.get_state()) for g in _generators(loader)]
+    restorations += random_states(gpus) + [partial(g.set_state, g.get_state()) for g in generators(loader)]
     restorations.append(partial(_shard_again, model, parameters))
     try:
         with torch.no_grad(), _eager():
@@ -100,7 +100,7 @@ def _place(t: Tensor) -> tuple:
     return t.shape, t.dtype, t.device, t.layout, *where
 
 
-def _generators(loader: object) -> list[torch.Generator]:
+def generators(loader: object) -> list[torch.Generator]:
     """Return the generators of a loader and its samplers."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     holders = loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
@@ -108,8 +108,8 @@ def _generators(loader: object) -> list[torch.Generator]:
     return [generator for generator in generators if isinstance(generator, torch.Generator)]
 
 
-def _random_states(gpus: list[int]) -> list[Callable[[], None]]:
-    """Return what sets the random states of torch, numpy and Python to those of now."""
+def random_states(gpus: list[int]) -> list[Callable[[], None]]:
+    """Return what sets the random states of torch, numpy and Python to those of now, in a list to call."""
     restorations = [
         partial(torch.set_rng_state, torch.get_rng_state()),
         partial(random.setstate, random.getstate()),

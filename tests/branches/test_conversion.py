@@ -174,7 +174,9 @@ def test_a_shortcut_that_was_not_searched_is_left_out_when_asked_for():
 
 def test_most_convolutions_staying_plain_is_said_aloud(no_warnings):
     model = Dense()
-    message = r"^3 of 4 k x k convolutions stay plain \(layers\.0\.conv2: no sibling follows; .*coverage\(model\)"
+    message = (
+        r"^3 of 4 k x k convolutions stay plain \(layers\.0\.conv2: no sibling follows; .*`where` .*coverage\(model\)"
+    )
     with pytest.warns(UserWarning, match=message) as heard:
         search = csla.hyper_search_model(model)
     assert heard[0].filename == __file__
@@ -202,7 +204,9 @@ def test_coverage_of_each_kind_of_model(no_warnings):
     search = csla.hyper_search_model(plain, where="stage2")
     found = csla.coverage(search)
     assert found.counts == (3, 6)
-    assert found.converted == {f"stage2.{n}.conv": "a CSLABlock" for n in range(3)}
+    assert found.converted == {
+        f"stage2.{n}.conv": "a CSLABlock of 3 x 3, 1 x 1" + ", identity" * (n > 0) for n in range(3)
+    }
     assert list(found.left) == ["stage0.conv", "stage1.0.conv", "stage1.1.conv"]
     found = csla.coverage(plain, csla.extract_scales(search))
     assert found.counts == (3, 6)
@@ -525,10 +529,10 @@ def test_a_trained_model_is_not_reinitialized_whatever_its_norms(norm, no_warnin
     loaded = fresh()
     loaded.load_state_dict(model.state_dict())  # loses the mark
     before = loaded[0].weight.detach().clone()
-    with pytest.raises(
-        ValueError, match="reinitialize needs an untrained model, force=True goes ahead: the norm after 0"
-    ):
+    message = r"^resuming\? leave reinitialize out.* needs grad_mults alone\. .*: the norm after 0"
+    with pytest.raises(ValueError, match=message) as refusal:
         csla.reinitialize(loaded, scales)
+    assert "force" not in str(refusal.value)
     assert torch.equal(loaded[0].weight, before)
     csla.reinitialize(loaded, scales, force=True)
     assert not torch.equal(loaded[0].weight, before)

@@ -448,8 +448,7 @@ def test_reinitialize_wants_fresh_norms():
     refused(
         trained,
         scales,
-        "needs an untrained model, force=True goes ahead: the norm after body.0 has seen 1 batches; "
-        "the norm after last has seen 1 batches",
+        "this model is not untrained: the norm after body.0 has seen 1 batches; the norm after last has seen 1 batches",
     )
     moved = copy.deepcopy(tree)
     moved.last_norm.running_var[0] = 2

@@ -7,13 +7,11 @@ with it another torch.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
-from unittest import mock
 
 import pytest
 import torch
 from cases_optim import assert_close, batch, dense, mults, net, oracle_step, set_grads
+from timm_alone import importable_timm
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -322,27 +320,11 @@ def test_lightning_clips_under_mixed_precision_unless_fused_was_asked_for(lightn
 
 # ---- timm
 
-VISION = [
-    "torchvision",
-    *(f"torchvision.{name}" for name in ("ops", "ops.misc", "datasets", "transforms", "transforms.functional")),
-]
-
 
 @pytest.fixture
 def timm_optim():
-    """timm.optim. Importing it imports timm's models, and those torchvision: a mock stands in where that is missing."""
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("needs timm: pip install --no-deps timm (and the extra interop)")
-    stubs = (
-        {}
-        if importlib.util.find_spec("torchvision")
-        else {name: mock.MagicMock(name=name, __path__=[], __spec__=None) for name in VISION}
-    )
-    with mock.patch.dict(sys.modules, stubs):
+    with importable_timm():
         yield importlib.import_module("timm.optim")
-    if stubs:
-        for name in [name for name in sys.modules if name.split(".")[0] == "timm"]:
-            del sys.modules[name]
 
 
 def test_timms_registry_makes_it(timm_optim):
