@@ -1,8 +1,6 @@
 """python -m gradrep_kernels train | search | env"""
 
-import sys
-
-from gradrep_kernels.cli import main
+from gradrep_kernels.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry("python -m gradrep_kernels")

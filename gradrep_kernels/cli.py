@@ -3,41 +3,76 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gradrep_kernels.csla import load_scales, save_scales
+from gradrep_kernels.recipes import files, interrupts
 from gradrep_kernels.recipes.data import KINDS
 from gradrep_kernels.recipes.declare import Option
-from gradrep_kernels.recipes.environment import environment, environment_text
-from gradrep_kernels.recipes.errors import InputError
+from gradrep_kernels.recipes.environment import environment, environment_text, version_line
+from gradrep_kernels.recipes.errors import WRITE_ERRORS, InputError, OutputError
 from gradrep_kernels.recipes.job import run_job
 from gradrep_kernels.recipes.options import OPTIONS
 from gradrep_kernels.recipes.progress import Reporter
-from gradrep_kernels.recipes.report import check_line, scales_line, table
-from gradrep_kernels.recipes.runs import SCALES, open_run
+from gradrep_kernels.recipes.report import closing_lines, scales_line
+from gradrep_kernels.recipes.runs import SCALES, Run, open_run
 
-__all__ = ["main"]
+__all__ = ["entry", "main"]
 
-_WRONG_INPUT, _INTERRUPTED = 2, 130
+_WRONG_INPUT, _INTERRUPTED, _NOBODY_READS = 2, 130, 141  # the last two as shells tell SIGINT and SIGPIPE
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip() not in ("", "none"))
 
 
+def _number(of: Callable[[str], Any], needed: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return of(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {needed}, got {text[:80]!r}") from None
+
+    return read
+
+
+def _path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"must name a file or a folder, got {text!r}")
+    return Path(text)
+
+
 # The type of an option -> settings of argparse. All other types are given as text.
 _SETTINGS_OF_TYPE: dict[type, dict[str, Any]] = {
-    int: {"type": int, "metavar": "N"},
-    float: {"type": float, "metavar": "X"},
+    int: {"type": _number(int, "a whole number"), "metavar": "N"},
+    float: {"type": _number(float, "a number"), "metavar": "X"},
     tuple: {"type": _names, "metavar": "LIST"},
     bool: {"action": argparse.BooleanOptionalAction},
 }
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises InputError of one line where argparse would print all usage."""
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        self.flags: list[str] = []
+        super().__init__(*arguments, **settings)
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        action = super().add_argument(*names, **settings)
+        self.flags += action.option_strings
+        return action
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message.removeprefix("argument ").replace(": must ", " must ", 1))
 
 
 def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
@@ -48,14 +83,16 @@ def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
     parser.add_argument(option.flag, **settings, default=argparse.SUPPRESS, help=help_text)
 
 
-def _add_run(commands: Any, name: str, help_text: str) -> argparse.ArgumentParser:
+def _add_run(commands: Any, name: str, help_text: str) -> _Parser:
     """Add a command that starts or resumes a run."""
-    parser = commands.add_parser(name, help=help_text, allow_abbrev=False)
+    parser = commands.add_parser(
+        name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.", allow_abbrev=False
+    )
     for option in OPTIONS.values():
         if name in option.commands:
             _add_option(parser, option)
     parser.add_argument(
-        "--out", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs; default: %(default)s"
+        "--out", type=_path, default=Path("runs"), metavar="DIR", help="folder of all runs; default: %(default)s"
     )
     parser.add_argument(
         "--name", help="folder of this run in it; default: DATA-MODEL, with a number where that is taken"
@@ -68,72 +105,191 @@ def _add_run(commands: Any, name: str, help_text: str) -> argparse.ArgumentParse
     return parser
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m gradrep_kernels",
+def _parsers(prog: str) -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser of the command line, and that of each command."""
+    parser = _Parser(
+        prog=prog,
         description="Gradient re-parameterization and spatial gradient scaling, end to end.",
+        epilog=f"`{prog} COMMAND --help` lists the options of a command.",
+        allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | search | env")
-    _add_run(commands, "train", "search scales, then train with each recipe and compare")
+    parser.add_argument("--version", action="store_true", help="versions of this package and of torch, in one line")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="train | search | env")
+    train = _add_run(commands, "train", "search scales, then train with each recipe and compare")
     search = _add_run(commands, "search", "Hyper-Search alone: writes a scales file")
     search.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"the scales file; default: {SCALES} in the run's folder"
+        "--output", type=_path, metavar="FILE", help=f"the scales file; default: {SCALES} in the run's folder"
     )
     env = commands.add_parser(
         "env", help="versions, devices, and which implementation serves each op", allow_abbrev=False
     )
     env.add_argument("--json", action="store_true", help="as JSON; default: text")
-    return parser
+    return parser, {"train": train, "search": search, "env": env}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _nearest(given: str, names: Iterable[str]) -> str:
+    """The end of an error about `given`: which of `names` may have been meant."""
+    near = difflib.get_close_matches(given, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _parsed(arguments: Sequence[str], prog: str) -> dict[str, Any]:
+    """Values by name, `command` among them. It is None where no command was given.
+
+    Raises InputError that names the option or command.
+    """
+    parser, commands = _parsers(prog)
+    # argparse would list all commands, and not say which is near.
+    first = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if first is not None and first not in commands:
+        near = _nearest(first, commands) or f"; there are {', '.join(commands)}"
+        raise InputError(f"{first!r} is no command{near}")
+    known, others = parser.parse_known_args(arguments)
+    given = vars(known)
+    if others:
+        name, chosen = given["command"], commands.get(given["command"], parser)
+        other = next((text for text in others if text.startswith("-")), others[0]).partition("=")[0]
+        place = f"`{name}`" if name else prog
+        near = _nearest(other, chosen.flags) or f"; `{chosen.prog} --help` lists what there is"
+        raise InputError(f"{place} takes no {other}{near}")
+    if given["command"] is None and not given["version"]:
+        given["help"] = parser.format_help()
+    return given
+
+
+def entry(prog: str = "gradrep") -> NoReturn:
+    """Run the command line of this process, called `prog`, and end it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # It was closed by whoever started this.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):  # Names of files may be no UTF-8, and a terminal may know no ±.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = main(prog=prog)
+    except SystemExit as wanted:  # --help
+        status = wanted.code
+    status = _print("") or status
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # What is left is waiting for threads that read. A Ctrl-C shall end it, without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "gradrep") -> int:
     """Run a command and return its exit status.
 
-    The status is 0, 1 where CSLA = GR did not hold, 2 for wrong input, or 130 when interrupted.
+    The status is 0, 1 where CSLA = GR did not hold or the search of `train` diverged, 2 for wrong input, a
+    `search` that diverged, and files that
+    cannot be written, 130 when interrupted, or 141 where nobody reads its messages any more. `prog` is what the user
+    called.
     """
-    given = vars(_parser().parse_args(arguments))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    with interrupts.noted():
+        try:
+            status = _run(_parsed(sys.argv[1:] if arguments is None else arguments, prog))
+            interrupts.check()
+            return status
+        except KeyboardInterrupt as stopped:
+            return _told(f"interrupted{''.join(map(str, stopped.args))}", _INTERRUPTED)
+        except Exception as wrong:
+            if interrupts.asked():  # What was interrupted may say so in its own way.
+                return _told("interrupted", _INTERRUPTED)
+            if isinstance(wrong, BrokenPipeError):
+                return _NOBODY_READS
+            if isinstance(wrong, (InputError, OSError, MemoryError)):
+                return _told(f"error: {_said(wrong)}", _WRONG_INPUT)
+            raise
+
+
+def _run(given: dict[str, Any]) -> int:
+    command = given.pop("command")
+    if given.pop("version"):
+        return _print(version_line())
+    if command is None:
+        return _print(given["help"])
+    return {"train": _train, "search": _search, "env": _env}[command](given)
+
+
+def _said(wrong: Exception) -> str:
+    """The message of an error, in one line."""
+    if isinstance(wrong, MemoryError):
+        text = f"not enough memory ({wrong})" if str(wrong) else "not enough memory"
+    elif isinstance(wrong, OSError) and wrong.filename is not None:
+        text = f"{os.fsdecode(wrong.filename)}: {wrong.strerror}"
+    else:
+        text = str(wrong) or type(wrong).__name__
+    return text.replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _told(text: str, status: int) -> int:
+    """Print a line to standard error, where somebody reads it."""
     try:
-        return {"train": _train, "search": _search, "env": _env}[given.pop("command")](given)
-    except InputError as wrong:
-        print(f"error: {wrong}", file=sys.stderr)
-        return _WRONG_INPUT
-    except BrokenPipeError:  # The reader of `env | head` has enough.
-        # Without this the flush at exit would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
+    return status
+
+
+def _print(text: str) -> int:
+    """Print to standard output and return the exit status.
+
+    It is 0 if the reader of `env | head` has enough. Raises nothing: it is the last that a command does.
+    """
+    try:
+        print(text, end="\n" if text else "", flush=True)
+    except BrokenPipeError:
+        _discard(sys.stdout)
+    except OSError as reason:
+        _discard(sys.stdout)
+        return _told(f"error: standard output cannot be written: {reason.strerror}", _WRONG_INPUT)
+    return 0
+
+
+def _discard(stream: Any) -> None:
+    """Let a stream that cannot be written go nowhere. Else the flush at exit would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    """Do a run. What stops it says how to go on."""
+    try:
+        return run_job(run, Reporter())
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on after the last whole epoch", file=sys.stderr)
-        return _INTERRUPTED
+        raise KeyboardInterrupt("; --resume goes on after the last whole epoch") from None
+    except OSError as reason:
+        if reason.errno not in WRITE_ERRORS:
+            raise
+        raise OutputError.of(reason.filename or run.folder, reason) from None
 
 
 def _train(given: dict[str, Any]) -> int:
-    run = open_run(given.pop("out"), given.pop("name"), resume=given.pop("resume"), given=given)
-    summary = run_job(run, Reporter())
-    lines = [table(summary)]
-    if summary["scales"]:
-        lines.append(scales_line(summary))
-    if summary["csla_equals_gr"]:
-        lines.append(check_line(summary))
-    print("\n".join([*lines, f"Written to {run.folder}; begin with summary.md there."]))
-    return 0 if summary["csla_equals_gr"] is None or summary["csla_equals_gr"]["agrees"] else 1
+    with open_run(given.pop("out"), given.pop("name"), resume=given.pop("resume"), given=given) as run:
+        summary = _summary(run)
+    shown = _print("\n".join([*closing_lines(summary), f"Written to {run.folder}; begin with summary.md there."]))
+    agrees = summary["csla_equals_gr"] is None or summary["csla_equals_gr"]["agrees"]
+    return shown if agrees and not summary["not_trained"] else 1
 
 
 def _search(given: dict[str, Any]) -> int:
     output, resume = given.pop("output"), given.pop("resume")
-    if output is not None and not resume and output.exists():
+    if output is not None and output.exists():
         raise InputError(f"--output {output} is there already")
     if output is not None and not output.absolute().parent.is_dir():
         raise InputError(f"--output {output}: no such folder")
-    run = open_run(given.pop("out"), given.pop("name"), resume=resume, search=True, given=given)
-    summary = run_job(run, Reporter())
-    if output is not None:
-        save_scales(load_scales(run.folder / SCALES), output)
-    print(f"{scales_line(summary)}\nWritten to {output or run.folder / SCALES}.")
-    return 0
+    with open_run(given.pop("out"), given.pop("name"), resume=resume, search=True, given=given) as run:
+        summary = _summary(run)
+        if summary["scales"] is None:
+            epoch = summary["search"]["diverged"]
+            raise InputError(
+                f"the Hyper-Search diverged in epoch {epoch}: a lower --lr may help; there is no scales file"
+            )
+        if output is not None:
+            with files.writing(output):
+                save_scales(load_scales(run.folder / SCALES), output)
+    return _print(f"{scales_line(summary)}\nWritten to {output or run.folder / SCALES}.")
 
 
 def _env(given: dict[str, Any]) -> int:
     facts = environment()
-    print(json.dumps(facts, indent=2) if given["json"] else environment_text(facts))
-    return 0
+    return _print(json.dumps(facts, indent=2) if given["json"] else environment_text(facts))

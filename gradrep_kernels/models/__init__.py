@@ -4,6 +4,7 @@ from gradrep_kernels.branches.normed import acb_model, repvgg_model
 from gradrep_kernels.models.repopt_vgg import (
     repopt_vgg_b1,
     repopt_vgg_b2,
+    repopt_vgg_deep,
     repopt_vgg_l1,
     repopt_vgg_l2,
     repopt_vgg_small,
@@ -15,6 +16,7 @@ __all__ = [
     "acb_model",
     "repopt_vgg_b1",
     "repopt_vgg_b2",
+    "repopt_vgg_deep",
     "repopt_vgg_l1",
     "repopt_vgg_l2",
     "repopt_vgg_small",

@@ -1,8 +1,8 @@
 """Who computes an op where: (op, device type) -> implementations in order of preference.
 
 `GRADREP_BACKEND` (read once, at import) or `use_backend(name)` forces one backend for all ops. A request that cannot be
-met raises RuntimeError with the reason. `auto` takes the first that is available, down to the reference. It warns once
-where that is for want of the compiled module.
+met raises RuntimeError with the reason, at the first op. A value that names no backend raises ValueError there. `auto`
+takes the first that is available, down to the reference. It warns once where that is for want of the compiled module.
 """
 
 from __future__ import annotations
@@ -87,11 +87,16 @@ def _no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no GPU here"
 
 
+def _no_device(device: str) -> str | None:
+    """Why nothing can run on a device type here, None where it can. ROCm's devices are called cuda too."""
+    return None if device != "cuda" or torch.cuda.is_available() else _no_cuda()
+
+
 def _triton(op: str, device: str) -> Callable:
     kernels = _module("ops.triton")
     if isinstance(kernels, str):
         raise Unavailable(kernels)
-    reason = kernels.supports(op, device)
+    reason = kernels.supports(op, device) or _no_device(device)
     if reason is not None:
         raise Unavailable(reason)
     if not hasattr(kernels, op):
@@ -120,8 +125,8 @@ def _checked(name: str, where: str) -> str:
     return name
 
 
-_from_environment = _checked(os.environ.get("GRADREP_BACKEND") or "auto", "GRADREP_BACKEND")
-_forced: ContextVar[str] = ContextVar("gradrep_backend", default=_from_environment)
+# Checked at the first op, not here: an import that raises could not be reported in one line, nor mended in the process.
+_forced: ContextVar[str] = ContextVar("gradrep_backend", default=os.environ.get("GRADREP_BACKEND") or "auto")
 
 
 class _Block(NamedTuple):
@@ -202,7 +207,11 @@ def _set(name: str, scope: _Scope) -> None:
 
 
 def forced() -> str:
-    return _forced.get()
+    """The name that holds now, 'auto' where none is forced.
+
+    Raises ValueError where GRADREP_BACKEND names no backend.
+    """
+    return _checked(_forced.get(), "GRADREP_BACKEND")
 
 
 @functools.cache
@@ -218,7 +227,7 @@ def _serving(op: str, device: str) -> tuple[str, Callable]:
     """The backend that serves `op` on a device type now, and its implementation."""
     name = _forced.get()
     if name != "auto":
-        loaded = _load(name, op, device)
+        loaded = _load(forced(), op, device)
         if isinstance(loaded, str):
             raise Unavailable(f"backend {name!r} was asked for, but cannot serve {op} on {device}: {loaded}")
         return name, loaded
@@ -244,10 +253,8 @@ def _build_record() -> dict[str, str]:
     return record if isinstance(record, dict) else {}
 
 
-def _state(module: str, failure: str | None) -> str:
-    """The state of a compiled module, for a sentence: loaded, not built and why, or what its import said."""
-    if failure is None:
-        return "is loaded"
+def _state(module: str, failure: str) -> str:
+    """The state of a compiled module that is not loaded, for a sentence: not built and why, or what its import said."""
     if not failure.startswith(ModuleNotFoundError.__name__):
         return f"is there but does not load ({failure})"
     reason = _build_record().get(module, "")
@@ -262,10 +269,10 @@ def compiled() -> dict[str, str]:
     for module, how, lacking in (("_C", _BUILD, None), ("_C_cuda", _BUILD_CUDA, _no_cuda())):
         if lacking is None:
             library = _module(module)
-            failure = library if isinstance(library, str) else None
-            states[module] = _state(module, failure) + (f"; {how}" if failure else "")
-        elif importlib.util.find_spec(f"gradrep_kernels.{module}"):  # not imported: it may need what is lacking
-            states[module] = f"is built, but {lacking}"
+            failed = isinstance(library, str)
+            states[module] = f"{_state(module, library)}; {how}" if failed else f"is loaded from {library.__file__}"
+        elif spec := importlib.util.find_spec(f"gradrep_kernels.{module}"):  # not imported: it may need what is lacking
+            states[module] = f"is built ({spec.origin}), but {lacking}"
         else:
             states[module] = _state(module, ModuleNotFoundError.__name__)
     return states
@@ -334,12 +341,14 @@ def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[dict[str, str]]:
     rows = []
     for op in (row.name for row in OPS.values() if row.reference is not None):
         for device in devices:
-            others = {}
+            missing, others = _no_device(device), {}
             for backend in NAMES[1:]:
                 loaded = _load(backend, op, device)
-                others[backend] = loaded if isinstance(loaded, str) else "available"
-            name = _forced.get()
-            if name == "auto":
+                others[backend] = loaded if isinstance(loaded, str) else missing or "available"
+            name = forced()
+            if missing is not None:
+                name = f"none: {missing}"
+            elif name == "auto":
                 name = next(b for b in PREFERENCE.get(device, _ANY_DEVICE) if others[b] == "available")
             elif others[name] != "available":
                 name = f"none: {name} was asked for"

@@ -23,10 +23,14 @@ _INITIALISATION = 1  # a purpose for derived_seed
 
 @dataclass
 class Trainee:
-    """A network with its optimizer and, in some recipes, spatial gradient scaling."""
+    """A network with its optimizer and, in some recipes, spatial gradient scaling.
+
+    `lr` is the learning rate at the end of the warm-up.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    lr: float
     sgs: SpatialGradientScaling | None = None
 
 
@@ -42,10 +46,10 @@ def plain_model(options: Options, data: Data, seed: int) -> nn.Module:
 def search_model(options: Options, data: Data) -> Trainee:
     """The network of the Hyper-Search, drawn from the first seed."""
     model = csla.hyper_search_model(plain_model(options, data, options.seed)).to(options.device)
-    return Trainee(model, _optimizer(SGD, model, options))
+    return Trainee(model, _optimizer(SGD, model, options, options.search_lr), options.search_lr)
 
 
-def build(recipe: Recipe, options: Options, data: Data, searched: csla.Scales | None, seed: int) -> Trainee:
+def build(recipe: Recipe, options: Options, data: Data, searched: csla.Scales | None, seed: int, lr: float) -> Trainee:
     """Network and optimizer of a row at their start.
 
     All rows begin with the same plain network. `searched` are the scales of the Hyper-Search or of a scales file, None
@@ -57,9 +61,11 @@ def build(recipe: Recipe, options: Options, data: Data, searched: csla.Scales | 
         csla.reinitialize(model, scales)
     model = recipe.network(model, scales).to(options.device)
     grad_mults = csla.grad_mults(model, scales) if recipe.grad_mults else None
-    optimizer = _optimizer(recipe.optimizer, model, options, grad_mults)
+    if recipe.reinitialize and not recipe.grad_mults:
+        grad_mults = {}  # The row that shows what is lost without them.
+    optimizer = _optimizer(recipe.optimizer, model, options, lr, grad_mults)
     if not recipe.sgs:
-        return Trainee(model, optimizer)
+        return Trainee(model, optimizer, lr)
     sgs = SpatialGradientScaling(
         model,
         optimizer,
@@ -69,13 +75,17 @@ def build(recipe: Recipe, options: Options, data: Data, searched: csla.Scales | 
         batches=options.sgs_batches,
         remove_near=options.remove_near,
     )
-    return Trainee(model, optimizer, sgs)
+    return Trainee(model, optimizer, lr, sgs)
 
 
 def _optimizer(
-    kind: OptimizerKind, model: nn.Module, options: Options, grad_mults: dict[nn.Parameter, GradMult] | None = None
+    kind: OptimizerKind,
+    model: nn.Module,
+    options: Options,
+    lr: float,
+    grad_mults: dict[nn.Parameter, GradMult] | None = None,
 ) -> torch.optim.Optimizer:
-    settings = {name: getattr(options, name) for name in kind.options}
+    settings = {"lr": lr, **{name: getattr(options, name) for name in kind.options}}
     if grad_mults is not None:
         settings["grad_mults"] = grad_mults
     return kind.make(param_groups(model, options.weight_decay), **settings)

@@ -32,7 +32,7 @@ _CIFAR = {
     "cifar100": ((20, 100), ["train.bin"], "test.bin", "cifar-100-binary"),
 }
 _PUBLISHED_RECORDS = {"train.bin": 50000}  # all other files hold 10000
-_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262  # tags
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_LARGEST = 258, 262, 341  # tags
 _IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # Folders are standardised with ImageNet's statistics, because computing their own would read as much as an epoch.
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -156,7 +156,7 @@ def _statistics(images: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def _digits() -> Data:
-    """1797 scans of handwritten digits, 1437 for training and 360 for the test.
+    """1797 scans of handwritten digits, 1197 for training and 600 for the test.
 
     They have 8 x 8 pixels in 17 greys and are brought to 16 x 16.
     """
@@ -165,7 +165,7 @@ def _digits() -> Data:
     small = torch.from_numpy(digits.images).float()[:, None] / 16  # [1797, 1, 8, 8]
     images = F.interpolate(small, scale_factor=2, mode="bilinear", align_corners=False).numpy()
     # Fixed whatever the seed of the run: seeds differ in initialisation and order, never in the test set.
-    train, test = split(np.arange(len(images)), test_size=360, stratify=digits.target, random_state=0)
+    train, test = split(np.arange(len(images)), test_size=600, stratify=digits.target, random_state=0)
     return Data(
         "digits",
         _in_memory(images[train], digits.target[train]),
@@ -231,28 +231,32 @@ def _cifar_file(kind: str, path: Path, label_classes: tuple[int, ...]) -> tuple[
 
 
 def _folder(root: Path, side: int) -> Data:
-    """Images in train/CLASS/* and val/CLASS/*, the classes in the order of their names.
+    """Images in train/CLASS/* and val/CLASS/*, or test/CLASS/* without val, the classes in the order of their names.
 
     An image is read when a batch needs it.
     """
     image = extra("PIL.Image", "Pillow")
-    for part in ("train", "val"):
+    held_out = "test" if (root / "test").is_dir() and not (root / "val").is_dir() else "val"
+    for part in ("train", held_out):
         if not (root / part).is_dir():
-            raise InputError(f"{root / part}: no such folder; images are expected in train/CLASS/* and val/CLASS/*")
+            needed = "images are expected in train/CLASS/* and val/CLASS/* (or test/CLASS/*)"
+            raise InputError(f"{root / part}: no such folder; {needed}")
+    if held_out == "val" and (root / "test").is_dir():
+        log.warning("%s has val and test: accuracies are those of val, and test is not read", root)
     names = {
         part: sorted(
             entry.name for entry in (root / part).iterdir() if entry.is_dir() and not entry.name.startswith(".")
         )
-        for part in ("train", "val")
+        for part in ("train", held_out)
     }
     if not names["train"]:
         raise InputError(f"{root / 'train'}: no class folders")
-    if names["train"] != names["val"]:
-        lone = sorted(set(names["train"]) ^ set(names["val"]))
-        here, there = ("train", "val") if lone[0] in names["train"] else ("val", "train")
+    if names["train"] != names[held_out]:
+        lone = sorted(set(names["train"]) ^ set(names[held_out]))
+        here, there = ("train", held_out) if lone[0] in names["train"] else (held_out, "train")
         needed = f"both must have the same classes ({len(lone)} differ)"
         raise InputError(f"{root / here / lone[0]}: this class is not in {there}; {needed}")
-    parts = [_image_files(image, root / part, names["train"], side) for part in ("train", "val")]
+    parts = [_image_files(image, root / part, names["train"], side) for part in ("train", held_out)]
     return Data(
         "folder", *parts, tuple(names["train"]), side, torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD)
     )
@@ -327,11 +331,17 @@ def _greyscale_levels(opened) -> tuple[int, int] | None:
     None for every other image: Pillow brings it to 8 bits itself. Of a deep one, its `convert` would keep the values
     from 0 to 255 and make all others white.
 
+    White is the largest number of the bits that the file has, never the largest of this picture: one grey must be as
+    bright in all pictures. A camera's 10, 12 or 14 bits in a TIFF of 16 are read so where the file says it, by a
+    SMaxSampleValue of 1023, 4095 or 16383. Other values of that tag are some writers' largest of the picture, and pass
+    for 16 bits. A PNG needs no such rule: by its standard (sBIT) a writer spreads fewer bits over all 16.
+
     Raises InputError where the range of the values is not known.
     """
     if opened.mode.startswith("I;16"):
         tags = getattr(opened, "tag_v2", {})  # TIFF's
-        white = 2 ** tags.get(_TIFF_BITS, (16,))[0] - 1  # there are 12 bits too
+        bits = _bits_of_largest(tags.get(_TIFF_LARGEST)) or tags.get(_TIFF_BITS, (16,))[0]  # there are 12 bits too
+        white = 2**bits - 1
         return (white, 0) if tags.get(_TIFF_PHOTOMETRIC) == 0 else (0, white)
     # Pillow brings both to 16 bits, whatever the file has. Before Pillow 10.1 its mode for such a PNG was I.
     if opened.mode == "I" and opened.format in ("PNG", "PPM"):
@@ -340,6 +350,12 @@ def _greyscale_levels(opened) -> tuple[int, int] | None:
         kind = "signed or 32-bit integers" if opened.mode == "I" else "floating-point numbers"
         raise InputError(f"its pixels are {kind}, whose black and white are unknown; save it as 8 or 16 unsigned bits")
     return None
+
+
+def _bits_of_largest(value: object) -> int | None:
+    """How many bits, from 9 to 16, have this largest number. None where they are no whole number of bits."""
+    (value, *_) = value if isinstance(value, tuple) and value else (value,)
+    return next((bits for bits in range(9, 17) if value == 2**bits - 1), None)
 
 
 def _one_line(reason: Exception) -> str:

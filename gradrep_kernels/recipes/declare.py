@@ -10,7 +10,19 @@ from typing import Any
 
 from gradrep_kernels.recipes.errors import InputError
 
-__all__ = ["BOTH", "TRAIN", "Option", "absolute_path", "at_least", "number", "one_of", "option", "shown", "some_of"]
+__all__ = [
+    "BOTH",
+    "TRAIN",
+    "Option",
+    "absolute_path",
+    "at_least",
+    "between",
+    "number",
+    "one_of",
+    "option",
+    "shown",
+    "some_of",
+]
 
 Reader = Callable[[str, Any], Any]
 """(flag, value as given) -> the option's value. Raises InputError that begins with the flag."""
@@ -36,6 +48,8 @@ class Option:
     """As a user would give it, or a function of the values of the options declared before (a dict by name)."""
     default_of_kind: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     """Defaults of the kinds of data (digits, cifar10, ...) that do not take `default`."""
+    quick: Any = None
+    """The default of a quick job, None for that of all others."""
     default_help: str | None = None
     """The default in the words of the help, where its value does not say it."""
     commands: tuple[str, ...] = BOTH
@@ -47,6 +61,8 @@ class Option:
     """Makes the value from what a user gave. None takes it as it is."""
     checker: Check | None = None
     """Checks the value. None accepts all."""
+    outcome: bool = True
+    """Whether results depend on it. A resumed run may have another value of those that they do not depend on."""
     name: str = ""
     type: type = str
 
@@ -55,8 +71,10 @@ class Option:
         """The name on the command line."""
         return "--" + self.name.replace("_", "-")
 
-    def default_for(self, kind: str) -> Any:
+    def default_for(self, kind: str, quick: bool = False) -> Any:
         """The default with one kind of data, as a user would give it."""
+        if quick and self.quick is not None:
+            return self.quick
         return self.default_of_kind.get(kind, self.default)
 
     def read(self, value: Any) -> Any:
@@ -86,6 +104,8 @@ class Option:
                 (text,) = set(defaults.values())
             else:
                 text = ", ".join(f"{value} ({kind})" for kind, value in defaults.items() if value != "None")
+        if self.quick is not None:
+            text = f"{text}; quick: {shown(self.quick)}"
         return f"{self.help}; default: {text}"
 
 
@@ -103,7 +123,7 @@ def option(help: str, default: Any = None, check: Check | None = None, **setting
 
 def shown(value: Any) -> str:
     """A value as one would write it on the command line."""
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def one_of(names: Iterable[str]) -> Reader:
@@ -151,3 +171,8 @@ def number(holds: Callable[[float], bool], needed: str) -> Check:
 def at_least(least: float, reason: str = "") -> Check:
     """A check of a number. NaN and infinity fail."""
     return number(lambda value: least <= value < float("inf"), f"at least {least}{reason}")
+
+
+def between(least: float, most: float) -> Check:
+    """A check of a number from `least` to `most`. Beyond that something below breaks in words of its own."""
+    return number(lambda value: least <= value <= most, f"from {least} to {most}")

@@ -14,9 +14,10 @@ import torch
 
 from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.registry import OPS
+from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.version import __version__
 
-__all__ = ["environment", "environment_text", "versions"]
+__all__ = ["environment", "environment_text", "version_line", "versions"]
 
 _PACKAGES = ("torch", "numpy", "triton", "scikit-learn", "pillow", "matplotlib", "tqdm")
 
@@ -40,8 +41,21 @@ def versions() -> dict[str, str | None]:
     }
 
 
+def version_line() -> str:
+    """This package, torch, and which compiled modules are loaded."""
+    loaded = [name for name, state in backends.compiled().items() if state.startswith("is loaded")]
+    return f"gradrep_kernels {__version__}, torch {torch.__version__}, compiled: {', '.join(loaded) or 'nothing'}"
+
+
 def environment() -> dict[str, Any]:
-    """All of `python -m gradrep_kernels env`, as plain data."""
+    """All of `python -m gradrep_kernels env`, as plain data.
+
+    Raises InputError where GRADREP_BACKEND names no backend.
+    """
+    try:
+        forced = backends.forced()
+    except ValueError as reason:
+        raise InputError(str(reason)) from None
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     gpus = [torch.cuda.get_device_properties(n) for n in devices]
     return {
@@ -59,9 +73,17 @@ def environment() -> dict[str, Any]:
                 {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory": gpu.total_memory} for gpu in gpus
             ],
         },
-        "backend": backends.forced(),
-        "ops": [{**row, "meaning": OPS[row["op"]].meaning} for row in backends.report()],
+        "backend": forced,
+        "ops": [{**_as_forced(row, forced), "meaning": OPS[row["op"]].meaning} for row in backends.report()],
     }
+
+
+def _as_forced(row: dict[str, str], forced: str) -> dict[str, str]:
+    """A row of `backends.report` in which only the backend that is forced is available."""
+    if forced == "auto":
+        return row
+    others = {name for name in backends.NAMES[1:] if name != forced and row[name] == "available"}
+    return {name: f"{forced} is asked for" if name in others else said for name, said in row.items()}
 
 
 def environment_text(facts: dict[str, Any]) -> str:
@@ -79,15 +101,25 @@ def environment_text(facts: dict[str, Any]) -> str:
     for gpu in cuda["devices"]:
         capability, memory = gpu["capability"].replace(".", ""), f"{gpu['memory'] / 2**30:.0f} GiB"
         lines.append(_line("", f"{gpu['name']}, sm_{capability}, {memory}"))
-    lines.append(_line("backend", f"{facts['backend']} (GRADREP_BACKEND or gr.use_backend)"))
+    lines.append(_line("backend", f"{facts['backend']} ({_who_forces(facts['backend'])})"))
     for op in dict.fromkeys(row["op"] for row in facts["ops"]):
         rows = [row for row in facts["ops"] if row["op"] == op]
         lines += ["", f"{op}: {rows[0]['meaning']}"]
         for row in rows:
             lines.append(f"  {row['device']:<5} {row['serves']}")
-            refusing = [name for name in backends.NAMES[1:] if row[name] != "available"]
+            refusing = [
+                name
+                for name in backends.NAMES[1:]
+                if row[name] not in ("available", row["serves"].removeprefix("none: "))
+            ]
             lines += [f"        not {name}: {row[name]}" for name in refusing]
     return "\n".join(lines)
+
+
+def _who_forces(backend: str) -> str:
+    if backend == "auto":
+        return "GRADREP_BACKEND or gr.use_backend forces another"
+    return f"forced by {'GRADREP_BACKEND' if os.environ.get('GRADREP_BACKEND') == backend else 'gr.use_backend'}"
 
 
 def _line(name: str, fact: str) -> str:

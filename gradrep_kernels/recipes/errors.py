@@ -5,10 +5,15 @@ The command line shows one line, with exit status 2.
 
 from __future__ import annotations
 
+import errno
 import importlib
 from types import ModuleType
 
-__all__ = ["InputError", "extra"]
+__all__ = ["WRITE_ERRORS", "InputError", "OutputError", "extra"]
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WRITE_ERRORS = (*_NO_ROOM, errno.EROFS, errno.EIO)
+"""What the system says of writes alone."""
 
 
 class InputError(ValueError):
@@ -16,6 +21,31 @@ class InputError(ValueError):
 
     The message says which and why.
     """
+
+
+class OutputError(InputError):
+    """A file of a run cannot be written. `--resume` goes on once it can be.
+
+    Both arguments are text and stand in `args`, so that it pickles from one process to another.
+    """
+
+    def __init__(self, path: str, reason: str, until: str = "it can be"):
+        super().__init__(path, reason, until)
+
+    @classmethod
+    def of(cls, path: object, reason: OSError) -> OutputError:
+        """For what the system said of a write."""
+        until = "there is room" if reason.errno in _NO_ROOM else "it can be"
+        return cls(str(path), reason.strerror or str(reason), until)
+
+    @property
+    def reason(self) -> str:
+        """What the system said."""
+        return self.args[1]
+
+    def __str__(self) -> str:
+        path, reason, until = self.args
+        return f"{path} cannot be written: {reason}; --resume goes on once {until}"
 
 
 def extra(module: str, package: str) -> ModuleType:

@@ -1,36 +1,41 @@
-"""A whole job: Hyper-Search, every recipe for every seed, the check CSLA = GR, and the report.
+"""A whole job: Hyper-Search, learning rates, every recipe for every seed, the check CSLA = GR, the report.
 
-A job that is killed at any moment can be resumed. One file is the truth about what has been done: `checkpoint.pt`,
-replaced as a whole after every epoch. Scales and weights are written before the checkpoint says that they are there,
-and everything else in the folder can be made again from it.
+A job that is killed at any moment can be resumed. Each of its parts has a file of its own in `state` (trainings.py),
+and everything else in the folder can be made again from those.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from gradrep_kernels import csla
 from gradrep_kernels.recipes import files, metrics
-from gradrep_kernels.recipes.build import Trainee, build, multiplier_bytes, plain_model, search_model
+from gradrep_kernels.recipes.build import plain_model
+from gradrep_kernels.recipes.declare import shown
 from gradrep_kernels.recipes.equivalence import csla_equals_gr
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.loader import Loader
+from gradrep_kernels.recipes.options import Options
 from gradrep_kernels.recipes.progress import Reporter
 from gradrep_kernels.recipes.report import write_report
-from gradrep_kernels.recipes.runs import SCALES, Run
+from gradrep_kernels.recipes.runs import Run
 from gradrep_kernels.recipes.scale_sources import initial_scales
+from gradrep_kernels.recipes.speed import seconds_per_step
 from gradrep_kernels.recipes.table import Recipe
-from gradrep_kernels.recipes.training import accuracy, repeatable, train_epoch
+from gradrep_kernels.recipes.training import repeatable
+from gradrep_kernels.recipes.trainings import STATE, Training, do_training, epochs_so_far, searched_scales
+from gradrep_kernels.recipes.validation import hold_out, split_data
+from gradrep_kernels.recipes.workers import Call, Listener, Step, do_steps
 
 __all__ = ["run_job"]
 
-_CHECKPOINT, _METRICS, _WEIGHTS = "checkpoint.pt", "metrics.jsonl", "weights"
-_SEARCH = "search"
+_METRICS = "metrics.jsonl"
+_SEARCH, _CHECK, _SPEED, _SECONDS = "search", "check", "speed", "seconds"  # names in `state`
+_BRANCHES_COST = 2.0  # Steps with branches, over those without.
 
 
 def run_job(run: Run, reporter: Reporter) -> dict[str, Any]:
@@ -38,160 +43,218 @@ def run_job(run: Run, reporter: Reporter) -> dict[str, Any]:
 
     Returns the summary, which summary.json holds too.
     """
-    with repeatable(run.options.threads, run.options.device):
-        try:
-            return _RunningJob(run, reporter).run()
-        finally:
-            reporter.close()
+    try:
+        return _RunningJob(run, reporter).run()
+    finally:
+        split_data.cache_clear()  # The data may change before the next job of this process.
+        reporter.close()
 
 
 class _RunningJob:
-    """A run with the state of its checkpoint.
-
-    `state` holds `finished` (the figures of each training that is done, by its name), `current` (the training under way
-    with the states of its objects, or None), `check` (the result of CSLA = GR) and `seconds` (spent so far).
-    """
+    """A run, with the results of its parts by their names."""
 
     def __init__(self, run: Run, reporter: Reporter):
         self.folder, self.options, self.data, self.reporter = run.folder, run.options, run.data, reporter
         self.rows = self.options.rows
-        self.seeds = range(self.options.seed, self.options.seed + self.options.seeds)
-        needs_search = any(recipe.needs_search for recipe in self.rows)
+        first = self.options.seed
+        self.seeds = range(first, first + self.options.seeds)
+        needs_search = any(row.needs_search for row in self.rows)
         self.searches = self.options.scales is None and (needs_search or not self.rows)
-        self.state: dict[str, Any] = {"finished": {}, "current": None, "check": None, "seconds": 0.0}
-        checkpoint = self.folder / _CHECKPOINT
-        if checkpoint.exists():
-            try:
-                self.state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch.load raises half a dozen unrelated classes.
-                reason = f"cannot be read, it is damaged ({type(error).__name__})"
-                raise InputError(f"{checkpoint}: {reason}; start the run anew under another --name") from error
-        self.seconds_before, self.start = self.state["seconds"], time.monotonic()
+        self.state = self.folder / STATE
+        self.results: dict[str, Any] = {}
+        self.start = time.monotonic()
 
     def run(self) -> dict[str, Any]:
-        metrics.rewrite(self.folder / _METRICS, self._epochs())
-        self._announce()
-        if self.searches:
-            self._train(_SEARCH, self._search_model, self.options.seed, self.options.search_epochs, self._keep_scales)
-        scales = csla.load_scales(self.folder / SCALES) if (self.folder / SCALES).exists() else None
-        if scales is not None and self.rows and self.options.check_steps and self.state["check"] is None:
-            self.reporter.doing("CSLA = GR")
-            self.state["check"] = csla_equals_gr(self.options, self.data, scales)
-            self._save()
-        for recipe in self.rows:
-            for seed in self.seeds:
-                self._train_recipe(recipe, scales, seed)
-        self._save()
-        initial = None
+        self.state.mkdir(exist_ok=True)
+        steps = list(self._steps())
+        for name in [*(step.name for step in steps), _SPEED, _SECONDS]:
+            path = self.state / f"{name}.json"
+            if path.exists():
+                self.results[name] = _read(path)
+        self.seconds_before = self.results.pop(_SECONDS, 0.0)
+        epochs = {step.name: epochs_so_far(self.folder, step.name) for step in steps if step.name != _CHECK}
+        metrics.rewrite(self.folder / _METRICS, epochs)
+        self._announce(epochs)
+        listener = _Progress(self.folder / _METRICS, self.reporter)
+        do_steps(steps, self.results, self.options.workers, listener, self._done)
+        if self.rows and _SPEED not in self.results:
+            self.reporter.doing("seconds a step")
+            rates = {row.name: self._rate(row) for row in self.rows if self._trained(row)}
+            self._done(_SPEED, seconds_per_step(self.folder, self.options, rates))
+        self._save_seconds()
+        scales, initial = searched_scales(self.folder), None
         if scales is not None:
-            initial = initial_scales(plain_model(self.options, self.data, self.options.seed))
+            with repeatable(self.options.threads, "cpu"):
+                initial = initial_scales(plain_model(self.options, self.data, self.options.seed))
         return write_report(
-            self.folder, self.options, self.data, self.rows, list(self.seeds), self.state, scales, initial
+            self.folder, self.options, self.data, self._trainings(), list(self.seeds), self.results, scales, initial
         )
 
-    def _announce(self) -> None:
-        options, trainings = self.options, len(self.rows) * len(self.seeds)
-        search = ", and a Hyper-Search first" if self.searches else ""
-        self.reporter.line(f"{self.folder}: {trainings} trainings of {options.epochs} epochs{search}")
-        if any(recipe.sgs for recipe in self.rows) and options.sgs_warmup >= options.epochs:
-            late = f"--sgs-warmup {options.sgs_warmup}, of {options.epochs} epochs counted from 0"
-            self.reporter.line(
-                f"no update of the spatial gradient scaling falls due ({late}): it stays ones, and sgs changes nothing"
-            )
-        batches = len(Loader(self.data, self.data.train, options.batch_size, seed=0))
-        epochs = trainings * options.epochs + self.searches * options.search_epochs
-        done = sum(len(records) for records in self._epochs().values())
-        self.reporter.start(epochs * batches, done * batches)
+    def _steps(self) -> Iterator[Step]:
+        options = self.options
+        after_search = (_SEARCH,) if self.searches else ()
+        if self.searches:
+            search = Training(_SEARCH, None, options.seed, options.search_lr, options.search_epochs)
+            # It goes first, because others wait for it.
+            yield Step(_SEARCH, (), lambda: self._training_call(search), math.inf)
+        if options.check_steps and self.rows and (self.searches or options.scales is not None):
+            yield Step(_CHECK, after_search, lambda: (_check, (self.folder, options)), 0.0)
+        for row in self.rows:
+            cost = options.epochs * (1.0 if row.plain_network else _BRANCHES_COST)
+            needs = after_search if row.needs_search else ()
+            choosing = self._choosing(row)
+            for training in choosing:
+                yield Step(training.name, needs, lambda t=training: self._training_call(t), cost)
+            choices = [training.name for training in self._choosing(self._rate_row(row))]
+            chosen = {training.seed for training in choosing}
+            for seed in self.seeds:
+                if seed not in chosen:
+                    call = lambda row=row, seed=seed: self._call_at_rate(row, seed)  # noqa: E731
+                    yield Step(_name(row, seed), (*needs, *choices), call, cost)
 
-    def _search_model(self) -> Trainee:
-        return search_model(self.options, self.data)
+    def _choosing(self, row: Recipe) -> list[Training]:
+        """The trainings that choose the learning rate of a row, none where there is no choice."""
+        rates = self.options.lr
+        if len(rates) == 1 or self._rate_row(row) is not row:
+            return []
+        return [
+            Training(_name(row, seed, lr), row.name, seed, lr, self.options.epochs)
+            for lr in rates
+            for seed in self.seeds[: self.options.lr_seeds]
+        ]
 
-    def _train_recipe(self, recipe: Recipe, scales: csla.Scales | None, seed: int) -> None:
-        name = f"{recipe.name}-seed{seed}"
-        self._train(
-            name,
-            lambda: build(recipe, self.options, self.data, scales, seed),
-            seed,
-            self.options.epochs,
-            lambda trainee: self._keep_weights(trainee, name),
-        )
+    def _rate_row(self, row: Recipe) -> Recipe:
+        """The row whose choice of a learning rate holds for `row`."""
+        return next((other for other in self.rows if other.name == row.rate_of), row)
 
-    def _train(
-        self, name: str, make: Callable[[], Trainee], seed: int, epochs: int, keep: Callable[[Trainee], dict[str, Any]]
-    ) -> None:
-        """Do one training, from where the checkpoint says that it stands.
+    def _rate(self, row: Recipe) -> float:
+        """The learning rate with the best mean accuracy on the validation part, the lowest of equals.
 
-        `keep` writes the files of a finished training and returns the figures that the checkpoint is to keep.
+        It is the lowest too where the row that chooses could not be trained.
         """
-        if name in self.state["finished"]:
-            return
-        trainee = make()
-        current = self.state["current"]
-        if current is None:
-            current = {"run": name, "epochs": [], "first_scalings": None}
+        choosing = self._choosing(self._rate_row(row))
+        if not choosing or not self._trained(self._rate_row(row)):
+            return self.options.lr[0]
+        merits = {lr: [0, 0.0] for lr in self.options.lr}
+        for training in choosing:
+            figures = self.results[training.name]
+            # A rate comes after all that diverged less often.
+            merits[training.lr][0] -= figures["diverged"] is not None
+            merits[training.lr][1] += figures["validation_accuracy"]
+        return max(merits, key=merits.__getitem__)
+
+    def _call_at_rate(self, row: Recipe, seed: int) -> Call:
+        training = Training(_name(row, seed), row.name, seed, self._rate(row), self.options.epochs)
+        return self._training_call(training)
+
+    def _trainings(self) -> dict[str, dict[float, list[dict[str, Any]]]]:
+        """{row: {learning rate, the chosen one first: figures of each seed}} of the rows that were trained."""
+        found = {}
+        for row in filter(self._trained, self.rows):
+            rate = self._rate(row)
+            by_rate: dict[float, list[dict[str, Any]]] = {rate: []}
+            for training in self._choosing(row):
+                by_rate.setdefault(training.lr, []).append(self.results[training.name])
+            names = [_name(row, seed) for seed in self.seeds]
+            by_rate[rate] += [self.results[name] for name in names if name in self.results]
+            found[row.name] = by_rate
+        return found
+
+    def _trained(self, row: Recipe) -> bool:
+        return not (row.needs_search and self.searches and self.results[_SEARCH]["diverged"])
+
+    def _training_call(self, training: Training) -> Call:
+        row = next((row for row in self.rows if row.name == training.recipe), None)
+        if row is not None and not self._trained(row):
+            return _not_trained, ()
+        return do_training, (self.folder, self.options, training)
+
+    def _announce(self, epochs: Mapping[str, Sequence[Any]]) -> None:
+        """Say what is ahead. `epochs` are those that are done of each training."""
+        options, parts = self.options, []
+        if self.searches:
+            parts.append(f"a Hyper-Search of {_counted(options.search_epochs)}")
+        trainings = len(epochs) - self.searches
+        if trainings:
+            rates = shown(options.lr)
+            parts.append(f"{trainings} trainings of {_counted(options.epochs)} with learning rate {rates}")
+        at_a_time = f"; {options.workers} at a time" if options.workers > 1 else ""
+        self.reporter.line(f"{self.folder}: {', '.join(parts)}{at_a_time}")
+        for line in options.advice():
+            self.reporter.line(line)
+        trained, _ = hold_out(self.data, options.validation)
+        batches = len(Loader(trained, trained.train, options.batch_size, seed=0))
+        planned = {name: options.search_epochs if name == _SEARCH else options.epochs for name in epochs}
+        done = sum(planned[name] if name in self.results else len(epochs[name]) for name in epochs)
+        self.reporter.start(sum(planned.values()) * batches, done * batches)
+
+    def _done(self, name: str, result: Any) -> None:
+        if name in (_CHECK, _SPEED):
+            files.write_json(self.state / f"{name}.json", result)
+            self.results[name] = result
         else:
-            trainee.model.load_state_dict(current["model"])
-            trainee.optimizer.load_state_dict(current["optimizer"])
-            if trainee.sgs is not None:
-                trainee.sgs.load_state_dict(current["sgs"])
-        for epoch in range(len(current["epochs"]), epochs):
-            self._train_epoch(trainee, current, seed, epoch, epochs)
-        figures = {
-            "epochs": current["epochs"],
-            "parameters": sum(p.numel() for p in trainee.model.parameters() if p.requires_grad),
-            **keep(trainee),
-        }
-        if trainee.sgs is not None:
-            figures["scalings"] = {"start": current["first_scalings"], "end": _as_lists(trainee.sgs.scalings)}
-        self.state["finished"][name], self.state["current"] = figures, None
-        self._save()
-        seconds = sum(record["seconds"] + record["sgs_seconds"] for record in figures["epochs"])
-        reached = figures["epochs"][-1]["test_accuracy"]
-        self.reporter.line(f"{name}: test accuracy {reached:.2%} after {epochs} epochs, {seconds:.1f} s")
+            self.reporter.line(_training_line(name, result, "--search-lr" if name == _SEARCH and self.rows else "--lr"))
+        self._save_seconds()
 
-    def _train_epoch(self, trainee: Trainee, current: dict[str, Any], seed: int, epoch: int, epochs: int) -> None:
-        """Train and evaluate one epoch (from 0) and save it in checkpoint and metrics."""
-        name = current["run"]
-        self.reporter.doing(f"{name} {epoch + 1}/{epochs}")
-        record = train_epoch(trainee, self.data, self.options, seed, epoch, epochs, self.reporter.batch)
-        record["test_accuracy"] = accuracy(trainee.model, self.data, self.options.device)
-        if not math.isfinite(record["train_loss"]):
-            record["train_loss"] = None  # JSON has no NaN.
-        current["epochs"].append(record)
-        if trainee.sgs is not None:
-            if record["sgs_updated"] and current["first_scalings"] is None:
-                current["first_scalings"] = _as_lists(trainee.sgs.scalings)
-            current["sgs"] = trainee.sgs.state_dict()
-        current["model"], current["optimizer"] = trainee.model.state_dict(), trainee.optimizer.state_dict()
-        self.state["current"] = current
-        self._save()
-        metrics.append(self.folder / _METRICS, name, epoch + 1, record)
+    def _save_seconds(self) -> None:
+        self.results[_SECONDS] = self.seconds_before + time.monotonic() - self.start
+        files.write_json(self.state / f"{_SECONDS}.json", self.results[_SECONDS])
+
+
+class _Progress:
+    """The `Listener` of a job: metrics.jsonl, and what a person sees."""
+
+    def __init__(self, metrics_path: Path, reporter: Reporter):
+        self.metrics_path, self.reporter = metrics_path, reporter
+
+    def batch(self) -> None:
+        self.reporter.batch()
+
+    def epoch(self, training: str, epoch: int, epochs: int, record: Mapping[str, Any]) -> None:
+        metrics.append(self.metrics_path, training, epoch, record)
+        self.reporter.doing(f"{training} {epoch}/{epochs}")
         loss = "not finite" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
-        reached = f"loss {loss}, test accuracy {record['test_accuracy']:.2%}"
-        self.reporter.epoch(f"  {name}, epoch {epoch + 1} of {epochs}: {reached}")
-
-    def _keep_scales(self, trainee: Trainee) -> dict[str, Any]:
-        csla.save_scales(csla.extract_scales(trainee.model), self.folder / SCALES)
-        return {}
-
-    def _keep_weights(self, trainee: Trainee, name: str) -> dict[str, Any]:
-        (self.folder / _WEIGHTS).mkdir(exist_ok=True)
-        weights = {key: tensor.detach().cpu() for key, tensor in trainee.model.state_dict().items()}
-        files.save_tensors(self.folder / _WEIGHTS / f"{name}.pt", weights)
-        return {"multiplier_bytes": multiplier_bytes(trainee)}
-
-    def _save(self) -> None:
-        self.state["seconds"] = self.seconds_before + time.monotonic() - self.start
-        files.save_tensors(self.folder / _CHECKPOINT, self.state)
-
-    def _epochs(self) -> dict[str, list[dict[str, Any]]]:
-        """{training: the records of its epochs so far}, in the order in which they were done."""
-        epochs = {name: figures["epochs"] for name, figures in self.state["finished"].items()}
-        current = self.state["current"]
-        if current is not None:
-            epochs[current["run"]] = current["epochs"]
-        return epochs
+        reached = f", test accuracy {record['test_accuracy']:.2%}" if "test_accuracy" in record else ""
+        self.reporter.epoch(f"  {training}, epoch {epoch} of {epochs}: loss {loss}{reached}")
 
 
-def _as_lists(scalings: Mapping[str, torch.Tensor]) -> dict[str, list[list[float]]]:
-    return {name: g.tolist() for name, g in scalings.items()}
+def _counted(epochs: int) -> str:
+    return f"{epochs} epoch{'s' * (epochs > 1)}"
+
+
+def _name(row: Recipe, seed: int, lr: float | None = None) -> str:
+    """The name of a training. `lr`: of several learning rates."""
+    return f"{row.name}-seed{seed}" if lr is None else f"{row.name}-lr{lr}-seed{seed}"
+
+
+def _training_line(name: str, figures: Mapping[str, Any], flag: str) -> str:
+    """`flag`: the option that sets its learning rate."""
+    if "not_trained" in figures:
+        return f"{name}: not trained, {figures['not_trained']}"
+    if figures["diverged"]:
+        lower = f"{flag} below {figures['lr']:g} may help"
+        return f"{name}: diverged in epoch {figures['diverged']}, what it computes is not finite; {lower}"
+    epochs = figures["epochs"]
+    seconds = sum(record["seconds"] + record["sgs_seconds"] for record in epochs)
+    reached = epochs[-1]["test_accuracy"]
+    return f"{name}: test accuracy {reached:.2%} after {_counted(len(epochs))}, {seconds:.1f} s"
+
+
+def _not_trained(listener: Listener) -> dict[str, Any]:
+    return {"not_trained": "the Hyper-Search diverged"}
+
+
+def _check(folder: Path, options: Options, listener: Listener) -> dict[str, Any] | None:
+    scales = searched_scales(folder)
+    if scales is None:  # The Hyper-Search diverged.
+        return None
+    data, _ = split_data(options.data, options.image_size, options.validation)
+    with repeatable(options.threads, options.device):
+        return csla_equals_gr(options, data, scales)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as reason:
+        raise InputError(f"{path} is damaged ({reason}); remove it to do this part anew") from None

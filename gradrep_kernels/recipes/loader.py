@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradrep_kernels.recipes import interrupts
 from gradrep_kernels.recipes.augmentation import cutout, flip, pad_and_crop
 from gradrep_kernels.recipes.data import Data, Images
 
@@ -59,20 +60,26 @@ class Loader:
             generator.manual_seed(self.seed)
             order = order[torch.randperm(len(order), generator=generator)]
         chosen = order.split(self.batch_size)[: len(self)]
-        for indices, x in zip(chosen, self._read(chosen)):
+        # The reader first: zip asks it once more after the last batch, and so it ends before it is destroyed.
+        for x, indices in zip(self._read(chosen), chosen):
+            interrupts.check()
             yield self._prepared(x, generator).to(self.device), self.images.labels[indices].to(self.device)
 
     def _read(self, chosen: tuple[Tensor, ...]) -> Iterator[Tensor]:
         if not self.images.lazy:
             yield from map(self.images.read, chosen)
             return
-        with ThreadPoolExecutor(1) as reader:  # It reads the next batch while this one is used.
+        reader = ThreadPoolExecutor(1)  # It reads the next batch while this one is used.
+        try:
             pending = reader.submit(self.images.read, chosen[0])
             for following in chosen[1:]:
                 x = pending.result()
                 pending = reader.submit(self.images.read, following)
                 yield x
             yield pending.result()
+        finally:
+            # Whoever leaves early does not wait for a batch that nobody will use.
+            reader.shutdown(wait=False, cancel_futures=True)
 
     def _prepared(self, x: Tensor, generator: torch.Generator) -> Tensor:
         if "crop" in self.augment:

@@ -14,17 +14,19 @@ __all__ = ["append", "rewrite"]
 
 def append(path: Path, training: str, epoch: int, record: Mapping[str, Any]) -> None:
     """Add the record of one epoch (counted from 1) of a training."""
-    with path.open("a", encoding="utf-8") as out:
-        out.write(_line(training, epoch, record))
+    files.append_text(path, _line(training, epoch, record))
 
 
 def rewrite(path: Path, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Replace the file by the records {training: its epochs so far}.
+    """Make the file hold the records {training: its epochs so far}, and no other.
 
-    A killed job may have written a line less than its checkpoint holds, or an incomplete one.
+    Lines that are there keep their order. A killed job may have written a line less than its states hold, or an
+    incomplete one.
     """
     lines = [_line(name, n, record) for name, epochs in records.items() for n, record in enumerate(epochs, 1)]
-    files.write_text(path, "".join(lines))
+    written = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    place = {line: n for n, line in enumerate(written)}
+    files.write_text(path, "".join(sorted(lines, key=lambda line: place.get(line, len(place)))))
 
 
 def _line(training: str, epoch: int, record: Mapping[str, Any]) -> str:

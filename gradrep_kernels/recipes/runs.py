@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +17,42 @@ import torch
 
 from gradrep_kernels import csla
 from gradrep_kernels.branches.scales import match
+from gradrep_kernels.ops import backends, registry
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.build import plain_model
 from gradrep_kernels.recipes.data import Data, load_data
 from gradrep_kernels.recipes.environment import versions
-from gradrep_kernels.recipes.errors import InputError, extra
+from gradrep_kernels.recipes.errors import InputError, OutputError, extra
+from gradrep_kernels.recipes.lock import Lock
 from gradrep_kernels.recipes.options import Options, resolve
 from gradrep_kernels.recipes.scale_sources import initial_scales
+from gradrep_kernels.recipes.table import SGD
 
 __all__ = ["SCALES", "Run", "open_run"]
 
 SCALES = "scales.pt"
 """The scales file in the folder of a run."""
 _OPTIONS = "options.json"
+_LONGEST_NAME = 200  # File systems take 255 bytes, and temporary names are longer.
 
 
 @dataclass(frozen=True)
 class Run:
-    """A folder that holds a job: options.json when it is new, everything when it is done."""
+    """A folder that holds a job: options.json when it is new, everything when it is done.
+
+    No other process can run it until the `with` block of this one ends, or the process.
+    """
 
     folder: Path
     options: Options
     data: Data
+    lock: Lock = field(repr=False, compare=False)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
 
 
 def open_run(out: Path, name: str | None, given: Mapping[str, Any], *, resume: bool, search: bool = False) -> Run:
@@ -49,60 +66,134 @@ def open_run(out: Path, name: str | None, given: Mapping[str, Any], *, resume: b
         search: whether the run is a Hyper-Search alone.
 
     Raises:
-        InputError: the folder has something in it, there is no run to resume, an option differs, data or scales are not
-            what they should be, or a package is missing. Nothing is left behind.
+        InputError: the name is none, the folder has something in it, there is no run to resume, another process runs
+            it, an option differs, data or scales are not what they should be, or a package is missing. Nothing is left
+            behind.
     """
+    if name is not None:
+        _check_name(name)
     extra("matplotlib.figure", "matplotlib")  # It is needed at the end only, but the user should hear of it now.
-    of_command = {**given, "recipe": ()} if search else given
     if resume:
-        folder = out / (name or _last_name(out, _base_name(resolve(of_command))))
-        return _resumed(folder, given, search)
-    options = resolve(of_command)
-    return _started(out / (name or _fresh_name(out, _base_name(options))), options)
+        return _resumed(out / (name or _last_name(out, _base_name(resolve(given, search)))), given, search)
+    return _started(out, name, resolve(given, search))
 
 
-def _started(folder: Path, options: Options) -> Run:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} has something in it already: --resume continues a run, another --name starts one")
+def _check_name(name: str) -> None:
+    """Raise InputError unless `name` is that of a folder in `--out`, on any system."""
+    if not name or name.startswith(".") or not name.isprintable() or set(name) & set("/\\:") or name != name.strip():
+        raise InputError(f"--name must name a folder in --out, without a dot at its front and without /, got {name!r}")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise InputError(f"--name must have at most {_LONGEST_NAME} bytes, got {len(name.encode())}")
+
+
+def _started(out: Path, name: str | None, options: Options) -> Run:
+    if name is not None and _in_use(out / name):
+        raise _taken(out / name)
+    _check_backend(options)
     data = load_data(options.data, options.image_size)
+    if len(options.lr) > 1 and not int(len(data.train) * options.validation):
+        share = f"--validation {options.validation} of {len(data.train)} training images"
+        raise InputError(f"{share} is none: it takes one at least to choose among several --lr")
     scales = _given_scales(options, data)
-    unfinished = folder.with_name(f".{folder.name}{files.TEMPORARY}")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    while True:
+        folder = out / (name or _fresh_name(out, _base_name(options)))
+        lock = _created(folder, options, data, scales)
+        if lock is not None:
+            return Run(folder, options, data, lock)
+        if name is not None:
+            raise _taken(folder)
+
+
+def _in_use(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def _taken(folder: Path) -> InputError:
+    return InputError(f"{folder} has something in it already: --resume continues a run, another --name starts one")
+
+
+def _created(folder: Path, options: Options, data: Data, scales: csla.Scales | None) -> Lock | None:
+    """Make the folder of a new run, whole and locked.
+
+    None where there is one already, which another process may have made meanwhile. Raises InputError where it cannot be
+    written.
+    """
+    place = folder.resolve()  # An empty folder may be a link to another disk.
+    unfinished = place.with_name(f".{place.name}.{os.getpid()}{files.TEMPORARY}")
+    lock = Lock(unfinished)
     try:
         unfinished.mkdir(parents=True)
+        lock.take()
         if scales is not None:
-            csla.save_scales(scales, unfinished / SCALES)
+            with files.writing(unfinished / SCALES):
+                csla.save_scales(scales, unfinished / SCALES)
         stored = {"options": options.to_json(), "data": data.description(), "versions": versions()}
         files.write_json(unfinished / _OPTIONS, stored)
-        if folder.exists():
-            folder.rmdir()
-        unfinished.rename(folder)
+        with contextlib.suppress(OSError):
+            place.rmdir()  # Windows renames to no folder that exists, not even an empty one.
+        # This alone decides who gets the name: it fails where there is a folder with something in it.
+        unfinished.rename(place)
+        lock.folder = folder
+        return lock
     except OSError as reason:
+        if reason.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return None
         raise InputError(f"{folder} cannot be written: {reason.strerror or reason}") from None
+    except OutputError as reason:  # There is nothing to resume.
+        raise InputError(f"{folder} cannot be written: {reason.reason}") from None
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return Run(folder, options, data)
+        if lock.folder is not folder:
+            lock.release()
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_backend(options: Options) -> None:
+    """Raise InputError where GRADREP_BACKEND names no backend, or one that cannot serve these options."""
+    try:
+        if backends.forced() == "auto" or all(row.optimizer is SGD and not row.sgs for row in options.rows):
+            return
+        for op in registry.OPS.values():
+            if op.reference is not None:
+                backends.implementation(op.name, torch.device(options.device).type)
+    except (ValueError, backends.Unavailable) as reason:
+        raise InputError(str(reason)) from None
 
 
 def _resumed(folder: Path, given: Mapping[str, Any], search: bool) -> Run:
+    if not (folder / _OPTIONS).exists():
+        raise InputError(f"{folder}: there is no run to resume; start it without --resume")
+    lock = Lock(folder)
+    lock.take()
+    try:
+        options, data = _read_again(folder, given, search)
+        for leftover in folder.rglob(f"*{files.TEMPORARY}"):
+            with files.writing(leftover):
+                leftover.unlink()
+    except BaseException:
+        lock.release()
+        raise
+    return Run(folder, options, data, lock)
+
+
+def _read_again(folder: Path, given: Mapping[str, Any], search: bool) -> tuple[Options, Data]:
+    """The options of a run that was started, and its data."""
     try:
         stored = json.loads((folder / _OPTIONS).read_text(encoding="utf-8"))
         options = Options.from_json(stored["options"])
-    except FileNotFoundError:
-        raise InputError(f"{folder}: there is no run to resume; start it without --resume") from None
-    except (OSError, ValueError, KeyError, TypeError) as reason:
+        described = stored["data"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
         raise InputError(f"{folder / _OPTIONS} cannot be read by this version ({reason})") from None
     if search != (not options.recipe):
         raise InputError(f"{folder} was started by `{'train' if options.recipe else 'search'}`")
     options.check_against(given)
+    options = options.resumed_with(given)
     options.check()
+    _check_backend(options)
     data = load_data(options.data, options.image_size)
-    if data.description() != stored["data"]:
-        now_and_then = f"{data.description()}, then {stored['data']}"
+    if data.description() != described:
+        now_and_then = f"{data.description()}, then {described}"
         raise InputError(f"{options.data} is not what it was when {folder} was started: {now_and_then}")
-    for leftover in folder.rglob(f"*{files.TEMPORARY}"):
-        leftover.unlink()
-    return Run(folder, options, data)
+    return options, data
 
 
 def _base_name(options: Options) -> str:
@@ -151,5 +242,7 @@ def _given_scales(options: Options, data: Data) -> csla.Scales | None:
         try:
             matched = match(model, csla.load_scales(options.scales))
         except (OSError, ValueError) as reason:
-            raise InputError(f"--scales {options.scales}: {reason}") from None
+            said, left_out, _ = str(reason).partition(" (partial=True")
+            needed = "; the commands need scales of every convolution and of its shortcut" if left_out else ""
+            raise InputError(f"--scales {options.scales}: {said}{needed}") from None
     return {site.name: branch_scales for site, branch_scales in matched}  # Published files name blocks instead.

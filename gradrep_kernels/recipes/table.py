@@ -22,15 +22,15 @@ __all__ = ["ABLATIONS", "RECIPES", "SGD", "Ablation", "OptimizerKind", "Recipe",
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """An optimizer class and the names of the options that are its keyword arguments."""
+    """An optimizer class and the names of the options that are its keyword arguments beside `lr`."""
 
     make: Callable[..., torch.optim.Optimizer]
     options: tuple[str, ...]
 
 
 # Recipes without a multiplier use torch's own optimizer, so that the table compares with what one would use otherwise.
-SGD = OptimizerKind(torch.optim.SGD, ("lr", "momentum"))
-FUSED_REP_SGD = OptimizerKind(FusedRepSGD, ("lr", "momentum"))
+SGD = OptimizerKind(torch.optim.SGD, ("momentum",))
+FUSED_REP_SGD = OptimizerKind(FusedRepSGD, ("momentum",))
 
 
 def _plain(model: nn.Module, scales: csla.Scales | None) -> nn.Module:
@@ -53,6 +53,15 @@ class Recipe:
     optimizer: OptimizerKind = SGD
     sgs: bool = False
     """Whether spatial gradient scaling runs beside the optimizer."""
+    rate_of: str | None = None
+    """The row whose learning rate it takes, None for a choice of its own."""
+    compared_with: tuple[str, ...] = ("sgd",)
+    """The rows that the report compares it with, seed by seed."""
+
+    @property
+    def plain_network(self) -> bool:
+        """Whether it trains the plain network."""
+        return self.network is _plain
 
     @property
     def needs_search(self) -> bool:
@@ -65,7 +74,7 @@ class Recipe:
 
         The model must then have convolutions that can be converted.
         """
-        return self.scales is not None or self.network is not _plain
+        return self.scales is not None or not self.plain_network
 
 
 def _by_name(*rows: Any) -> dict[str, Any]:
@@ -79,13 +88,20 @@ _REPOPT = Recipe(
     reinitialize=True,
     grad_mults=True,
     optimizer=FUSED_REP_SGD,
+    compared_with=("sgd", "repvgg"),
 )
 RECIPES: dict[str, Recipe] = _by_name(
-    Recipe("sgd", "plain SGD"),
+    Recipe("sgd", "plain SGD", compared_with=()),
     Recipe("sgs", "SGD with spatial gradient scaling", optimizer=FUSED_REP_SGD, sgs=True),
     _REPOPT,
-    dataclasses.replace(_REPOPT, name="repopt+sgs", meaning="both", sgs=True),
-    Recipe("csla", "the explicit multi-branch model that repopt imitates", network=csla.csla_model, scales=SEARCHED),
+    dataclasses.replace(_REPOPT, name="repopt+sgs", meaning="both", sgs=True, compared_with=("sgd", "repopt")),
+    Recipe(
+        "csla",
+        "the explicit multi-branch model that repopt imitates",
+        network=csla.csla_model,
+        scales=SEARCHED,
+        rate_of=_REPOPT.name,  # They are one training in two forms, which the check CSLA = GR shows.
+    ),
     Recipe(
         "repvgg",
         "the multi-branch model with a norm in every branch",
@@ -116,7 +132,12 @@ def ablated(name: str) -> Recipe:
     """The row of an ablation, named `repopt-NAME`."""
     ablation = ABLATIONS[name]
     return dataclasses.replace(
-        _REPOPT, name=f"{_REPOPT.name}-{name}", meaning=f"RepOpt, {ablation.meaning}", **ablation.changes
+        _REPOPT,
+        name=f"{_REPOPT.name}-{name}",
+        meaning=f"RepOpt, {ablation.meaning}",
+        rate_of=_REPOPT.name,  # Table 4 changes one thing at a time.
+        compared_with=("sgd", _REPOPT.name),
+        **ablation.changes,
     )
 
 

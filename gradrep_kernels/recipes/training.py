@@ -6,22 +6,23 @@ The same seed gives the same weights again.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradrep_kernels.recipes.build import Trainee
-from gradrep_kernels.recipes.data import Data
+from gradrep_kernels.recipes.data import Data, Images
 from gradrep_kernels.recipes.loader import Loader, derived_seed
 from gradrep_kernels.recipes.options import Options
 from gradrep_kernels.recipes.schedules import learning_rate
 
-__all__ = ["accuracy", "repeatable", "train_epoch"]
+__all__ = ["accuracy", "epoch_batches", "now", "repeatable", "train_epoch", "train_step"]
 
 _ORDER, _STATISTICS = 2, 3  # purposes for derived_seed
 _EVALUATION_BATCH = 512
@@ -60,7 +61,7 @@ def _deterministic_gpu() -> Iterator[None]:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
 
 
-def _now(device: str) -> float:
+def now(device: str) -> float:
     """Seconds on a clock, once the device has done what was asked of it."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -73,42 +74,52 @@ def train_epoch(
     """Train one epoch (from 0) of `epochs`.
 
     The same state, seed and epoch give the same bits. Changes the trainee only, and seeds the default generator.
-    Returns train_loss (mean over the images), lr (of the last step), seconds (training alone), sgs_updated and
-    sgs_seconds.
+    Returns train_loss (mean over the images; None where it is not finite), lr (of the last step), seconds (training
+    alone), sgs_updated and sgs_seconds.
     """
     # For whatever in a model draws from the default generator. Batches have one of their own.
     torch.manual_seed(derived_seed(seed, _ORDER, epoch))
-    start = _now(options.device)
+    start = now(options.device)
     statistics = _training_batches(data, options, derived_seed(seed, _STATISTICS, epoch))
     sgs_updated = trainee.sgs is not None and trainee.sgs.update_if_due(epoch, statistics)
-    training_start = _now(options.device)
-    model, optimizer = trainee.model, trainee.optimizer
-    batches = _training_batches(data, options, derived_seed(seed, _ORDER, epoch))
+    training_start = now(options.device)
+    batches = epoch_batches(data, options, seed, epoch)
     steps = epochs * len(batches)
     warmup = min(options.warmup, epochs) * len(batches)
     loss_sum, images = torch.zeros((), dtype=torch.float64, device=options.device), 0
-    model.train()
+    trainee.model.train()
     for n, (x, labels) in enumerate(batches):
-        lr = learning_rate(epoch * len(batches) + n, steps, warmup, options.lr)
-        for group in optimizer.param_groups:
+        lr = learning_rate(epoch * len(batches) + n, steps, warmup, trainee.lr)
+        for group in trainee.optimizer.param_groups:
             group["lr"] = lr
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), labels, label_smoothing=options.label_smoothing)
-        loss.backward()
-        if options.clip_norm is not None:
-            _clip(model, optimizer, options.clip_norm)
-        optimizer.step()
-        loss_sum += loss.detach() * len(x)
+        loss_sum += train_step(trainee, options, x, labels) * len(x)
         images += len(x)
         on_batch()
     train_loss = float(loss_sum) / images
     return {
-        "train_loss": train_loss,
+        "train_loss": train_loss if math.isfinite(train_loss) else None,  # JSON has no NaN.
         "lr": lr,
-        "seconds": _now(options.device) - training_start,
+        "seconds": now(options.device) - training_start,
         "sgs_updated": sgs_updated,
         "sgs_seconds": training_start - start,
     }
+
+
+def train_step(trainee: Trainee, options: Options, x: Tensor, labels: Tensor) -> Tensor:
+    """Do one step on x [n, C, H, W] and labels [n], and return the loss without its graph."""
+    model, optimizer = trainee.model, trainee.optimizer
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(x), labels, label_smoothing=options.label_smoothing)
+    loss.backward()
+    if options.clip_norm is not None:
+        _clip(model, optimizer, options.clip_norm)
+    optimizer.step()
+    return loss.detach()
+
+
+def epoch_batches(data: Data, options: Options, seed: int, epoch: int) -> Loader:
+    """The training batches of an epoch (from 0)."""
+    return _training_batches(data, options, derived_seed(seed, _ORDER, epoch))
 
 
 def _training_batches(data: Data, options: Options, seed: int) -> Loader:
@@ -124,12 +135,12 @@ def _clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Data, device: str) -> float:
-    """Return the share of the test images that are classified correctly.
+def accuracy(model: nn.Module, data: Data, images: Images, device: str) -> float:
+    """Return the share of `images`, a part of `data`, that are classified correctly.
 
     Leaves the model in eval mode.
     """
     model.eval()
-    batches = Loader(data, data.test, _EVALUATION_BATCH, device=device)
+    batches = Loader(data, images, _EVALUATION_BATCH, device=device)
     correct = sum(int((model(x).argmax(1) == labels).sum()) for x, labels in batches)
-    return correct / len(data.test)
+    return correct / len(images)

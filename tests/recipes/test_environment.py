@@ -1,7 +1,15 @@
-"""`env` says near its top which compiled modules are there, and why others are not."""
+"""`env` says which compiled modules are there, which implementations could run here, and why others could not."""
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradrep_kernels import use_backend
+from gradrep_kernels.cli import main
 from gradrep_kernels.ops import backends
 from gradrep_kernels.recipes.environment import environment, environment_text
 
@@ -16,8 +24,33 @@ def test_the_second_line_is_of_the_compiled_modules():
 
 def test_it_agrees_with_what_serves(monkeypatch):
     serves = {row["serves"] for row in backends.report(("cpu",))}
-    assert (environment()["compiled"]["_C"] == "is loaded") == (serves == {"cpp"} or backends.forced() != "auto")
+    state = environment()["compiled"]["_C"]
+    assert state.startswith("is loaded from ") == (serves == {"cpp"} or backends.forced() != "auto")
+    if state.startswith("is loaded from "):
+        assert Path(state.removeprefix("is loaded from ")) == Path(
+            importlib.import_module("gradrep_kernels._C").__file__
+        )
     broken = "ImportError: undefined symbol"
     monkeypatch.setattr(backends, "_module", lambda name: broken)
     text = environment_text(environment())
     assert f"_C is there but does not load ({broken}); build it where torch and a C++ compiler are: " in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nothing_is_available_on_a_device_that_is_not_here():
+    why = "torch is not a CUDA build here" if torch.version.cuda is None else "torch sees no GPU here"
+    for row in backends.report(("cuda",)):
+        assert row["serves"] == f"none: {why}"
+        assert "available" not in row.values()
+
+
+def test_only_the_backend_that_is_forced_is_available(monkeypatch, capsys):
+    with use_backend("reference"):
+        facts = environment()
+    for row in facts["ops"]:
+        assert "available" not in [row[name] for name in ("cpp", "triton", "cuda")]
+        assert row["device"] != "cpu" or row["reference"] == "available"
+    monkeypatch.setenv("GRADREP_BACKEND", "reference")
+    with use_backend("reference"):
+        assert main(["env"]) == 0
+    assert "reference (forced by GRADREP_BACKEND)" in capsys.readouterr().out

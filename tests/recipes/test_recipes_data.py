@@ -17,10 +17,10 @@ from gradrep_kernels.recipes.loader import Loader
 
 def test_digits_are_split_by_class_and_complete():
     data = load("digits")
-    assert (len(data.train), len(data.test), len(data.classes)) == (1437, 360, 10)
+    assert (len(data.train), len(data.test), len(data.classes)) == (1197, 600, 10)
     whole = torch.bincount(torch.cat([data.train.labels, data.test.labels]))
-    torch.testing.assert_close(torch.bincount(data.test.labels) / 360, whole / 1797, atol=0.003, rtol=0)
-    images = torch.cat([data.train.read(torch.arange(1437)), data.test.read(torch.arange(360))])
+    torch.testing.assert_close(torch.bincount(data.test.labels) / 600, whole / 1797, atol=0.003, rtol=0)
+    images = torch.cat([data.train.read(torch.arange(1197)), data.test.read(torch.arange(600))])
     assert images.shape == (1797, 1, 16, 16)
     assert len(torch.unique(images.flatten(1), dim=0)) == 1797  # no image twice, in neither part
 
@@ -187,7 +187,7 @@ def garbage(path):
 
 
 FOLDER_FAULTS = {
-    "no val": (lambda root: (root / "val").rename(root / "test"), "val", "no such folder"),
+    "no val": (lambda root: (root / "val").rename(root / "dev"), "val", "no such folder"),
     "no classes": (
         lambda root: [(root / "train" / name).rename(root / name) for name in ("ant", "bee")],
         "train",
@@ -203,9 +203,26 @@ FOLDER_FAULTS = {
         "train/cow",
         "not in val",
     ),
+    "class only in test": (
+        lambda root: write_image((root / "val").rename(root / "test") / "cow" / "0.png", (9, 9), 0),
+        "test/cow",
+        "not in train",
+    ),
     "empty class": (lambda root: [p.unlink() for p in (root / "val" / "ant").iterdir()], "val/ant", "no images"),
     "not an image": (lambda root: garbage(root / "train" / "bee" / "1.png"), "train/bee/1.png", "not a readable image"),
 }
+
+
+def test_a_folder_test_is_taken_where_there_is_no_val(tmp_path, caplog):
+    write_folder(tmp_path)
+    (tmp_path / "val").rename(tmp_path / "test")
+    data = load(f"folder:{tmp_path}", 8)
+    assert len(data.test) == 6
+    assert float(data.test.read(torch.tensor([0]))[0, 2, 4, 4]) == 1.0  # write_folder makes blue what it holds out
+    assert not caplog.text
+    write_folder(tmp_path, per_class=2)  # val again
+    assert len(load(f"folder:{tmp_path}", 8).test) == 4
+    assert f"{tmp_path} has val and test: accuracies are those of val" in caplog.text
 
 
 @pytest.mark.parametrize("fault", FOLDER_FAULTS)
@@ -249,12 +266,17 @@ def png(colour_type: int, pixels: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def tiff(pixels: np.ndarray, order: str = "<", sample_format: int = 1, photometric: int = 1, bits: int = 0) -> bytes:
-    """An uncompressed greyscale TIFF, little- or big-endian. Sample formats: 1 unsigned, 2 signed, 3 floating."""
+def tiff(
+    pixels: np.ndarray, order: str = "<", sample_format: int = 1, photometric: int = 1, bits: int = 0, largest: int = 0
+) -> bytes:
+    """An uncompressed greyscale TIFF, little- or big-endian. Sample formats: 1 unsigned, 2 signed, 3 floating.
+
+    `largest` is its SMaxSampleValue, 0 for none.
+    """
     body = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
     bits = bits or 8 * pixels.itemsize
     shorts = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: 8, 279: len(body)}
-    shorts |= {339: sample_format}
+    shorts |= {339: sample_format} | ({341: largest} if largest else {})
     shorts[273] = 8 + 2 + 12 * len(shorts) + 4  # where the pixels begin
     entries = (struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in shorts.items())
     head = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HIH", 42, 8, len(shorts))
@@ -279,6 +301,12 @@ DEEP = {
     "tiff16_big.tiff": (tiff(GREYS, ">"), GREYS / 65535, 0),
     "tiff16_white_is_zero.tif": (tiff(GREYS, photometric=0), 1 - GREYS / 65535, 6e-8),
     "tiff12.tif": (tiff(packed_12_bits(GREYS), bits=12), (GREYS >> 4) / 4095, 0),
+    "tiff_says_10_bits.tif": (tiff(TENS, largest=1023), TENS / 1023, 0),
+    "tiff_says_12_bits.tif": (tiff(GREYS >> 4, ">", largest=4095), (GREYS >> 4) / 4095, 0),
+    "tiff_says_14_bits.tif": (tiff(GREYS >> 2, photometric=0, largest=16383), 1 - (GREYS >> 2) / 16383, 6e-8),
+    # The largest of one picture says nothing of others.
+    "tiff_says_its_own_largest.tif": (tiff(TENS, largest=1022), TENS / 65535, 0),
+    "tiff_of_10_bits_says_nothing.tif": (tiff(TENS), TENS / 65535, 0),
     "maxval65535.pgm": (pnm("P5", GREYS, 65535), GREYS / 65535, 0),
     "maxval1023.pgm": (pnm("P5", TENS, 1023), TENS / 1023, 0.5 / 65535),
     "maxval100.pgm": (pnm("P5", GREYS % 101, 100), GREYS % 101 / 100, 0.5 / 255),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.options import OPTIONS, Options, resolve
-from gradrep_kernels.recipes.table import RECIPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,7 +20,7 @@ def test_defaults_are_those_of_the_data_set(tmp_path):
         for name in ("epochs", "batch_size", "weight_decay", "label_smoothing", "augment", "remove_near"):
             assert getattr(options, name) == OPTIONS[name].default_for(kind)
     assert (options.lr, options.momentum, options.weight_decay, options.warmup, options.image_size) == (
-        0.1,
+        (0.1,),
         0.9,
         4e-5,
         5,
@@ -37,6 +37,7 @@ def test_options_json_keeps_its_form():
     """Runs of earlier versions are resumed from such a file."""
     stored = {
         "data": "cifar10:/somewhere/cifar",
+        "quick": False,
         "model": "repopt_vgg_small",
         "recipe": ["sgs", "repopt"],
         "ablate": ["ones"],
@@ -44,9 +45,13 @@ def test_options_json_keeps_its_form():
         "seeds": 3,
         "seed": 0,
         "epochs": 200,
+        "evaluate_every": 1,
         "search_epochs": 240,
         "batch_size": 128,
-        "lr": 0.1,
+        "lr": [0.1],
+        "lr_seeds": 2,
+        "validation": 0.0,
+        "search_lr": 0.1,
         "momentum": 0.9,
         "weight_decay": 0.0005,
         "warmup": 5,
@@ -62,19 +67,23 @@ def test_options_json_keeps_its_form():
         "check_steps": 0,
         "device": "cpu",
         "threads": 1,
+        "workers": 2,
     }
-    given = {"recipe": ("repopt", "sgs"), "ablate": ("ones",), "clip_norm": 1.0, "threads": 1}
+    given = {"recipe": ("repopt", "sgs"), "ablate": ("ones",), "clip_norm": 1.0, "threads": 1, "workers": 2}
     options = resolve({"data": "cifar10:/somewhere/cifar", **given})
     assert list(options.to_json().items()) == list(stored.items())
     assert Options.from_json(stored) == options
+    with pytest.raises(InputError, match="it differs in colour"):
+        Options.from_json({**stored, "colour": "red"})
+    with pytest.raises(InputError, match="it differs in lr, seeds"):
+        Options.from_json({name: value for name, value in stored.items() if name not in ("lr", "seeds")})
 
 
-def test_all_recipes_come_with_the_initial_scales_as_their_ablation():
-    assert [row.name for row in resolve({}).rows] == [
+def test_rows_are_in_the_order_of_the_table_and_ablations_follow_repopt():
+    assert [row.name for row in resolve({"recipe": ("all",)}).rows] == [
         "sgd",
         "sgs",
         "repopt",
-        "repopt-hs-init",
         "repopt+sgs",
         "csla",
         "repvgg",
@@ -85,10 +94,50 @@ def test_all_recipes_come_with_the_initial_scales_as_their_ablation():
         "repopt-init",
         "repopt-grad",
     ]
-    assert [row.name for row in resolve({"ablate": ()}).rows] == list(RECIPES)
+    assert [row.name for row in resolve({"ablate": ("ones",)}).rows][2:5] == ["repopt", "repopt-ones", "csla"]
+
+
+def test_a_quick_job_has_other_defaults_and_takes_what_is_given():
+    quick = resolve({"quick": True, "epochs": 9})
+    assert (quick.epochs, quick.seeds, quick.lr) == (9, 1, (0.1,))
+    assert [row.name for row in quick.rows] == ["sgd", "repopt"]
+    assert quick.workers == 1
+
+
+def test_several_learning_rates_need_a_part_that_chooses():
+    assert resolve({"lr": ("0.1", "0.03", "0.1")}).lr == (0.03, 0.1)
+    assert resolve({"lr": "0.3"}).validation == 0
+    assert resolve({"lr": (0.1, 0.2)}).validation == 0.35
+    assert (resolve({"lr": "0.3"}).search_lr, resolve({"lr": (0.3, 1)}).search_lr) == (0.3, 0.1)
+    assert resolve({}, search=True).lr == (0.1,)
+
+
+def test_what_is_likely_not_meant_is_told():
+    assert resolve({"workers": 1}).advice() == []
+    told = resolve({"warmup": 9, "epochs": 4, "sgs_warmup": 4, "threads": 64, "workers": 64}).advice()
+    assert [line.split()[0] for line in told] == ["--workers", "--warmup", "--warmup", "no"]
+    assert resolve({"warmup": 3, "search_epochs": 3}, search=True).advice() == [
+        "--warmup 3 leaves no epoch of --search-epochs 3 after the warm-up"
+    ]
+    assert resolve({"epochs": 1, "sgs_warmup": 1, "recipe": ("sgd",), "warmup": 0, "workers": 1}).advice() == []
+
+
+def test_a_resumed_run_may_have_another_number_of_workers(options):
+    options.check_against({"workers": 5})
+    assert options.resumed_with({"workers": 5, "epochs": 2}) == dataclasses.replace(options, workers=5)
 
 
 WRONG_OPTIONS = {
+    "no lr": ({"lr": ()}, "--lr must name a learning rate"),
+    "lr in words": ({"lr": ("0.1", "high")}, "--lr must be a number, or several with commas between: .*'high'"),
+    "lr among others": ({"lr": ("0.1", "-1")}, "--lr must be a number above 0, got -1.0"),
+    "no validation": (
+        {"lr": (0.1, 0.2), "validation": 0.0},
+        "--validation must be above 0 to choose among --lr 0.1,0.2",
+    ),
+    "no recipe": ({"recipe": ()}, "--recipe must name at least one recipe of sgd, "),
+    "workers": ({"workers": 0}, "--workers must be from 1 to 64, got 0"),
+    "threads": ({"threads": 0}, "--threads must be from 1 to "),
     "epochs": ({"epochs": 0}, "--epochs must be at least 1, got 0"),
     "batch": ({"batch_size": 1}, "--batch-size must be at least 2"),
     "lr": ({"lr": -1.0}, "--lr must be a number above 0, got -1.0"),
@@ -136,7 +185,7 @@ def test_a_resumed_run_takes_no_other_options(options):
         ({"model": "vgg11"}, "--model was repopt_vgg_small when .* vgg11"),
         ({"data": "digits"}, "--data was cifar10:.*, now it is digits"),
         ({"data": f"cifar100:{options.data.folder}"}, "--data was cifar10:.*, now it is cifar100:"),
-        ({"ablate": ()}, "--ablate was hs-init"),
+        ({"ablate": ("ones",)}, "--ablate was "),
     ):
         with pytest.raises(InputError, match=said):
             options.check_against(given)

@@ -2,104 +2,194 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+from cases_recipes import TINY
 
 import gradrep_kernels as gr
-from gradrep_kernels.recipes import files
+from gradrep_kernels.recipes import files, plots
 from gradrep_kernels.recipes.build import plain_model
 from gradrep_kernels.recipes.errors import InputError, extra
+from gradrep_kernels.recipes.options import resolve
 from gradrep_kernels.recipes.progress import Reporter
-from gradrep_kernels.recipes.report import check_line, scales_line, table, write_report
+from gradrep_kernels.recipes.report import closing_lines, table, write_report
 from gradrep_kernels.recipes.scale_sources import initial_scales
-from gradrep_kernels.recipes.table import RECIPES, ablated
+from gradrep_kernels.recipes.table import RECIPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def a_state(rows_, seeds, sgs_first=None):
-    def training(accuracy_, row):
-        timing = [
-            {"seconds": 0.5, "sgs_updated": False, "sgs_seconds": 0.0},
-            {"seconds": 1.5, "sgs_updated": row.sgs, "sgs_seconds": 0.25},
-        ]
-        epochs = [
-            {"train_loss": 1.0 / (n + 1), "lr": 0.1, "test_accuracy": accuracy_ - 0.1 + 0.1 * n, **timing[n]}
-            for n in range(2)
-        ]
-        kept = {"epochs": epochs, "parameters": 1234, "multiplier_bytes": 56}
-        if row.sgs:
-            kept["scalings"] = {"start": sgs_first or {"a": [[1.0, 2.0, 1.0]] * 3}, "end": {"a": [[0.5, 2.5, 1.0]] * 3}}
-        return kept
+def a_training(accuracy, row, lr=0.1, **others):
+    timing = [
+        {"seconds": 0.5, "sgs_updated": False, "sgs_seconds": 0.0},
+        {"seconds": 1.5, "sgs_updated": row.sgs, "sgs_seconds": 0.25},
+    ]
+    epochs = [
+        {"train_loss": 1.0 / (n + 1), "lr": lr, "test_accuracy": accuracy - 0.1 + 0.1 * n, **timing[n]}
+        for n in range(2)
+    ]
+    kept = {"lr": lr, "epochs": epochs, "diverged": None, "parameters": 1234, "multiplier_bytes": 56}
+    if row.sgs:
+        kept["scalings"] = {"start": {"a": [[1.0, 2.0, 1.0]] * 3}, "end": {"a": [[0.5, 2.5, 1.0]] * 3}}
+    return {**kept, **others}
 
-    finished = {f"{row.name}-seed{seed}": training(0.8 + 0.1 * n, row) for row in rows_ for n, seed in enumerate(seeds)}
+
+def some_trainings(rows, accuracies=(0.8, 0.9)):
+    """Row n has accuracies[m] + n / 100 with the m-th seed."""
+    return {row.name: {0.1: [a_training(a + n / 100, row) for a in accuracies]} for n, row in enumerate(rows)}
+
+
+def other_results(rows):
     return {
-        "finished": finished,
-        "current": None,
         "check": {"steps": 3, "outputs": 1e-15, "weights": 2e-15, "agrees": True},
+        "speed": {row.name: [0.0095 * (n + 1), 0.01 * (n + 1), 0.0105 * (n + 1)] for n, row in enumerate(rows)},
         "seconds": 12.5,
     }
 
 
-def test_the_report_says_what_the_state_holds(tmp_path, options, data, scales):
-    chosen = [RECIPES["sgd"], RECIPES["repopt+sgs"], ablated("ones")]
+def with_rows(options, *names, ablate=()):
+    return dataclasses.replace(options, recipe=names, ablate=ablate)
+
+
+def test_the_report_says_what_the_results_hold(tmp_path, options, data, scales):
+    options = with_rows(options, "sgd", "repopt+sgs", ablate=("ones",))
+    rows = options.rows
     initial = initial_scales(plain_model(options, data, 0))
     moved = {name: gr.BranchScales(v.kxk * 1.5, v.one_by_one, v.identity) for name, v in initial.items()}
-    summary = write_report(tmp_path, options, data, chosen, [5, 6], a_state(chosen, [5, 6]), moved, initial)
+    summary = write_report(tmp_path, options, data, some_trainings(rows), [5, 6], other_results(rows), moved, initial)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     sgd, sgs = summary["recipes"]["sgd"], summary["recipes"]["repopt+sgs"]
     assert sgd["test_accuracy"] == [0.8, 0.9]
     assert (sgd["test_accuracy_mean"], sgd["test_accuracy_std"]) == (pytest.approx(0.85), pytest.approx(0.1 / 2**0.5))
-    assert (sgd["seconds_per_epoch"], sgd["parameters"], sgd["multiplier_bytes"]) == (1.0, 1234, 56)
+    assert (sgd["seconds_per_step"], sgd["seconds_per_epoch"]) == (0.01, 1.0)
+    assert (sgd["parameters"], sgd["multiplier_bytes"], sgd["diverged"]) == (1234, 56, 0)
     assert (sgd["sgs_seconds_per_epoch"], sgs["sgs_seconds_per_epoch"], sgs["sgs_updates"]) == (None, 0.125, 1)
     layer = summary["scales"]["layers"]["stage0.conv"]
     assert (layer["conv"]["moved"], layer["1x1"]["moved"]) == (pytest.approx(0.5), 0)
-    assert "85.00 ± 7.07" in table(summary)
-    assert "over 3 steps: outputs differ by at most 1.0e-15" in check_line(summary)
-    assert "0.0% to 50.0%" in scales_line(summary)
+    assert [(found["row"], found["other"]) for found in summary["compared"]] == [
+        ("repopt+sgs", "sgd"),
+        ("repopt-ones", "sgd"),
+    ]
+    closing = "\n".join(closing_lines(summary))
+    assert "85.00 ± 7.07" in closing
+    assert "over 3 steps: outputs differ by at most 1.0e-15" in closing
+    assert "0.0% to 50.0%" in closing
+    assert "A training step takes as many times that of sgd: 2.00 (repopt+sgs), 3.00 (repopt-ones)." in closing
     text = (tmp_path / "summary.md").read_text()
-    assert "Differences within one standard deviation are not evidence" in text
-    assert "| repopt+sgs | 85.00 ± 7.07 | 1.000 | 1,234 | 56 | 0.1250 |" in text
-    for name in ("curves.png", "scales.png", "spatial_scaling_repopt_sgs.png"):
+    assert "Student's over 2 seeds" in text
+    # One test image of 12 is 8.3 points, and no interval is narrower.
+    assert "| repopt+sgs | 0.1 | 86.00 ± 7.07 | +1.0 ± 8.3 | 20.0 | 1,234 | 56 | 0.1250 |" in text
+    assert text.index("](cost.png)") < text.index("| recipe |")
+    for name in ("cost.png", "curves.png", "scales.png", "spatial_scaling_repopt_sgs.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert f"]({name})" in text
     assert not list(tmp_path.glob(f"*{files.TEMPORARY}"))
 
 
 def test_one_seed_has_no_standard_deviation(tmp_path, options, data):
-    summary = write_report(
-        tmp_path, options, data, [RECIPES["sgd"]], [0], {**a_state([RECIPES["sgd"]], [0]), "check": None}, None, None
-    )
+    options = with_rows(options, "sgd", "sgs")
+    trainings = some_trainings(options.rows, (0.8,))
+    summary = write_report(tmp_path, options, data, trainings, [0], other_results(options.rows), None, None)
     assert summary["recipes"]["sgd"]["test_accuracy_std"] is None
     assert "±" not in table(summary)
+    assert "sgs against sgd: one seed allows no statement." in summary["statements"]
     assert "With one seed no difference between rows is evidence" in (tmp_path / "summary.md").read_text()
 
 
-def test_a_loss_that_is_not_finite_is_no_obstacle(tmp_path, options, data):
-    state = a_state([RECIPES["sgd"]], [0, 1])
-    state["finished"]["sgd-seed0"]["epochs"][1]["train_loss"] = None
-    write_report(tmp_path, options, data, [RECIPES["sgd"]], [0, 1], {**state, "check": None}, None, None)
+def test_the_choice_of_learning_rates_is_shown(tmp_path, source, data):
+    options = resolve({"data": source, **TINY, "lr": (0.1, 0.3), "recipe": ("sgd", "repopt", "csla"), "seeds": 2})
+    of_rates = {"sgd": ((0.1, 0.5, None), (0.3, 0.125, 4)), "repopt": ((0.3, 0.75, None), (0.1, 0.625, None))}
+    trainings = {
+        name: {
+            lr: [a_training(0.25, RECIPES[name], lr, validation_accuracy=validation, diverged=epoch)] * 2
+            for lr, validation, epoch in rates
+        }
+        for name, rates in of_rates.items()
+    }
+    trainings["csla"] = {0.3: [a_training(0.25, RECIPES["csla"], 0.3, validation_accuracy=0.5)] * 2}
+    summary = write_report(tmp_path, options, data, trainings, [0, 1], other_results(options.rows), None, None)
+    assert {name: figures["learning_rate"] for name, figures in summary["recipes"].items()} == {
+        "sgd": 0.1,
+        "repopt": 0.3,
+        "csla": 0.3,
+    }
+    assert list(summary["recipes"]["repopt"]["by_rate"]) == ["0.1", "0.3"]
+    text = (tmp_path / "summary.md").read_text()
+    assert "| sgd | 50.0 / 25.0 | 12.5 / 25.0 (2 diverged) |" in text
+    assert "| repopt | 62.5 / 25.0 | 75.0 / 25.0 |" in text
+    assert "35% of the training images" in text
+
+
+def test_trainings_that_diverged_or_never_began_are_in_the_table(tmp_path, options, data):
+    options = with_rows(options, "sgd", "repopt")
+    trainings = some_trainings([RECIPES["sgd"]])
+    diverged = trainings["sgd"][0.1][0]
+    diverged["diverged"], diverged["epochs"][1]["train_loss"] = 2, None
+    results = {**other_results(options.rows), "check": None}
+    summary = write_report(tmp_path, options, data, trainings, [0, 1], results, None, None)
+    shown = table(summary)
+    assert "85.00 ± 7.07 (1 diverged)" in shown
+    assert re.search("repopt .* the Hyper-Search diverged", shown)
+    assert summary["compared"] == []
     assert (tmp_path / "curves.png").exists()
 
 
-def test_curves_of_one_epoch_and_scales_without_a_training_are_drawn(tmp_path, options, data):
-    state = a_state([RECIPES["sgd"]], [0])
-    del state["finished"]["sgd-seed0"]["epochs"][1:]
-    write_report(tmp_path, options, data, [RECIPES["sgd"]], [0], {**state, "check": None}, None, None)
-    initial = initial_scales(plain_model(options, data, 0))
-    (tmp_path / "search").mkdir()
-    search = {"epochs": [{"seconds": 1.0, "test_accuracy": 0.5}], "parameters": 1234}
-    summary = write_report(
-        tmp_path / "search", options, data, [], [0], {**state, "finished": {"search": search}}, initial, initial
+def test_a_busy_machine_is_told(tmp_path, options, data):
+    options = with_rows(options, "sgd", "sgs")
+    results = other_results(options.rows)
+    said = "quartiles of a step lie up to 40% apart"
+    for quartiles, busy in (([0.009, 0.01, 0.011], False), ([0.008, 0.01, 0.012], True)):
+        results["speed"]["sgs"] = quartiles
+        summary = write_report(tmp_path, options, data, some_trainings(options.rows), [0, 1], results, None, None)
+        assert any(said in statement for statement in summary["statements"]) == busy
+
+
+def test_curves_of_trainings_that_all_diverged_are_drawn(tmp_path):
+    plots.curves(tmp_path / "curves.png", {"sgd": [[{"train_loss": None, "test_accuracy": 0.1}]] * 2})
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_curves_of_unequal_epochs_are_drawn(tmp_path):
+    """Seeds that ended early, and epochs whose accuracy was not measured."""
+    record = {"train_loss": 1.0}
+    runs = [[record, {**record, "test_accuracy": 0.5}, {**record, "test_accuracy": 0.6}], [{"train_loss": None}]]
+    plots.curves(tmp_path / "curves.png", {"sgd": runs, "sgs": [runs[0], runs[0]]})
+    at, values = plots._measured([runs[0], runs[0]], "test_accuracy")
+    assert (at.tolist(), values.tolist()) == ([2, 3], [[0.5, 0.6], [0.5, 0.6]])
+    assert plots._measured(runs, "train_loss")[1].shape == (2, 0)
+
+
+def test_a_check_that_is_not_finite_is_told():
+    summary = {"csla_equals_gr": {"steps": 3, "outputs": None, "weights": 1.0, "agrees": False}}
+    assert (
+        "not finite"
+        in closing_lines(
+            {
+                **summary,
+                "recipes": {},
+                "seeds": [0],
+                "compared": [],
+                "not_trained": {},
+                "statements": [],
+                "scales": None,
+            }
+        )[-1]
     )
+
+
+def test_scales_without_a_training_are_drawn(tmp_path, options, data):
+    initial = initial_scales(plain_model(options, data, 0))
+    search = {"epochs": [{"seconds": 1.0, "test_accuracy": 0.5}], "parameters": 1234, "diverged": None}
+    results = {"search": search, "speed": {}, "seconds": 1.0}
+    summary = write_report(tmp_path, with_rows(options), data, {}, [0], results, initial, initial)
     assert summary["recipes"] == {}
-    pictures = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.png"))
-    assert list(map(str, pictures)) == ["curves.png", "search/scales.png"]
-    assert all((tmp_path / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["scales.png"]
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from cases_recipes import (
@@ -86,16 +89,22 @@ def run_and_kill(tmp_path):
         yield run
 
 
-# In this order, each a process of its own with --resume. An epoch has 3 steps. The search has 2 epochs, repopt+sgs and
-# csla have 3 each.
+# In this order, each a process of its own with --resume. An epoch has 3 steps. The search has 2 epochs, csla and then
+# repopt+sgs have 3 each.
 KILLS = {
     "search, second epoch, in its second step": ("step", 5),
-    # The first file is metrics.jsonl, the second the checkpoint of the search's second epoch.
+    # The first file is metrics.jsonl, the second the state of the search's second epoch.
     "between the temporary file and its rename": ("rename", 2),
+    "after the state, before the metrics": ("metrics", 1),
+    "csla, third epoch, in its last step": ("step", 9),
     "in an update of the spatial scaling, in its second pass": ("sgs", 2),
-    "after the checkpoint, before the metrics": ("metrics", 1),
-    "csla, third epoch, in its last step": ("step", 12),
 }
+
+
+def stands(folder):
+    """The trainings that are done, and {one under way: its whole epochs}."""
+    done = {path.stem for path in folder.glob("*.json")} - {"seconds", "check", "speed"}
+    return done, {path.stem: len(tensors(path)["epochs"]) for path in folder.glob("*.pt")}
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_weights(source, finished, tmp_path, run_and_kill):
@@ -105,18 +114,16 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(source, finishe
     for n, (what, (where, count)) in enumerate(KILLS.items()):
         status = run_and_kill(where, count, [*arguments, *(["--resume"] if n else [])])
         assert status == -signal.SIGKILL, f"{what}: {(tmp_path / 'stderr.txt').read_text()}"
-        state = tensors(killed / "checkpoint.pt")
-        current = state["current"]
-        reached.append((len(state["finished"]), None if current is None else (current["run"], len(current["epochs"]))))
+        reached.append(stands(killed / "state"))
         assert not (killed / "summary.json").exists()
         leftovers = list(killed.rglob(f"*{files.TEMPORARY}"))
         assert bool(leftovers) == (where == "rename")  # until the next start
     assert reached == [
-        (0, ("search", 1)),
-        (0, ("search", 1)),
-        (1, ("repopt+sgs-seed0", 1)),
-        (1, ("repopt+sgs-seed0", 2)),
-        (2, ("csla-seed0", 2)),
+        (set(), {"search": 1}),
+        (set(), {"search": 1}),
+        (set(), {"search": 2}),
+        ({"search"}, {"csla-seed0": 2}),
+        ({"search", "csla-seed0"}, {"repopt+sgs-seed0": 1}),
     ]
     assert main(["train", "--out", str(tmp_path), "--name", "killed", "--resume"]) == 0
     assert not list(killed.rglob(f"*{files.TEMPORARY}"))
@@ -150,3 +157,62 @@ def test_resume_without_a_name_takes_the_last_default_one(source, tmp_path, monk
     assert_same_tensors(
         *(tensors(tmp_path / name / "weights" / "sgd-seed0.pt") for name in ("cifar10-small", "cifar10-small-2"))
     )
+
+
+CHOOSING = ("--recipe", "sgd,repopt", "--lr", "0.02,0.2", "--validation", "0.4", "--seeds", "2", "--search-lr", "0.05")
+
+
+def test_the_number_of_processes_changes_no_bit(source, tmp_path):
+    for workers in ("1", "2"):
+        assert main(train_arguments(source, tmp_path, "--name", workers, *CHOOSING, "--workers", workers)) == 0
+    assert_same_results(tmp_path / "1", tmp_path / "2", ordered=False)
+
+
+def test_processes_that_lose_their_parent_end_and_the_run_is_resumed(source, tmp_path):
+    arguments = train_arguments(source, tmp_path, "--name", "killed", *CHOOSING, "--epochs", "40", "--workers", "2")
+    with (tmp_path / "stderr.txt").open("w") as stderr:
+        job = subprocess.Popen(
+            [sys.executable, "-m", "gradrep_kernels", *arguments], stderr=stderr, start_new_session=True
+        )
+        wait_until(lambda: stands(tmp_path / "killed" / "state")[1], "a training is under way")
+        job.kill()
+        job.wait()
+    wait_until(lambda: not processes_of(job.pid), "the worker processes end")
+    resumed = [*arguments, "--epochs", "40", "--workers", "1", "--resume"]
+    assert main(resumed) == 0
+    whole = train_arguments(source, tmp_path, "--name", "whole", *CHOOSING, "--epochs", "40")
+    assert main(whole) == 0
+    assert_same_results(tmp_path / "whole", tmp_path / "killed", ordered=False)
+
+
+def test_an_interrupt_ends_all_processes(source, tmp_path):
+    arguments = train_arguments(source, tmp_path, "--name", "stopped", *CHOOSING, "--epochs", "400", "--workers", "2")
+    with (tmp_path / "stderr.txt").open("w") as stderr:
+        job = subprocess.Popen(
+            [sys.executable, "-m", "gradrep_kernels", *arguments], stderr=stderr, start_new_session=True
+        )
+        wait_until(lambda: stands(tmp_path / "stopped" / "state")[1], "a training is under way")
+        os.killpg(job.pid, signal.SIGINT)  # as a terminal does
+        assert job.wait(60) == 130
+    said = (tmp_path / "stderr.txt").read_text().splitlines()
+    assert said[-1].startswith("interrupted; --resume goes on")
+    assert "Traceback" not in "".join(said)
+    wait_until(lambda: not processes_of(job.pid), "all processes end")
+
+
+def wait_until(holds, what, seconds=90):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
+
+
+def processes_of(session):
+    """The living processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, of_session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(of_session) == session and state != "Z":
+                found.append(stat)
+    return found

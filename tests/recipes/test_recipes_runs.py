@@ -29,13 +29,14 @@ def summary_of(folder):
 
 def test_a_run_leaves_all_its_files_and_nothing_else(finished):
     assert {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()} == {
-        "checkpoint.pt",
+        "cost.png",
         "curves.png",
         "metrics.jsonl",
         "options.json",
         "scales.pt",
         "scales.png",
         "spatial_scaling_repopt_sgs.png",
+        *(f"state/{part}.json" for part in ("check", "csla-seed0", "repopt+sgs-seed0", "search", "seconds", "speed")),
         "summary.json",
         "summary.md",
         "weights/csla-seed0.pt",
@@ -53,8 +54,8 @@ def test_a_run_leaves_all_its_files_and_nothing_else(finished):
     assert [(line["run"], line["epoch"]) for line in lines] == [
         ("search", 1),
         ("search", 2),
+        *(("csla-seed0", n) for n in (1, 2, 3)),  # Branches take longest, and the longest goes first.
         *(("repopt+sgs-seed0", n) for n in (1, 2, 3)),
-        *(("csla-seed0", n) for n in (1, 2, 3)),
     ]
 
 

@@ -19,10 +19,10 @@ def all_rows():
 
 @pytest.mark.parametrize("row", all_rows(), ids=lambda row: row.name)
 def test_every_row_is_built_the_same_from_its_seed_and_learns(row, options, data, scales):
-    first, again = (build(row, options, data, scales, 3) for _ in range(2))
+    first, again = (build(row, options, data, scales, 3, 0.1) for _ in range(2))
     for a, b in zip(first.model.state_dict().values(), again.model.state_dict().values()):
         assert torch.equal(a, b)
-    other = build(row, options, data, scales, 4)
+    other = build(row, options, data, scales, 4, 0.1)
     assert not torch.equal(next(first.model.parameters()), next(other.model.parameters()))
     assert (first.sgs is not None) == row.sgs
     losses = [train_epoch(first, data, options, 3, epoch, 4, lambda: None)["train_loss"] for epoch in range(4)]
@@ -38,8 +38,8 @@ def mults(trainee):
 
 
 def test_repopt_breaks_the_rules_that_an_ablation_names(options, data, scales):
-    plain, repopt = (build(RECIPES[recipe], options, data, scales, 0) for recipe in ("sgd", "repopt"))
-    no_init, no_grad = (build(ablated(ablation), options, data, scales, 0) for ablation in ("init", "grad"))
+    plain, repopt = (build(RECIPES[recipe], options, data, scales, 0, 0.1) for recipe in ("sgd", "repopt"))
+    no_init, no_grad = (build(ablated(ablation), options, data, scales, 0, 0.1) for ablation in ("init", "grad"))
     for a, b, c, d in zip(kernels(plain), kernels(no_init), kernels(repopt), kernels(no_grad)):
         assert torch.equal(a, b)
         assert torch.equal(c, d)
@@ -52,7 +52,8 @@ def test_repopt_breaks_the_rules_that_an_ablation_names(options, data, scales):
 
 def test_ablated_scales_are_ones_means_or_where_the_search_starts(options, data, scales):
     ones, initial, mean = (
-        mults(build(ablated(ablation), options, data, scales, 0)) for ablation in ("ones", "hs-init", "channel-mean")
+        mults(build(ablated(ablation), options, data, scales, 0, 0.1))
+        for ablation in ("ones", "hs-init", "channel-mean")
     )
     for m in ones:
         assert m.scale[0, 0].tolist() == [[1, 1, 1], [1, 2, 1], [1, 1, 1]]
@@ -67,13 +68,13 @@ def test_ones_and_initial_scales_need_no_search(options, data):
     for ablation in ("ones", "hs-init"):
         row = ablated(ablation)
         assert not row.needs_search
-        build(row, options, data, None, 0)
+        build(row, options, data, None, 0, 0.1)
 
 
 def test_all_rows_start_from_one_plain_network(options, data, scales):
     plain = plain_model(options, data, 0).state_dict()
-    explicit = build(RECIPES["csla"], options, data, scales, 0).model
-    branched = build(RECIPES["repvgg"], options, data, scales, 0).model
+    explicit = build(RECIPES["csla"], options, data, scales, 0, 0.1).model
+    branched = build(RECIPES["repvgg"], options, data, scales, 0, 0.1).model
     for name in scales:
         assert torch.equal(explicit.get_submodule(name).conv.weight, plain[f"{name}.weight"])
         assert torch.equal(branched.get_submodule(name).convs[0].weight, plain[f"{name}.weight"])
@@ -81,7 +82,7 @@ def test_all_rows_start_from_one_plain_network(options, data, scales):
 
 
 def test_rows_without_multipliers_are_trained_by_torchs_own_sgd(options, data, scales):
-    kinds = {row.name: type(build(row, options, data, scales, 0).optimizer) for row in all_rows()}
+    kinds = {row.name: type(build(row, options, data, scales, 0, 0.1).optimizer) for row in all_rows()}
     assert {label for label, kind in kinds.items() if kind is torch.optim.SGD} == {"sgd", "csla", "repvgg"}
     assert all(kind is gr.FusedRepSGD for label, kind in kinds.items() if label not in ("sgd", "csla", "repvgg"))
     assert type(search_model(options, data).optimizer) is torch.optim.SGD
@@ -89,8 +90,8 @@ def test_rows_without_multipliers_are_trained_by_torchs_own_sgd(options, data, s
 
 def test_multiplier_bytes_are_those_of_the_structured_form(options, data, scales):
     structured = sum(value.channels * 9 + value.channels * value.has_identity for value in scales.values()) * 4
-    assert multiplier_bytes(build(RECIPES["repopt"], options, data, scales, 0)) == structured
-    assert multiplier_bytes(build(RECIPES["sgd"], options, data, scales, 0)) == 0
-    both = build(RECIPES["repopt+sgs"], options, data, scales, 0)
+    assert multiplier_bytes(build(RECIPES["repopt"], options, data, scales, 0, 0.1)) == structured
+    assert multiplier_bytes(build(RECIPES["sgd"], options, data, scales, 0, 0.1)) == 0
+    both = build(RECIPES["repopt+sgs"], options, data, scales, 0, 0.1)
     both.sgs.update(torch.rand(2, 4, 3, 32, 32))
     assert multiplier_bytes(both) == structured  # the product stays in the structured form

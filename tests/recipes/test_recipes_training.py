@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_an_epoch_is_repeatable_whatever_the_default_generator_holds(options, data, scales):
     results = []
     for state in (1, 2):
-        trainee = build(RECIPES["repopt+sgs"], options, data, scales, 0)
+        trainee = build(RECIPES["repopt+sgs"], options, data, scales, 0, 0.1)
         torch.manual_seed(state)
         records = [train_epoch(trainee, data, options, 0, epoch, 3, lambda: None) for epoch in range(3)]
         results.append((trainee.model.state_dict(), [record["train_loss"] for record in records]))
@@ -32,16 +32,16 @@ def test_an_epoch_is_repeatable_whatever_the_default_generator_holds(options, da
 
 def test_an_epoch_follows_the_schedule_and_calls_for_every_batch(options, data):
     calls = []
-    trainee = build(RECIPES["sgs"], options, data, None, 0)
+    trainee = build(RECIPES["sgs"], options, data, None, 0, 0.1)
     records = [train_epoch(trainee, data, options, 0, epoch, 4, lambda: calls.append(1)) for epoch in range(4)]
     assert len(calls) == 4 * 3
-    assert records[0]["lr"] == options.lr  # end of the warm-up
-    assert records[3]["lr"] == pytest.approx(options.lr * 0.5 * (1 + math.cos(math.pi * 8 / 9)))
+    assert records[0]["lr"] == 0.1  # end of the warm-up
+    assert records[3]["lr"] == pytest.approx(0.1 * 0.5 * (1 + math.cos(math.pi * 8 / 9)))
     assert [record["sgs_updated"] for record in records] == [False, True, False, False]
 
 
 def test_every_epoch_has_an_order_of_its_own(options, data):
-    trainee = build(RECIPES["sgd"], options, data, None, 0)
+    trainee = build(RECIPES["sgd"], options, data, None, 0, 0.1)
     seen = []
     trainee.model.register_forward_pre_hook(lambda model, args: seen.append(args[0].clone()))
     for epoch in (0, 1, 0):
@@ -55,7 +55,7 @@ def test_every_epoch_has_an_order_of_its_own(options, data):
 
 def test_the_loss_is_smoothed_cross_entropy(source, data):
     smoothed = resolve({"data": source, **TINY, "label_smoothing": 0.3, "augment": (), "batch_size": 30})
-    trainee = build(RECIPES["sgd"], smoothed, data, None, 0)
+    trainee = build(RECIPES["sgd"], smoothed, data, None, 0, 0.1)
     outputs = []
     trainee.model.register_forward_hook(lambda model, args, y: outputs.append((args[0].detach(), y.detach())))
     loss = train_epoch(trainee, data, smoothed, 0, 0, 1, lambda: None)["train_loss"]
@@ -80,11 +80,11 @@ def test_clipping_uses_the_norm_of_the_branches(options, data, scales, monkeypat
         "gradrep_kernels.recipes.build.MODELS",
         {"repopt_vgg_small": lambda **shape: gr.models.repopt_vgg_small(**shape).double()},
     )
-    explicit, target = (build(RECIPES[recipe], clipped, double, exact, 0) for recipe in ("csla", "repopt"))
+    explicit, target = (build(RECIPES[recipe], clipped, double, exact, 0, 0.1) for recipe in ("csla", "repopt"))
     for trainee in (explicit, target):
         train_epoch(trainee, double, clipped, 0, 0, 1, lambda: None)
     merged = csla.merge(explicit.model).state_dict()
-    unclipped = build(RECIPES["repopt"], options, double, exact, 0)
+    unclipped = build(RECIPES["repopt"], options, double, exact, 0, 0.1)
     train_epoch(unclipped, double, options, 0, 0, 1, lambda: None)
     for name, tensor in target.model.state_dict().items():
         torch.testing.assert_close(merged[name], tensor, atol=1e-10, rtol=0)
@@ -100,8 +100,8 @@ def test_accuracy_is_the_share_of_right_answers(data):
         def forward(self, x):
             return torch.eye(10)[5].expand(len(x), 10)
 
-    assert accuracy(Right(), data, "cpu") == 1
-    assert accuracy(Always(), data, "cpu") == pytest.approx(float((data.test.labels == 5).float().mean()))
+    assert accuracy(Right(), data, data.test, "cpu") == 1
+    assert accuracy(Always(), data, data.test, "cpu") == pytest.approx(float((data.test.labels == 5).float().mean()))
 
 
 def test_repeatable_gives_back_what_it_changed():

@@ -1,0 +1,41 @@
+"""The processor, and how many of its cores a job may use."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+__all__ = ["cores", "free_processes", "processor"]
+
+_MOST = 8
+"""Each process holds torch and the data: some 0.4 GB."""
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def cores() -> int:
+    """The cores that this process may use, by its affinity and by the quota of its container."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, _QUOTA.read_text(encoding="ascii").split())
+    except (OSError, ValueError):  # Not in a container, or "max": no quota.
+        return allowed
+    return max(1, min(allowed, quota // period))
+
+
+def free_processes(threads: int, device: str) -> int:
+    """How many processes of so many threads there are cores for. A GPU serves one."""
+    if device != "cpu":
+        return 1
+    return min(max(1, cores() // max(1, threads)), _MOST)
+
+
+def processor() -> str:
+    """The name of the processor, as far as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:  # no Linux
+        pass
+    return platform.processor() or platform.machine()

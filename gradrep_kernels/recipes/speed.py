@@ -1,0 +1,43 @@
+"""Seconds of a training step of each row, measured one after the other with nothing else of the job running."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from gradrep_kernels.recipes.build import build
+from gradrep_kernels.recipes.options import Options
+from gradrep_kernels.recipes.training import epoch_batches, now, repeatable, train_step
+from gradrep_kernels.recipes.trainings import searched_scales
+from gradrep_kernels.recipes.validation import split_data
+
+__all__ = ["seconds_per_step"]
+
+_ROUNDS, _WARM_UP, _STEPS = 8, 1, 2
+
+
+def seconds_per_step(folder: Path, options: Options, rates: Mapping[str, float]) -> dict[str, list[float]]:
+    """Quartiles of the seconds of a step (forward, backward, optimizer) of each row in `rates` ({name: learning rate}).
+
+    Rows take turns, so that a slow moment of the machine does not fall on one of them alone. Each turn begins with a
+    new network. Batches are read beforehand. Updates of spatial gradient scaling are not in it.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in rates}
+    with repeatable(options.threads, options.device):
+        data, _ = split_data(options.data, options.image_size, options.validation)
+        scales = searched_scales(folder)
+        batches = list(itertools.islice(epoch_batches(data, options, options.seed, 0), _WARM_UP + _STEPS))
+        for _ in range(_ROUNDS):
+            for row in options.rows:
+                if row.name not in rates:
+                    continue
+                trainee = build(row, options, data, scales, options.seed, rates[row.name])
+                trainee.model.train()
+                for n, (x, labels) in enumerate(itertools.islice(itertools.cycle(batches), _WARM_UP + _STEPS)):
+                    start = now(options.device)
+                    train_step(trainee, options, x, labels)
+                    if n >= _WARM_UP:
+                        seconds[row.name].append(now(options.device) - start)
+    return {name: statistics.quantiles(times, method="inclusive") for name, times in seconds.items()}

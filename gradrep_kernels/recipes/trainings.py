@@ -1,0 +1,151 @@
+"""One training of a job: the Hyper-Search, or a row with a seed and a learning rate.
+
+It can be killed at any moment and resumed. In the folder `state` of the run, NAME.pt holds its state after the last
+whole epoch, and NAME.json its figures once it is done. Scales and weights are written before NAME.json says that they
+are there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradrep_kernels import csla
+from gradrep_kernels.recipes import files
+from gradrep_kernels.recipes.build import Trainee, build, multiplier_bytes, search_model
+from gradrep_kernels.recipes.errors import InputError
+from gradrep_kernels.recipes.options import Options
+from gradrep_kernels.recipes.runs import SCALES
+from gradrep_kernels.recipes.training import accuracy, repeatable, train_epoch
+from gradrep_kernels.recipes.validation import split_data
+from gradrep_kernels.recipes.workers import Listener
+
+__all__ = ["STATE", "Training", "do_training", "epochs_so_far", "searched_scales"]
+
+STATE = "state"
+"""The folder of what is done, in the folder of a run."""
+_WEIGHTS = "weights"
+
+
+@dataclass(frozen=True)
+class Training:
+    """Which training. `name` names its files."""
+
+    name: str
+    recipe: str | None
+    """The name of a row, None for the Hyper-Search."""
+    seed: int
+    lr: float
+    epochs: int
+
+
+def searched_scales(folder: Path) -> csla.Scales | None:
+    """The scales in the folder of a run, None where there are none."""
+    return csla.load_scales(folder / SCALES) if (folder / SCALES).exists() else None
+
+
+def epochs_so_far(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The records of the epochs of a training that is done or under way."""
+    done = folder / STATE / f"{name}.json"
+    if done.exists():
+        return json.loads(done.read_text(encoding="utf-8")).get("epochs", [])
+    current = _current(folder, name)
+    return [] if current is None else current["epochs"]
+
+
+def _current(folder: Path, name: str) -> dict[str, Any] | None:
+    path = folder / STATE / f"{name}.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen unrelated classes.
+        reason = f"cannot be read, it is damaged ({type(error).__name__})"
+        raise InputError(f"{path}: {reason}; remove it to do this training anew") from error
+
+
+def do_training(folder: Path, options: Options, training: Training, listener: Listener) -> dict[str, Any]:
+    """Do one training, from where it stands, and return its figures.
+
+    A training ends with the first epoch whose loss is not finite. Its figures then hold `diverged`, that epoch. A
+    Hyper-Search has diverged too where its scales are not finite, or their squares.
+    """
+    with repeatable(options.threads, options.device):
+        return _train(folder, options, training, listener)
+
+
+def _train(folder: Path, options: Options, training: Training, listener: Listener) -> dict[str, Any]:
+    data, validation = split_data(options.data, options.image_size, options.validation)
+    if training.recipe is None:
+        trainee = search_model(options, data)
+    else:
+        row = next(row for row in options.rows if row.name == training.recipe)
+        trainee = build(row, options, data, searched_scales(folder), training.seed, training.lr)
+    current = _current(folder, training.name)
+    if current is None:
+        current = {"epochs": [], "first_scalings": None}
+    else:
+        trainee.model.load_state_dict(current["model"])
+        trainee.optimizer.load_state_dict(current["optimizer"])
+        if trainee.sgs is not None:
+            trainee.sgs.load_state_dict(current["sgs"])
+    epochs = current["epochs"]
+    while len(epochs) < training.epochs and not _diverged(epochs):
+        record = train_epoch(trainee, data, options, training.seed, len(epochs), training.epochs, listener.batch)
+        due = (len(epochs) + 1) % options.evaluate_every == 0 or len(epochs) + 1 == training.epochs
+        if due or record["train_loss"] is None:
+            record["test_accuracy"] = accuracy(trainee.model, data, data.test, options.device)
+        epochs.append(record)
+        if trainee.sgs is not None:
+            if record["sgs_updated"] and current["first_scalings"] is None:
+                current["first_scalings"] = _as_lists(trainee.sgs.scalings)
+            current["sgs"] = trainee.sgs.state_dict()
+        current["model"], current["optimizer"] = trainee.model.state_dict(), trainee.optimizer.state_dict()
+        files.save_tensors(folder / STATE / f"{training.name}.pt", current)
+        listener.epoch(training.name, len(epochs), training.epochs, record)
+    figures = {
+        "lr": training.lr,
+        "epochs": epochs,
+        "diverged": len(epochs) if _diverged(epochs) else None,
+        "parameters": sum(p.numel() for p in trainee.model.parameters() if p.requires_grad),
+        "multiplier_bytes": multiplier_bytes(trainee),
+    }
+    if len(validation):
+        figures["validation_accuracy"] = accuracy(trainee.model, data, validation, options.device)
+    if training.recipe is not None:
+        _keep_weights(folder, training.name, trainee)
+    elif not _diverged(epochs) and not _keep_scales(folder, trainee):
+        figures["diverged"] = len(epochs)
+    if trainee.sgs is not None:
+        figures["scalings"] = {"start": current["first_scalings"], "end": _as_lists(trainee.sgs.scalings)}
+    files.write_json(folder / STATE / f"{training.name}.json", figures)
+    (folder / STATE / f"{training.name}.pt").unlink(missing_ok=True)
+    return figures
+
+
+def _diverged(epochs: list[dict[str, Any]]) -> bool:
+    return bool(epochs) and epochs[-1]["train_loss"] is None
+
+
+def _keep_weights(folder: Path, name: str, trainee: Trainee) -> None:
+    (folder / _WEIGHTS).mkdir(exist_ok=True)
+    weights = {key: tensor.detach().cpu() for key, tensor in trainee.model.state_dict().items()}
+    files.save_tensors(folder / _WEIGHTS / f"{name}.pt", weights)
+
+
+def _keep_scales(folder: Path, trainee: Trainee) -> bool:
+    """Write the scales, and return whether they can be used. They may overflow before the loss does."""
+    if not all(bool(p.square().isfinite().all()) for p in trainee.model.parameters()):
+        return False
+    with files.writing(folder / SCALES):
+        csla.save_scales(csla.extract_scales(trainee.model), folder / SCALES)
+    return True
+
+
+def _as_lists(scalings: Mapping[str, torch.Tensor]) -> dict[str, list[list[float]]]:
+    return {name: g.tolist() for name, g in scalings.items()}

@@ -1,0 +1,39 @@
+"""A part of the training images that chooses a learning rate and is not trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor
+
+from gradrep_kernels.recipes.data import Data, DataSource, Images, load_data
+
+__all__ = ["hold_out", "split_data"]
+
+
+def hold_out(data: Data, share: float) -> tuple[Data, Images]:
+    """Split the training images into those to train on, as `data`, and a validation part.
+
+    Every class gives about `share` of its images, the same whatever the seed of a run: of a class with a few images,
+    all or none. The statistics to standardise with stay those of all training images.
+    """
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randperm(len(data.train), generator=generator)
+    by_class = mixed[data.train.labels[mixed].argsort(stable=True)]
+    labels = data.train.labels[by_class]
+    # Along the images sorted by class, every (1 / share)-th is held out, so that each class gives its share.
+    held = (torch.arange(1, len(labels) + 1) * share).floor() > (torch.arange(len(labels)) * share).floor()
+    trained, validation = (_part(data.train, by_class[chosen].sort().values) for chosen in (~held, held))
+    return dataclasses.replace(data, train=trained), validation
+
+
+def _part(images: Images, indices: Tensor) -> Images:
+    return Images(images.labels[indices], lambda at: images.read(indices[at]), images.lazy)
+
+
+@functools.lru_cache(maxsize=1)  # A process does many trainings on the same data.
+def split_data(source: DataSource, image_size: int | None, share: float) -> tuple[Data, Images]:
+    """Read a data set and hold a share of its training images out."""
+    return hold_out(load_data(source, image_size), share)
