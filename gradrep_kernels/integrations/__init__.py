@@ -1,0 +1,1 @@
+"""What other frameworks need to be told. Each file imports the one that it is named for, and only when asked for."""
