@@ -14,7 +14,7 @@ PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.ready-$(or $(GRADREP_BUILD),auto)-$(or $(GRADREP_CUDA),auto)
 
-.PHONY: run test test-quick lint bench bench-quick gpu-check env clean
+.PHONY: run test test-quick lint types docs figures bench bench-quick gpu-check env clean
 .DEFAULT_GOAL := run
 
 # torch before anything that depends on it: a bare requirement would fetch the CUDA build.
@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PIP) install --upgrade pip setuptools wheel ninja
 	$(PIP) install "$(TORCH)"
 	rm -f gradrep_kernels/_C*.so  # of another GRADREP_BUILD or GRADREP_CUDA
-	$(PIP) install --no-build-isolation -e ".[recipes,test,bench,interop,dev]" "$(TRITON)"
+	$(PIP) install --no-build-isolation -e ".[recipes,test,bench,interop,docs,dev]" "$(TRITON)"
 	$(PIP) install --no-deps timm  # with its dependencies: torchvision, and with that another torch
 	rm -f $(VENV)/.ready-*
 	touch $@
@@ -49,6 +49,20 @@ lint: $(STAMP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
+# What users write: the Python of README and docs/, and examples/.
+types: $(STAMP)
+	rm -rf build/pages && mkdir -p build/pages
+	$(PYTHON) tests/support/pages.py build/pages
+	$(PYTHON) -m mypy build/pages examples
+
+# docs/ and the docstrings, as pages in site/. A broken link or a missing picture is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+
+# docs/figures.md and README's six figures, from bench/results.
+figures: $(STAMP)
+	$(PYTHON) bench/ledger.py
+
 # A process for each file: one bench's memory and threads must not meet another's.
 BENCHES := rep_sgd_step joint_histogram sgs
 bench bench-quick: $(STAMP)
@@ -63,4 +77,4 @@ env: $(STAMP)
 	$(PYTHON) -m gradrep_kernels env
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info gradrep_kernels/*.so
+	rm -rf $(VENV) build dist site *.egg-info gradrep_kernels/*.so

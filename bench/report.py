@@ -164,10 +164,22 @@ def duration(seconds: float) -> str:
     return f"{number(seconds / 1e-9)} ns"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, and an empty one."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
+
+
+def target_cells(row: dict) -> list[str]:
+    """What a row of targets shows: figure, spread, both bounds, verdict."""
+    sign = "≤ " if row["less_is_better"] else "≥ "
+    bounds = [f"{sign}{number(row[key])} {row['unit']}" if row[key] is not None else "" for key in ("at_least", "aim")]
+    figure = row["figure"]
+    shown = f"{number(figure['median'])} {row['unit']}" if figure else ""
+    spread = f"{number(figure['low'])}–{number(figure['high'])}, {figure['n']}" if figure and figure["n"] > 1 else ""
+    verdict = f"**{row['verdict']}**" if row["verdict"] == "missed" else row["verdict"]
+    return [shown, spread, *bounds, verdict]
 
 
 def markdown(content: dict) -> str:
@@ -204,20 +216,8 @@ def markdown(content: dict) -> str:
             "",
         ]
     if content["targets"]:
-        rows = []
-        for row in content["targets"]:
-            sign = "≤ " if row["less_is_better"] else "≥ "
-            bounds = [
-                f"{sign}{number(row[key])} {row['unit']}" if row[key] is not None else "" for key in ("at_least", "aim")
-            ]
-            figure = row["figure"]
-            shown = f"{number(figure['median'])} {row['unit']}" if figure else ""
-            spread = (
-                f"{number(figure['low'])}–{number(figure['high'])}, {figure['n']}" if figure and figure["n"] > 1 else ""
-            )
-            verdict = f"**{row['verdict']}**" if row["verdict"] == "missed" else row["verdict"]
-            rows.append([row["row"], row["what"], shown, spread, *bounds, verdict, row["bound"]])
-        lines += _table(["#", "what", "figure", "quartiles, rounds", "at least", "aim", "", "bound by"], rows)
+        rows = [[row["row"], row["what"], *target_cells(row), row["bound"]] for row in content["targets"]]
+        lines += table(["#", "what", "figure", "quartiles, rounds", "at least", "aim", "", "bound by"], rows)
     for group in dict.fromkeys(row["group"] for row in content["measurements"]):
         rows = []
         members = [row for row in content["measurements"] if row["group"] == group]
@@ -230,7 +230,7 @@ def markdown(content: dict) -> str:
         lines += [
             f"## {group}",
             "",
-            *_table(["way", "threads", "median", "quartiles, rounds", *(head for _, head in extra), "note"], rows),
+            *table(["way", "threads", "median", "quartiles, rounds", *(head for _, head in extra), "note"], rows),
         ]
     if content["skipped"]:
         lines += ["## Skipped", "", *(f"- {name}: {why}" for name, why in content["skipped"].items()), ""]
@@ -246,4 +246,4 @@ def _history_table(history: list[dict]) -> list[str]:
     rows = [
         [name, *(number(run["figures"][name]) if name in run["figures"] else "" for run in history)] for name in names
     ]
-    return _table(["figure", *heads], rows)
+    return table(["figure", *heads], rows)

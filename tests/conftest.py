@@ -114,7 +114,11 @@ SLOW = (
     "test_names_are_those_of_the_model_inside",
     "test_sgs_ranks.py",
     "test_sgs_sharded.py",
-    "test_a_run_killed_again_and_again",
+    "test_recipes_resume.py",
+    "test_recipes_workers.py",
+    "test_a_training_on_a_folder_ends",
+    "test_a_run_that_finds_no_room",
+    "test_a_death_releases_the_lock",
     "test_an_update_takes_less_memory",
     "test_pictures_touch_no_global_setting",
     "test_bench.py::test_quick_form",
@@ -125,6 +129,10 @@ SLOW = (
     "test_bench.py::test_gpu_check_takes_no_module",
     "test_bench.py::test_gpu_check_keeps_packages",
     "test_lost_device.py",
+    "test_examples.py",
+    "test_docs.py::test_code_of_a_page[README",
+    "test_docs.py::test_code_of_a_page[docs/howto/frameworks",
+    "test_docs.py::test_code_of_a_page[docs/howto/scales",
 )
 COLLECTED = pytest.StashKey[list[pytest.Item]]()  # before any are left out
 

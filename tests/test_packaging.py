@@ -16,6 +16,9 @@ from pathlib import Path
 
 import builds
 import pytest
+from packaging import metadata
+
+import gradrep_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 # What gets kernels into an environment that has the package without them: no cached wheel, no "already satisfied", and
@@ -48,6 +51,7 @@ def source(tmp_path_factory) -> Path:
         ".venv",
         "build",
         "dist",
+        "site",
         "runs",
         ".*_cache",
         ".hypothesis",
@@ -77,15 +81,40 @@ def built(source, tmp_path_factory) -> Path:
     return out
 
 
-def test_sdist_holds_what_a_build_and_its_tests_need(built, source):
+def names_in_sdist(built: Path) -> set[str]:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    files = (p for folder in ("csrc", "tests", "gradrep_kernels") for p in (source / folder).rglob("*"))
-    expected = {str(p.relative_to(source)) for p in files if p.suffix in (".cpp", ".h", ".cu", ".py")}
-    assert expected <= names
-    assert {"LICENSE", "NOTICE", "CHANGELOG.md", "README.md", "gradrep_kernels/py.typed"} <= names
-    assert not [name for name in names if name.endswith((".so", "_build.json"))]
+        return {member.name.split("/", 1)[1] for member in archive if member.isfile()}
+
+
+SHIPPED = {
+    # folder of the sdist: the kinds of files that must all be there
+    "csrc": (".cpp", ".h", ".cu"),
+    "gradrep_kernels": (".py", ".typed"),
+    "tests": (".py", ".cpp"),
+    "bench": (".py",),
+    "docs": (".md", ".png", ".svg"),
+    "examples": (".py",),
+}
+PAGES = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "NOTICE"}
+
+
+@pytest.mark.parametrize("folder", SHIPPED)
+def test_sdist_holds_what_a_build_its_tests_and_its_pages_need(built, source, folder):
+    files = {p.relative_to(source).as_posix() for p in (source / folder).rglob("*") if p.suffix in SHIPPED[folder]}
+    assert files
+    assert files <= names_in_sdist(built)
+
+
+def test_sdist_holds_the_files_of_the_root(built):
+    assert PAGES | {"setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "mkdocs.yml"} <= names_in_sdist(built)
+
+
+def test_sdist_holds_nothing_that_was_built(built):
+    names = names_in_sdist(built)
+    assert not [name for name in names if name.endswith((".so", ".pyc", "_build.json"))]
+    top = {name.partition("/")[0] for name in names if "/" in name}
+    assert top == {*SHIPPED, "gradrep_kernels.egg-info"}  # setuptools writes the last; no site, runs, build, .venv
 
 
 @pytest.mark.skipif(builds.cpp_compiler() is None, reason="no C++ compiler")
@@ -98,7 +127,54 @@ def test_wheel_serves_every_python_from_3_10(built):
         == [name for name in names if name.startswith("gradrep_kernels/_C.") and ".abi3." in name]
         != []
     )
-    assert not [name for name in names if name.startswith(("tests/", "bench/"))]
+
+
+def test_wheel_holds_the_package_alone(built, source):
+    (wheel,) = built.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    folders = {name.partition("/")[0] for name in names}
+    assert folders == {"gradrep_kernels", next(name for name in folders if name.endswith(".dist-info"))}
+    modules = {p.relative_to(source).as_posix() for p in (source / "gradrep_kernels").rglob("*.py")}
+    expected = modules | {"gradrep_kernels/py.typed", "gradrep_kernels/_build.json"}
+    assert {n for n in names if n.startswith("gradrep_kernels/") and not n.endswith(".so")} == expected
+
+
+def metadata_of(built: Path) -> metadata.Metadata:
+    """Parsed as an index parses it: a field that is wrong or unknown raises."""
+    (wheel,) = built.glob("*.whl")
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    return metadata.Metadata.from_email(archive.read(name), validate=True)
+
+
+def test_metadata_of_the_wheel_is_valid_and_whole(built, source):
+    found = metadata_of(built)
+    assert found.description.strip() == (source / "README.md").read_text(encoding="utf-8").strip()
+    assert found.description_content_type == "text/markdown"
+    assert {requirement.name for requirement in found.requires_dist if requirement.marker is None} == {"torch", "numpy"}
+    assert {"recipes", "docs", "dev"} <= set(found.provides_extra)
+    assert len(found.classifiers) == len(set(found.classifiers)) > 5
+    assert not [classifier for classifier in found.classifiers if classifier.startswith("License ::")]
+
+
+def test_both_papers_are_named_wherever_the_package_says_where_it_comes_from(built, source):
+    """Metadata, README and citation name the same papers and the same code."""
+    urls = set(metadata_of(built).project_urls.values())
+    assert len(urls) == 4
+    for file in ("README.md", "CITATION.cff"):
+        text = (source / file).read_text(encoding="utf-8")
+        assert not [url for url in urls if url not in text], file
+
+
+def test_citation(source):
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((source / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == gradrep_kernels.__version__
+    assert citation["authors"] == [{"name": "The gradrep_kernels authors"}]
+    for reference in citation["references"]:
+        assert {"type", "title", "authors", "year", "url"} <= set(reference)
+        assert reference["identifiers"][0]["value"] == f"arXiv:{reference['url'].rpartition('/')[2]}"
 
 
 def record_of(wheel: Path) -> dict[str, str]:
@@ -313,7 +389,7 @@ def test_unknown_switch(source, switch):
 
 
 def test_unknown_backend():
-    told = run(
-        sys.executable, "-c", "import gradrep_kernels", env=environment(GRADREP_BACKEND="gpu"), cwd=ROOT, ok=False
-    )
+    """Told at the first op: an import that raises could not be mended in the process."""
+    code = "from gradrep_kernels.ops import backends; backends.implementation('pair_ranges', 'cpu')"
+    told = run(sys.executable, "-c", code, env=environment(GRADREP_BACKEND="gpu"), cwd=ROOT, ok=False)
     assert "GRADREP_BACKEND must be one of auto, reference, cpp, triton, cuda, got 'gpu'" in told
