@@ -316,7 +316,7 @@ def _choice_section(summary: Mapping[str, Any]) -> list[str]:
         f"Each recipe was trained with each learning rate and {choosing} of the seeds, the first. It has the rate that "
         f"was then best on the validation part, on average: {options['validation']:.0%} of the training images, on "
         "which nothing was trained. The test images had no say. The seeds that chose count in the table as the others "
-        "do. A row that is not listed takes the rate of repopt.",
+        "do, and below means are over all seeds of a rate. A row that is not listed takes the rate of repopt.",
         "",
         *_markdown_table(cells),
         "",
