@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from gradrep_kernels.recipes.cores import cores, processor
+
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = "no GPU has run it"
 MIN_ROUNDS, MAX_ROUNDS = 5, 60  # 3 where one round takes longer than the comparison may
@@ -238,24 +240,12 @@ def first_line(error: BaseException) -> str:
 # -- where, what, when -------------------------------------------------------------------------------------------------
 
 
-def cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def slug(device: torch.device) -> str:
     """A folder's name for the machine: cpu-amd-epyc-2c, nvidia-h200."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"cpu {re.sub(r'[(](R|TM)[)]|@.*|CPU|Processor', ' ', cpu_model(), flags=re.IGNORECASE)} {cores()}c"
+        name = f"cpu {re.sub(r'[(](R|TM)[)]|@.*|CPU|Processor', ' ', processor(), flags=re.IGNORECASE)} {cores()}c"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -283,7 +273,7 @@ class OtherWork:
 
 def machine(device: torch.device) -> dict[str, object]:
     found: dict[str, object] = {
-        "cpu": cpu_model(),
+        "cpu": processor(),
         "cores": cores(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "system": platform.platform(),

@@ -179,10 +179,9 @@ def entry(prog: str = "gradrep") -> NoReturn:
 def main(arguments: Sequence[str] | None = None, prog: str = "gradrep") -> int:
     """Run a command and return its exit status.
 
-    The status is 0, 1 where CSLA = GR did not hold or the search of `train` diverged, 2 for wrong input, a
-    `search` that diverged, and files that
-    cannot be written, 130 when interrupted, or 141 where nobody reads its messages any more. `prog` is what the user
-    called.
+    The status is 0, 1 where CSLA = GR did not hold or the search of `train` diverged, 2 for wrong input, a `search`
+    that diverged, and files that cannot be written, 130 when interrupted, or 141 where nobody reads its messages any
+    more. `prog` is what the user called.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     with interrupts.noted():

@@ -55,6 +55,7 @@ class _RunningJob:
 
     def __init__(self, run: Run, reporter: Reporter):
         self.folder, self.options, self.data, self.reporter = run.folder, run.options, run.data, reporter
+        self.trained_on, _ = hold_out(self.data, self.options.validation)
         self.rows = self.options.rows
         first = self.options.seed
         self.seeds = range(first, first + self.options.seeds)
@@ -72,7 +73,11 @@ class _RunningJob:
             if path.exists():
                 self.results[name] = _read(path)
         self.seconds_before = self.results.pop(_SECONDS, 0.0)
-        epochs = {step.name: epochs_so_far(self.folder, step.name) for step in steps if step.name != _CHECK}
+        trainings = [step.name for step in steps if step.name != _CHECK]
+        epochs = {
+            name: self.results[name]["epochs"] if name in self.results else epochs_so_far(self.folder, name)
+            for name in trainings
+        }
         metrics.rewrite(self.folder / _METRICS, epochs)
         self._announce(epochs)
         listener = _Progress(self.folder / _METRICS, self.reporter)
@@ -80,7 +85,7 @@ class _RunningJob:
         if self.rows and _SPEED not in self.results:
             self.reporter.doing("seconds a step")
             rates = {row.name: self._rate(row) for row in self.rows if self._trained(row)}
-            self._done(_SPEED, seconds_per_step(self.folder, self.options, rates))
+            self._done(_SPEED, seconds_per_step(self.folder, self.options, self.trained_on, rates))
         self._save_seconds()
         scales, initial = searched_scales(self.folder), None
         if scales is not None:
@@ -182,8 +187,7 @@ class _RunningJob:
         self.reporter.line(f"{self.folder}: {', '.join(parts)}{at_a_time}")
         for line in options.advice():
             self.reporter.line(line)
-        trained, _ = hold_out(self.data, options.validation)
-        batches = len(Loader(trained, trained.train, options.batch_size, seed=0))
+        batches = len(Loader(self.trained_on, self.trained_on.train, options.batch_size, seed=0))
         planned = {name: options.search_epochs if name == _SEARCH else options.epochs for name in epochs}
         done = sum(planned[name] if name in self.results else len(epochs[name]) for name in epochs)
         self.reporter.start(sum(planned.values()) * batches, done * batches)

@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gradrep_kernels.recipes.build import build
+from gradrep_kernels.recipes.data import Data
 from gradrep_kernels.recipes.options import Options
 from gradrep_kernels.recipes.training import epoch_batches, now, repeatable, train_step
 from gradrep_kernels.recipes.trainings import searched_scales
-from gradrep_kernels.recipes.validation import split_data
 
 __all__ = ["seconds_per_step"]
 
 _ROUNDS, _WARM_UP, _STEPS = 5, 3, 3  # A FusedRepSGD makes its plan in the second step.
 
 
-def seconds_per_step(folder: Path, options: Options, rates: Mapping[str, float]) -> dict[str, list[float]]:
+def seconds_per_step(folder: Path, options: Options, data: Data, rates: Mapping[str, float]) -> dict[str, list[float]]:
     """Quartiles of the seconds of a step (forward, backward, optimizer) of each row in `rates` ({name: learning rate}).
 
     Rows take turns, so that a slow moment of the machine does not fall on one of them alone. Each turn begins with a
@@ -26,7 +26,6 @@ def seconds_per_step(folder: Path, options: Options, rates: Mapping[str, float])
     """
     seconds: dict[str, list[float]] = {name: [] for name in rates}
     with repeatable(options.threads, options.device):
-        data, _ = split_data(options.data, options.image_size, options.validation)
         scales = searched_scales(folder)
         batches = list(itertools.islice(epoch_batches(data, options, options.seed, 0), _WARM_UP + _STEPS))
         for _ in range(_ROUNDS):

@@ -7,7 +7,6 @@ are there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +49,7 @@ def searched_scales(folder: Path) -> csla.Scales | None:
 
 
 def epochs_so_far(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The records of the epochs of a training that is done or under way."""
-    done = folder / STATE / f"{name}.json"
-    if done.exists():
-        return json.loads(done.read_text(encoding="utf-8")).get("epochs", [])
+    """The records of the epochs of a training that is under way, none where it has not begun."""
     current = _current(folder, name)
     return [] if current is None else current["epochs"]
 

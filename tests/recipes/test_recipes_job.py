@@ -136,12 +136,12 @@ def test_a_diverged_search_alone_is_an_error(source, tmp_path, capsys):
     assert re.search(r"error: the Hyper-Search diverged in epoch \d", capsys.readouterr().err)
 
 
-def test_steps_are_timed_on_networks_of_their_own(finished, options, monkeypatch):
+def test_steps_are_timed_on_networks_of_their_own(finished, options, data, monkeypatch):
     """Whatever the clock says: its ticks are counted."""
     ticks = iter(range(10**6))
     monkeypatch.setattr(speed, "now", lambda device: next(ticks))
     state = torch.get_rng_state()
-    found = speed.seconds_per_step(finished, options, {"sgd": 0.1, "repopt": 0.1, "sgs": 0.1})
+    found = speed.seconds_per_step(finished, options, data, {"sgd": 0.1, "repopt": 0.1, "sgs": 0.1})
     assert found == {"sgd": [1, 1, 1], "repopt": [1, 1, 1], "sgs": [1, 1, 1]}
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -168,30 +168,31 @@ def test_the_number_of_processes_changes_no_bit(source, tmp_path):
     assert_same_results(tmp_path / "1", tmp_path / "2", ordered=False)
 
 
-def test_processes_that_lose_their_parent_end_and_the_run_is_resumed(source, tmp_path):
-    arguments = train_arguments(source, tmp_path, "--name", "killed", *CHOOSING, "--epochs", "40", "--workers", "2")
+@contextlib.contextmanager
+def under_way(source, tmp_path, name, epochs):
+    """A job of two processes in a session of its own, once a training is under way."""
+    arguments = train_arguments(source, tmp_path, "--name", name, *CHOOSING, "--epochs", epochs, "--workers", "2")
     with (tmp_path / "stderr.txt").open("w") as stderr:
         job = subprocess.Popen(
             [sys.executable, "-m", "gradrep_kernels", *arguments], stderr=stderr, start_new_session=True
         )
-        wait_until(lambda: stands(tmp_path / "killed" / "state")[1], "a training is under way")
+        wait_until(lambda: stands(tmp_path / name / "state")[1], "a training is under way")
+        yield job
+
+
+def test_processes_that_lose_their_parent_end_and_the_run_is_resumed(source, tmp_path):
+    with under_way(source, tmp_path, "killed", "40") as job:
         job.kill()
         job.wait()
     wait_until(lambda: not processes_of(job.pid), "the worker processes end")
-    resumed = [*arguments, "--epochs", "40", "--workers", "1", "--resume"]
-    assert main(resumed) == 0
-    whole = train_arguments(source, tmp_path, "--name", "whole", *CHOOSING, "--epochs", "40")
-    assert main(whole) == 0
+    arguments = [*CHOOSING, "--epochs", "40"]
+    assert main(train_arguments(source, tmp_path, "--name", "killed", *arguments, "--workers", "1", "--resume")) == 0
+    assert main(train_arguments(source, tmp_path, "--name", "whole", *arguments)) == 0
     assert_same_results(tmp_path / "whole", tmp_path / "killed", ordered=False)
 
 
 def test_an_interrupt_ends_all_processes(source, tmp_path):
-    arguments = train_arguments(source, tmp_path, "--name", "stopped", *CHOOSING, "--epochs", "400", "--workers", "2")
-    with (tmp_path / "stderr.txt").open("w") as stderr:
-        job = subprocess.Popen(
-            [sys.executable, "-m", "gradrep_kernels", *arguments], stderr=stderr, start_new_session=True
-        )
-        wait_until(lambda: stands(tmp_path / "stopped" / "state")[1], "a training is under way")
+    with under_way(source, tmp_path, "stopped", "400") as job:
         os.killpg(job.pid, signal.SIGINT)  # as a terminal does
         assert job.wait(60) == 130
     said = (tmp_path / "stderr.txt").read_text().splitlines()

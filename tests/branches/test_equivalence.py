@@ -17,15 +17,6 @@ from gradrep_kernels import equivalence
 from gradrep_kernels.csla import Equivalence, check_equivalence
 
 
-@pytest.fixture(autouse=True)
-def _repeatable():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Net(nn.Module):
     """A strided, a shortcut and a grouped convolution, dropout, and a linear head."""
 
