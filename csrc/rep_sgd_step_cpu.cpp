@@ -39,12 +39,14 @@ int64_t rep_sgd_plan_cpu(std::vector<Tensor> params, std::vector<std::optional<T
 }
 
 bool rep_sgd_plan_step_cpu(int64_t plan, std::vector<Tensor> grads, std::vector<double> hyper,
-                           std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+                           std::vector<Tensor> on_device, std::vector<int64_t>, std::optional<Tensor> grad_scale,
+                           std::optional<Tensor> found_inf) {
+  if (!on_device.empty()) return false;
   const auto groups = static_cast<int64_t>(hyper.size()) / kColumns;
   return reinterpret_cast<SgdPlan*>(plan)->step(grads, hyper.data(), groups, grad_scale, found_inf);
 }
 
-void rep_sgd_plan_free(int64_t plan) { delete reinterpret_cast<SgdPlan*>(plan); }
+void rep_sgd_plan_free_cpu(Tensor, int64_t plan) { delete reinterpret_cast<SgdPlan*>(plan); }
 
 }  // namespace
 }  // namespace gradrep
@@ -53,7 +55,5 @@ STABLE_TORCH_LIBRARY_IMPL(gradrep_kernels, CPU, m) {
   m.impl("rep_sgd_step", TORCH_BOX(&gradrep::rep_sgd_step_cpu));
   m.impl("rep_sgd_plan", TORCH_BOX(&gradrep::rep_sgd_plan_cpu));
   m.impl("rep_sgd_plan_step", TORCH_BOX(&gradrep::rep_sgd_plan_step_cpu));
-}
-STABLE_TORCH_LIBRARY_IMPL(gradrep_kernels, CompositeExplicitAutograd, m) {
-  m.impl("rep_sgd_plan_free", TORCH_BOX(&gradrep::rep_sgd_plan_free));
+  m.impl("rep_sgd_plan_free", TORCH_BOX(&gradrep::rep_sgd_plan_free_cpu));
 }

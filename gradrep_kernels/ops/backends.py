@@ -313,7 +313,7 @@ class Planner:
 
     make: Callable[..., int]
     step: Callable[..., bool]
-    free: Callable[[int], None]
+    free: Callable[[Tensor, int], None]
     takes: Callable[[Tensor, Tensor, Sequence[Tensor]], bool]  # parameter, gradient, states
 
 
@@ -329,11 +329,10 @@ def planner(op: str, device: str) -> Planner | None:
 def _planner(backend: str, op: str, device: str) -> Planner | None:
     if backend == "reference":
         return None
-    make, step, free = plan_ops(OPS[op])
-    loaded = [_load(backend, row.name, device) for row in (make, step)]
+    loaded = [_load(backend, row.name, device) for row in plan_ops(OPS[op])]
     if any(isinstance(reason, str) for reason in loaded):
         return None
-    return Planner(*loaded, registered(free.name), takes)
+    return Planner(*loaded, takes)
 
 
 def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[dict[str, str]]:

@@ -129,7 +129,10 @@ def _argument(parameter: inspect.Parameter, mark: str | None) -> str:
 
 
 def plan_ops(step: Op) -> tuple[Op, Op, Op]:
-    """The ops that make, run and free a plan of `step`: the same update, told only once what does not change."""
+    """The ops that make, run and free a plan of `step`: the same update, told only once what does not change.
+
+    `hyper` is the table as one list of numbers. Those that lie on the device are in `on_device`, at `places` of it.
+    """
     name = step.name.removesuffix("_step") + "_plan"
     states = "".join(f"Tensor?[] {column}, " for column in step.step.states)
     multipliers = "".join(f"Tensor?[] {column}, " for column in step.step.multipliers)
@@ -137,8 +140,13 @@ def plan_ops(step: Op) -> tuple[Op, Op, Op]:
         Op(name, f"(Tensor[] params, {states}{multipliers}int[] groups) -> int", f"makes a plan of {step.name}"),
         Op(
             f"{name}_step",
-            "(int plan, Tensor[] grads, float[] hyper, Tensor? grad_scale, Tensor? found_inf) -> bool",
+            "(int plan, Tensor[] grads, float[] hyper, Tensor[] on_device, int[] places, "
+            "Tensor? grad_scale, Tensor? found_inf) -> bool",
             "takes the planned step; False, and nothing done, where a tensor is not what it was",
         ),
-        Op(f"{name}_free", "(int plan) -> ()", "frees a plan"),
+        Op(
+            f"{name}_free",
+            "(Tensor param, int plan) -> ()",
+            "frees a plan. `param`, one of its own, says on which device",
+        ),
     )

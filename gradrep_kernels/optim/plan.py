@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from itertools import chain
-from operator import is_, itemgetter
+from itertools import chain, repeat
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, parameters_of
 from gradrep_kernels.optim.update_rule import UpdateRule
 
-_params = itemgetter("params")
+_params, _grad = itemgetter("params"), attrgetter("grad")
+_NUMBERS = frozenset((bool, int, float))
 Scaler = tuple[Tensor | None, Tensor | None]  # grad_scale, found_inf
 
 
@@ -52,14 +53,16 @@ class StepPlan:
             states = [kept for kept in row.states if kept is not None]
             if type(row.param) not in PLAIN or type(row.grad) is not Tensor or not planner.takes(*row[:2], states):
                 return None
-        return cls(planner, destination.device, rows, rule, groups, state, multipliers)
+        if len({row.param.device for row in rows}) > 1:
+            return None
+        return cls(planner, rows, rule, groups, state, multipliers)
 
-    def __init__(self, planner, device, rows, rule, groups, state, multipliers):
+    def __init__(self, planner, rows, rule, groups, state, multipliers):
         params, numbers = [row.param for row in rows], [row.group for row in rows]
         states, parts = (map(list, zip(*column)) for column in zip(*((row.states, row.multiplier) for row in rows)))
-        self._planner, self._op, self._device = planner, rule.op, device
+        self._planner, self._op, self._device = planner, rule.op, params[0].device
         self._handle = planner.make(params, *states, *parts, numbers)
-        weakref.finalize(self, planner.free, self._handle)  # not __del__: at exit the op is gone before it
+        weakref.finalize(self, planner.free, params[0], self._handle)  # not __del__: at exit the op is gone before it
         self._params = params
         self._listed = parameters_of(groups)
         active = set(map(id, params))
@@ -97,20 +100,25 @@ class StepPlan:
         """Take the step. Returns False, with nothing done, where the plan no longer holds."""
         if (
             self._multipliers.version != self._version
-            or backends.planner(self._op, self._device) is not self._planner
+            or backends.planner(self._op, self._device.type) is not self._planner
             or not self._holds(groups, state)
-            or any(p.grad is not None for p in self._idle)
+            or not all(map(is_, map(_grad, self._idle), repeat(None)))
         ):
             return False
-        grads = [p.grad for p in self._params]
+        # Maps, not comprehensions, over parameters: the host's work does not grow with their number.
+        grads = list(map(_grad, self._params))
         grad_scale, found_inf = scaler
         if grad_scale is not None:
             grad_scale = grad_scale.to(self._device, torch.float32)
         if found_inf is not None:
             found_inf = found_inf.to(self._device, torch.float32)
         hyper = list(chain.from_iterable(map(self._hyper, groups)))
+        there = () if _NUMBERS.issuperset(map(type, hyper)) else _on_device(hyper)
+        on_device, places = [hyper[n] for n in there], list(there)
+        for n in there:
+            hyper[n] = 0.0
         try:
-            if not self._planner.step(self._handle, grads, hyper, grad_scale, found_inf):
+            if not self._planner.step(self._handle, grads, hyper, on_device, places, grad_scale, found_inf):
                 return False
         except (RuntimeError, TypeError):
             # Sparse and missing gradients are looked for only here: it would cost 2 µs a step.
@@ -119,6 +127,11 @@ class StepPlan:
             raise
         torch.autograd.graph.increment_version(self._written if grad_scale is None else self._written + grads)
         return True
+
+
+def _on_device(hyper: list[Any]) -> list[int]:
+    """The places of the numbers that only a device knows. Reading them would wait for it."""
+    return [n for n, value in enumerate(hyper) if isinstance(value, Tensor) and not value.is_cpu]
 
 
 def _read(state: Mapping[Tensor, Any], key: str) -> list[Tensor | None]:

@@ -32,8 +32,9 @@ SCHEMAS = {  # code of others calls the ops by these; the first five follow from
     "int[2] padding, bool remove_near) -> ()",
     "rep_sgd_plan": "(Tensor[] params, Tensor?[] momentum_buffers, Tensor?[] scales, Tensor?[] identities, "
     "int[] groups) -> int",
-    "rep_sgd_plan_step": "(int plan, Tensor[] grads, float[] hyper, Tensor? grad_scale, Tensor? found_inf) -> bool",
-    "rep_sgd_plan_free": "(int plan) -> ()",
+    "rep_sgd_plan_step": "(int plan, Tensor[] grads, float[] hyper, Tensor[] on_device, int[] places, "
+    "Tensor? grad_scale, Tensor? found_inf) -> bool",
+    "rep_sgd_plan_free": "(Tensor param, int plan) -> ()",
 }
 
 
