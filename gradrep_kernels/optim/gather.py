@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -142,16 +143,27 @@ def hyper_table(groups: ParamGroups, rule: UpdateRule) -> Tensor:
     It lies on the CPU, or, where an entry is a tensor on another device, there: reading that tensor would wait for the
     device, which a CUDA graph does not allow.
     """
-    rows, columns = [rule.hyper_row(group) for group in groups], len(OPS[rule.op].step.hyper)
-    elsewhere = (v.device for row in rows for v in row if isinstance(v, Tensor) and not v.is_cpu)
-    device = next(elsewhere, torch.device("cpu"))
-    number = {"dtype": torch.float64, "device": device}
-    if device.type == "cpu":
-        return torch.tensor([[float(v) for v in row] for row in rows], **number).reshape(-1, columns)
+    numbers, columns = [v for group in groups for v in rule.hyper_row(group)], len(OPS[rule.op].step.hyper)
+    places = places_on_device(numbers)
+    if not places:
+        return torch.tensor([float(v) for v in numbers], dtype=torch.float64, device="cpu").reshape(-1, columns)
+    device = numbers[places[0]].device
+    # Two launches and one conversion, however many numbers lie there.
+    there = torch.stack([numbers[n].detach().reshape(()).to(device) for n in places]).double().unbind()
+    by_place = dict(zip(places, there))
+    # A graph has constants of its own: those that are kept for later steps may be dropped before its replay.
+    constant = (
+        _constant.__wrapped__ if device.type == "cuda" and torch.cuda.is_current_stream_capturing() else _constant
+    )
+    entries = [by_place[n] if n in by_place else constant(float(v), device) for n, v in enumerate(numbers)]
+    return torch.stack(entries).reshape(-1, columns)
 
-    def entry(v: Any) -> Tensor:
-        if isinstance(v, Tensor) and not v.is_cpu:
-            return v.to(**number).reshape(())
-        return torch.full((), float(v), **number)
 
-    return torch.stack([torch.stack([entry(v) for v in row]) for row in rows])
+def places_on_device(numbers: Sequence[Any]) -> list[int]:
+    """Which of the hyper-parameters only a device knows. Reading them would wait for it."""
+    return [n for n, v in enumerate(numbers) if isinstance(v, Tensor) and not v.is_cpu]
+
+
+@functools.lru_cache(maxsize=1024)
+def _constant(value: float, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=torch.float64, device=device)

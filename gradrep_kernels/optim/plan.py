@@ -19,7 +19,7 @@ from torch import Tensor
 from gradrep_kernels.dtensor import PLAIN
 from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.registry import OPS
-from gradrep_kernels.optim.gather import Gathered
+from gradrep_kernels.optim.gather import Gathered, places_on_device
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, parameters_of
 from gradrep_kernels.optim.update_rule import UpdateRule
@@ -113,9 +113,9 @@ class StepPlan:
         if found_inf is not None:
             found_inf = found_inf.to(self._device, torch.float32)
         hyper = list(chain.from_iterable(map(self._hyper, groups)))
-        there = () if _NUMBERS.issuperset(map(type, hyper)) else _on_device(hyper)
-        on_device, places = [hyper[n] for n in there], list(there)
-        for n in there:
+        places = [] if _NUMBERS.issuperset(map(type, hyper)) else places_on_device(hyper)
+        on_device = [hyper[n] for n in places]
+        for n in places:
             hyper[n] = 0.0
         try:
             if not self._planner.step(self._handle, grads, hyper, on_device, places, grad_scale, found_inf):
@@ -127,11 +127,6 @@ class StepPlan:
             raise
         torch.autograd.graph.increment_version(self._written if grad_scale is None else self._written + grads)
         return True
-
-
-def _on_device(hyper: list[Any]) -> list[int]:
-    """The places of the numbers that only a device knows. Reading them would wait for it."""
-    return [n for n, value in enumerate(hyper) if isinstance(value, Tensor) and not value.is_cpu]
 
 
 def _read(state: Mapping[Tensor, Any], key: str) -> list[Tensor | None]:

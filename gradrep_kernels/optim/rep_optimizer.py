@@ -29,6 +29,7 @@ from gradrep_kernels.optim.parameters import (
     names_for_all,
     parameters_of,
     position_of,
+    scale_in_place,
 )
 from gradrep_kernels.optim.plan import Scaler, StepPlan
 from gradrep_kernels.optim.sharding import aligned_grad, norm_over_shards
@@ -307,8 +308,7 @@ class RepOptimizer(Optimizer):
                 "error_if_nonfinite=False scales the gradients by it anyway"
             )
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        for p in params:
-            in_place(local(p.grad), lambda g: g.mul_(factor.to(g.device, g.real.dtype if g.is_complex() else g.dtype)))
+        scale_in_place((local(p.grad) for p in params), factor)
         return norm
 
     def _norm(self, params: list[Tensor]) -> Tensor:
