@@ -21,10 +21,11 @@ from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim.gather import Gathered, places_on_device
 from gradrep_kernels.optim.multipliers import Multipliers
+from gradrep_kernels.optim.norm import columns_of_parts
 from gradrep_kernels.optim.parameters import ParamGroups, parameters_of
 from gradrep_kernels.optim.update_rule import UpdateRule
 
-_params, _grad = itemgetter("params"), attrgetter("grad")
+_params, _grad, _layout, _device = itemgetter("params"), *map(attrgetter, ("grad", "layout", "device"))
 _NUMBERS = frozenset((bool, int, float))
 Scaler = tuple[Tensor | None, Tensor | None]  # grad_scale, found_inf
 
@@ -69,6 +70,7 @@ class StepPlan:
         self._idle = [p for p in self._listed if id(p) not in active]
         self._written = params + [kept for row in rows for kept in row.states if kept is not None]
         self._multipliers, self._version = multipliers, multipliers.version
+        self._parts: list[list[Tensor | None]] | None = None
         self._group_sizes = [len(group["params"]) for group in groups]
         self._state, self._keys = state, list(state)
         # For each kind of state: how to read it off an entry of `state`, and what was read.
@@ -96,17 +98,39 @@ class StepPlan:
                 return False
         return True
 
-    def step(self, groups: ParamGroups, state: Mapping[Tensor, Any], scaler: Scaler) -> bool:
-        """Take the step. Returns False, with nothing done, where the plan no longer holds."""
+    def _gradients(self, groups: ParamGroups, state: Mapping[Tensor, Any]) -> list[Tensor | None] | None:
+        """All gradients, or None where the plan no longer holds."""
         if (
             self._multipliers.version != self._version
             or backends.planner(self._op, self._device.type) is not self._planner
             or not self._holds(groups, state)
             or not all(map(is_, map(_grad, self._idle), repeat(None)))
         ):
+            return None
+        # Maps, not comprehensions, over parameters: the interpreter's work does not grow with their number.
+        return list(map(_grad, self._params))
+
+    def gradients(
+        self, groups: ParamGroups, state: Mapping[Tensor, Any]
+    ) -> tuple[list[Tensor], list[list[Tensor | None]]] | None:
+        """All gradients, and the columns of scales and identities that belong to them.
+
+        None where the plan no longer holds, or some gradient is not a plain strided tensor on the plan's device.
+        """
+        grads = self._gradients(groups, state)
+        if grads is None or set(map(type, grads)) != {Tensor}:
+            return None
+        if set(zip(map(_layout, grads), map(_device, grads))) != {(torch.strided, self._device)}:
+            return None
+        if self._parts is None:
+            self._parts = columns_of_parts(self._params, self._multipliers)
+        return grads, self._parts
+
+    def step(self, groups: ParamGroups, state: Mapping[Tensor, Any], scaler: Scaler) -> bool:
+        """Take the step. Returns False, with nothing done, where the plan no longer holds."""
+        grads = self._gradients(groups, state)
+        if grads is None:
             return False
-        # Maps, not comprehensions, over parameters: the host's work does not grow with their number.
-        grads = list(map(_grad, self._params))
         grad_scale, found_inf = scaler
         if grad_scale is not None:
             grad_scale = grad_scale.to(self._device, torch.float32)

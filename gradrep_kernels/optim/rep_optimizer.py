@@ -15,24 +15,21 @@ from gradrep_kernels.dtensor import is_dtensor, local
 from gradrep_kernels.grad_mult import GradMult, awaits_grad_mult
 from gradrep_kernels.messages import first_few, warn_outside
 from gradrep_kernels.ops import backends
-from gradrep_kernels.ops.reference import rep_grad_norm
 from gradrep_kernels.ops.reference.multiply import compute_dtype, multiply
 from gradrep_kernels.optim import checkpoint
 from gradrep_kernels.optim.eager import eager, keep_out_of_graphs
 from gradrep_kernels.optim.gather import Gathered, gather, hyper_table, take_steps
 from gradrep_kernels.optim.multipliers import GradMults, Multipliers, as_grad_mult
+from gradrep_kernels.optim.norm import gradient_norm, scale_in_place
 from gradrep_kernels.optim.parameters import (
-    are_plain,
     described,
     in_place,
     is_frozen,
     names_for_all,
     parameters_of,
     position_of,
-    scale_in_place,
 )
 from gradrep_kernels.optim.plan import Scaler, StepPlan
-from gradrep_kernels.optim.sharding import aligned_grad, norm_over_shards
 from gradrep_kernels.optim.update_rule import UpdateRule
 
 
@@ -292,36 +289,25 @@ class RepOptimizer(Optimizer):
         Raises RuntimeError where the norm is NaN or inf and error_if_nonfinite is True.
         """
         max_norm = float(max_norm)
-        params = [p for p in dict.fromkeys(parameters_of(self.param_groups)) if p.grad is not None]
-        if not params:
-            return torch.zeros(())
-        places: dict[Any, list[Tensor]] = {}
-        for p in params:
-            places.setdefault((p.device_mesh, p.placements) if is_dtensor(p) else p.device, []).append(p)
-        norms = [norm_over_shards(self._norm(there), there[0]) for there in places.values()]
-        norm = norms[0]
-        if len(norms) > 1:
-            norm = torch.linalg.vector_norm(torch.stack([n.to(norm.device) for n in norms]))
+        planned = None if self._plan is None else self._plan.gradients(self.param_groups, self.state)
+        if planned is not None:
+            grads, parts = planned
+            norm = backends.implementation("rep_grad_norm", grads[0].device.type)(grads, *parts)
+        else:
+            params = [p for p in dict.fromkeys(parameters_of(self.param_groups)) if p.grad is not None]
+            if not params:
+                return torch.zeros(())
+            for p in params:
+                if p.grad.layout != torch.strided and self._multipliers.total(p) is not None:
+                    self._refuse_layout(p, "a Grad Mult")
+            norm, grads = gradient_norm(params, self._multipliers), [local(p.grad) for p in params]
         if error_if_nonfinite and not bool(torch.isfinite(norm)):
             raise RuntimeError(
                 f"the gradient norm is {float(norm)}, so it cannot be clipped; "
                 "error_if_nonfinite=False scales the gradients by it anyway"
             )
-        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        scale_in_place((local(p.grad) for p in params), factor)
+        scale_in_place(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         return norm
-
-    def _norm(self, params: list[Tensor]) -> Tensor:
-        """√(Σ M ⊙ g²) of parameters on one device, for DTensors over this rank's shards."""
-        mults = [self._multipliers.total(p) for p in params]
-        for p, mult in zip(params, mults):
-            if p.grad.layout != torch.strided and mult is not None:
-                self._refuse_layout(p, "a Grad Mult")
-        grads = [p.grad.coalesce().values() if p.grad.is_sparse else local(aligned_grad(p)) for p in params]
-        parts = zip(*((None, None) if mult is None else mult.parts() for mult in mults))
-        plain = are_plain(grads)
-        norm = backends.implementation("rep_grad_norm", grads[0].device.type) if plain else rep_grad_norm
-        return norm(grads, *map(list, parts))
 
     # ---- saving, copying, loading
 

@@ -9,12 +9,12 @@ from collections import Counter
 
 import pytest
 import torch
-from cases_optim import Pair
+from cases_optim import Pair, csla_norm
 from implementations import on_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradrep_kernels import FusedRepSGD
-from gradrep_kernels.optim import gather, parameters
+from gradrep_kernels.optim import gather, norm, parameters
 from gradrep_kernels.optim.gather import hyper_table
 
 NO_WORK = {"detach", "view", "reshape", "unbind", "alias", "empty_like"}
@@ -85,7 +85,7 @@ def test_gradients_are_scaled_as_one_by_one(dtype, factor):
     together.append(torch.sparse_coo_tensor([[1, 3]], torch.full((2, 2), 3e4), (4, 2), dtype=dtype))
     alone.append(together[-1].clone())
     number = torch.tensor(factor, dtype=torch.float64)
-    parameters.scale_in_place(together, number)
+    norm.scale_in_place(together, number)
     for g in alone:
         parameters.in_place(g, lambda values: values.mul_(number.to(values.dtype.to_real())))
     for a, b in zip(together, alone):
@@ -98,14 +98,65 @@ def test_clipping_scales_all_gradients_in_a_few_launches(dtype, launches):
         grads = gradients(dtype, count)
         factor = torch.tensor(0.5)
         with Calls() as calls:
-            parameters.scale_in_place(grads, factor)
+            norm.scale_in_place(grads, factor)
         assert sum(calls.counted.values()) == launches
 
 
 def test_temporary_copies_are_of_a_part_of_the_gradients():
     tensors = [torch.empty(n) for n in (3, 4, 3, 20, 0, 1, 9, 1)]
-    runs = list(parameters._runs(tensors, 10))
+    runs = list(norm._runs(tensors, 10))
     assert [[t.numel() for t in run] for run in runs] == [[3, 4, 3], [20], [0, 1, 9], [1]]
+
+
+def one_is_missing(params):
+    params[1].grad = None
+
+
+def one_is_strided(params):
+    weight = params[0]
+    weight.grad = torch.stack((weight.grad, weight.grad), dim=-1)[..., 0]
+
+
+def one_is_sparse(params):
+    params[-1].grad = params[-1].grad.to_sparse()
+
+
+def one_is_of_another_class(params):
+    params[1].grad = params[1].grad.as_subclass(Subclass)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+CHANGES = [lambda params: None, one_is_missing, one_is_strided, one_is_sparse, one_is_of_another_class]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_clipping_by_a_plan_is_clipping_without_one(case, change):
+    pair = Pair(case, torch.float32).train(4)
+    params = list(pair.ours.parameters())
+    found = []
+    for planned in (True, False):
+        pair.set_grads(7)
+        change(params)
+        if not planned:
+            pair.opt._forget_plan()
+        norm = pair.opt.clip_grad_norm_(0.5)
+        found.append([norm, *(p.grad.to_dense() for p in params if p.grad is not None)])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_clipping_by_a_plan_knows_the_multipliers_of_now(case):
+    pair = Pair(case, torch.float64).train(4)
+    weight, twin = next(zip(pair.ours.parameters(), pair.twin.parameters()))
+    pair.set_grads(3)
+    pair.opt.clip_grad_norm_(1e9)
+    pair.opt.set_grad_mult(weight, torch.tensor(4.0, dtype=torch.float64))
+    pair.masks[twin] = torch.full_like(twin, 4.0)
+    expected = csla_norm(pair.twin.parameters(), pair.masks)
+    assert float(pair.opt.clip_grad_norm_(1e9)) == pytest.approx(expected, rel=1e-14)
 
 
 # ---- waiting
