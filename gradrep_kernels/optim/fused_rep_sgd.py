@@ -56,7 +56,7 @@ class FusedRepSGD(RepOptimizer, SGD):
     one. Where torch.compile traces the step, and with differentiable=True, torch's functional SGD takes M ⊙ g and
     rounds as it does.
 
-    Once its steps repeat, the optimizer keeps extra references to CPU parameters, and torch.utils.swap_tensors refuses
+    Once its steps repeat, the optimizer keeps extra references to the parameters, and torch.utils.swap_tensors refuses
     such tensors. With torch.__future__.set_swap_module_params_on_conversion(True), convert the model before training.
 
     For sharded parameters (DTensor: FSDP2, tensor parallelism) give the multiplier for the whole weight, and make the
