@@ -159,7 +159,7 @@ done
 # Ours are named by their ops, but for two of pair_ranges. multi_tensor is torch's fused step.
 kernels="rep_|pair_ranges|joint_histogram|image_extrema|keys_to_ranges|multi_tensor"
 if [ -n "$dry" ]; then
-  phase ncu 130 "$python" bench/profile_once.py --device cpu --quick --seconds 100
+  phase ncu 115 "$python" bench/profile_once.py --device cpu --quick --seconds 100
 elif [ -z "$ncu" ]; then
   skip ncu "Nsight Compute is not here"
 else

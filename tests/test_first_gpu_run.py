@@ -111,6 +111,10 @@ def test_the_limits_fit_into_the_deadline():
     assert tuple(limits()) == PHASES
     export = int(re.search(r"timeout (\d+) \"\$ncu\" --import", SCRIPT.read_text())[1])
     assert sum(limits().values()) + export <= deadline <= 490
+    page = (ROOT / "docs" / "howto" / "gpu.md").read_text()
+    assert dict(re.findall(r"^\| ([\w-]+) \| (\d+) \| ", page, re.MULTILINE)) == {
+        name: str(limit) for name, limit in limits().items()
+    }
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
