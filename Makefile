@@ -8,13 +8,14 @@ TEST_ARGS ?=
 WORKERS ?= 2
 BENCH_ARGS ?=
 RESULTS ?= runs/gpu-check
+ARCH ?= 9.0
 COMMIT ?= $(shell git describe --always --dirty 2>/dev/null)
 
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.ready-$(or $(GRADREP_BUILD),auto)-$(or $(GRADREP_CUDA),auto)
 
-.PHONY: run test test-quick lint types docs figures bench bench-quick gpu-check env clean
+.PHONY: run test test-quick lint types docs figures bench bench-quick gpu-build gpu-check env clean
 .DEFAULT_GOAL := run
 
 # torch before anything that depends on it: a bare requirement would fetch the CUDA build.
@@ -67,6 +68,15 @@ figures: $(STAMP)
 BENCHES := rep_sgd_step joint_histogram sgs
 bench bench-quick: $(STAMP)
 	set -e; for b in $(BENCHES); do $(PYTHON) -m pytest bench/bench_$$b.py $(if $(filter bench-quick,$@),--quick) $(BENCH_ARGS); done
+
+# Both modules and the probe for GPUs of compute capability ARCH, to be carried to a machine that has one. No GPU is
+# needed here, and the modules suit any torch from 2.11 on.
+gpu-build: export PATH := $(abspath $(VENV))/bin:$(PATH):/usr/local/cuda/bin
+gpu-build: $(STAMP)
+	GRADREP_BUILD=require GRADREP_CUDA=1 TORCH_CUDA_ARCH_LIST="$(ARCH)" $(PYTHON) setup.py -q build_ext --inplace
+	mkdir -p build
+	nvcc -std=c++17 -O3 -arch=sm_$(subst .,,$(ARCH)) -o build/probe bench/probe.cu
+	ls -l gradrep_kernels/_C*.so build/probe
 
 # With the machine's own Python: torch, Triton and nvcc are there, and there may be no network.
 gpu-check:

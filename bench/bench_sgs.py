@@ -9,11 +9,24 @@ except the network's own layers. Slow ways run on a sub-sample, which their note
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
 from feature_maps import KINDS, conv_inputs, half_displacements, pairs
-from harness import NO_GPU, Candidate, Comparison, Figure, Setup, compare, thread_count, wall_clock
+from harness import (
+    NO_GPU,
+    Candidate,
+    Comparison,
+    Figure,
+    Setup,
+    compare,
+    cuda_calls,
+    first_line,
+    host_clock,
+    thread_count,
+    wall_clock,
+)
 from published import Histogram2d, fast_histogram2d, numpy_histogram2d
 from published import spatial_gradient_scaling as published_scaling
 from report import Results, Target
@@ -33,6 +46,7 @@ FAST, NUMPY = (
     "published algorithm on 20 batches, fast-histogram, one core",
     "published algorithm on 20 batches, np.histogram2d, one core",
 )
+GATHER, LEARN = "forward pass, a layer", "forward pass and the step that learns, a layer"
 TRAIN, TRAIN_WITH = "training step", "training step, update in every step"
 WHOLE_2, WHOLE_20 = "update of 2 batches, forward passes included", "update of 20 batches, forward passes included"
 
@@ -162,6 +176,59 @@ def _published(replay: Replay, one_in: int) -> list[Candidate]:
 # -- G4
 
 
+def _training_batches(replay: Replay) -> list[Candidate]:
+    """Updates from training batches: with the step that learns, and in the forward pass alone. Times of a layer."""
+    optimizer = gr.FusedRepSGD(replay.parameters(), lr=1e-4)
+    gr.SpatialGradientScaling(replay.train(), optimizer, every_steps=1)  # lives in the hooks it sets
+    batches = itertools.count()
+
+    def gather() -> None:
+        replay(next(batches))
+
+    def learn() -> None:
+        gather()
+        optimizer.step()
+
+    def after_an_update(run: Callable[[], object], calls: int) -> float:
+        """As in a training, nothing has been gathered yet."""
+        learn()
+        wall_clock(int, 1)  # waits for the GPU
+        return host_clock(run, calls)
+
+    learn()  # from here on there are ranges to count within
+    more = {"share": len(replay.taps), "clock": after_an_update, "note": f"of {len(replay.taps)}"}
+    return [Candidate(LEARN, learn, **more), Candidate(GATHER, gather, **more)]
+
+
+def test_training_batches(benchmark, setup: Setup, results: Results, max_threads: int):
+    images = 4 if setup.quick else BATCH
+    ways = _training_batches(_replay(setup, images, 2))
+    timed = compare(benchmark, setup, ways, threads=max_threads)
+    where = f"VGG-16 shapes, {images} images"
+    results.add(f"update from a training batch, {where}, {thread_count(max_threads)}: host time", timed)
+    for way in ways:
+        ways[0].run()
+        _show_host(setup, results, timed, way, where)
+
+
+def _show_host(setup: Setup, results: Results, timed: Comparison, way: Candidate, where: str) -> None:
+    what = f"{where}, update from a training batch, {way.name}"
+    host = Target("G4", f"{what}: host time", "µs", less_is_better=True)
+    launches = Target("G4", f"{what}: launches", "launches", less_is_better=True)
+    if setup.device.type == "cpu":
+        for target in (host, launches):
+            results.target(target, None, why_not=NO_GPU)
+        return
+    results.target(host, timed.time(way.name) * 1e6, bound=f"served by {_served(setup)}")
+    try:
+        found = cuda_calls(way.run)
+    except Exception as error:  # a profiler may be missing
+        results.target(launches, None, why_not=first_line(error))
+        return
+    copies, waits = (found[name] / way.share for name in ("copies", "waits"))
+    results.target(launches, found["launches"] / way.share, bound=f"{copies:.3g} copies and fills, {waits:.3g} waits")
+
+
 def test_cost_in_training(benchmark, setup: Setup, results: Results, max_threads: int):
     images = 4 if setup.quick else BATCH
     batch = (_images(images, setup.device), torch.randint(10, (images,), device=setup.device))
@@ -211,9 +278,8 @@ def _show_shares(setup: Setup, results: Results, timed: Comparison, images: int)
 
     def show(what: str, figure: Figure, at_least: float | None = None, aim: float | None = None) -> None:
         if on_gpu or aim is None:
-            results.target(
-                Target("" if aim is None else "G4", what, "%", at_least, aim, less_is_better=True), figure, bound=served
-            )
+            target = Target("G4" if on_gpu else "", what, "%", at_least, aim, less_is_better=True)
+            results.target(target, figure, bound=served)
             return
         bound = served if figure.low > 0 else "smaller than what rounds differ by"
         results.target(Target("", what, "%", less_is_better=True), figure, bound=bound)

@@ -74,6 +74,7 @@ class Candidate:
         share:    of the whole work that `run` does; times are divided by it (slow baselines run on a sub-sample)
         bytes, pairs: of the whole work, for rates
         optional: a baseline, which is skipped with its reason if its first call raises
+        clock:    reads its times; None: the comparison's
         note:     shown beside the figures
     """
 
@@ -85,6 +86,7 @@ class Candidate:
     bytes: float | None = None
     pairs: float | None = None
     optional: bool = False
+    clock: Callable[[Callable[[], object], int], float] | None = None
     note: str = ""
 
 
@@ -171,6 +173,23 @@ def device_clock(run: Callable[[], object], calls: int) -> float:
     return start.elapsed_time(end) / 1e3 / calls
 
 
+_CUDA_CALLS = {  # names of the CUDA runtime's and driver's functions, as torch's profiler gives them
+    "launches": re.compile(r"cu(da)?(LaunchKernel|GraphLaunch)"),
+    "copies": re.compile(r"cu(da)?Mem(cpy|set)"),
+    "waits": re.compile(r"cu(da)?(Stream|Event)Synchronize"),
+}
+
+
+def cuda_calls(run: Callable[[], object]) -> dict[str, int]:
+    """How often `run` launches a kernel, copies or fills memory, and waits for the GPU."""
+    activities = torch.profiler.ProfilerActivity
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[activities.CPU, activities.CUDA]) as profile:
+        run()
+    names = [event.name for event in profile.events()]
+    return {what: sum(map(bool, map(pattern.match, names))) for what, pattern in _CUDA_CALLS.items()}
+
+
 def compare(
     benchmark,
     setup: Setup,
@@ -192,7 +211,7 @@ def compare(
         with torch_threads(candidate.threads or comparison.threads):
             if settle:
                 candidate.run()
-            return clock(candidate.run, candidate.calls) / candidate.share
+            return (candidate.clock or clock)(candidate.run, candidate.calls) / candidate.share
 
     for candidate in candidates:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -76,13 +77,17 @@ def resnet50() -> list[Parameter]:
     return [*found, *_linear(channels)]
 
 
-def small_tensors() -> list[Parameter]:
-    """62 tensors of 1000 floats, of a shape that takes a structured multiplier with an identity."""
-    return [Parameter((8, 5, 5, 5), shortcut=True) for _ in range(62)]
+def small_tensors(count: int = 62) -> list[Parameter]:
+    """Tensors of 1000 floats, of a shape that takes a structured multiplier with an identity.
+
+    As many as ResNet-18 (62) or ResNet-50 (161) has, with next to nothing to compute.
+    """
+    return [Parameter((8, 5, 5, 5), shortcut=True) for _ in range(count)]
 
 
 SETS: dict[str, Callable[[], list[Parameter]]] = {
     "62 x 1000": small_tensors,
+    "161 x 1000": partial(small_tensors, 161),
     "ResNet-18": resnet18,
     "ResNet-50": resnet50,
     "RepOpt-VGG-B1": repopt_vgg_b1,

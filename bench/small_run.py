@@ -13,11 +13,11 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import gradrep_kernels as gr
 from gradrep_kernels.ops import backends
-from gradrep_kernels.ops.registry import NAMESPACE
+from gradrep_kernels.ops.registry import NAMESPACE, OPS
 
 BACKENDS = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
 DISPLACEMENTS = ((0, 1), (1, -1), (1, 0), (1, 1))
@@ -99,34 +99,51 @@ def counts(device: str, backend: str) -> Iterator[Case]:
                 yield f"{shape}, {layout}, remove_near={remove_near}", *found, 0
 
 
+def updates(device: str, backend: str) -> Iterator[Case]:
+    """G of two convolutions on the same maps, after updates from three training batches."""
+    found = []
+    for where, name in _both(device, backend):
+        generator = torch.Generator().manual_seed(2)
+        convs = nn.ModuleList(nn.Conv2d(6, 6, kernel, padding=kernel // 2) for kernel in (3, 5)).to(where)
+        optimizer = gr.FusedRepSGD(convs.parameters(), lr=0.1)
+        sgs = gr.SpatialGradientScaling(convs, optimizer, every_steps=1)
+        with gr.use_backend(name):
+            for _ in range(3):
+                x = torch.randn(4, 6, 11, 9, generator=generator).relu_().to(where)
+                for conv in convs:
+                    conv(x)
+                optimizer.step()
+        found.append(torch.cat([g.flatten() for g in sgs.scalings.values()]))
+    yield "updates from training batches", *found, 1e-6
+
+
 def run(device: str, only: str | None = None, needs: Sequence[str] = ()) -> int:
     report = {row["op"]: row for row in backends.report((device,))}
     torch.manual_seed(0)
     agree = problems = 0
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    absent = [op for op in needs if not has(f"{NAMESPACE}::{op}", device.upper())]
+    has = torch._C._dispatch_has_kernel_for_dispatch_key  # raises for an op that torch does not know
+    absent = [op for op in needs if op not in OPS or not has(f"{NAMESPACE}::{op}", device.upper())]
     if absent:
         print(f"no compiled kernel for {device}: {', '.join(absent)}")
         return 1
+    needed = {
+        steps: {"rep_sgd_step"},
+        norms: {"rep_grad_norm"},
+        counts: {"pair_ranges", "joint_histogram"},
+        updates: {"pair_ranges", *(op for op in report if op.endswith("_"))},  # what adds to a table
+    }
     for backend in BACKENDS[device] if only is None else (only,):
-        for op, cases in (
-            ("rep_sgd_step", steps),
-            ("rep_grad_norm", norms),
-            ("pair_ranges", None),
-            ("joint_histogram", counts),
-        ):
-            if report[op][backend] != "available":
-                print(f"{op}, {backend}: not available: {report[op][backend]}")
-                continue
-            if cases is None or (cases is counts and report["pair_ranges"][backend] != "available"):
-                continue  # joint_histogram calls pair_ranges
-            for what, found, expected, tolerance in cases(device, backend):
+        unavailable = {op: row[backend] for op, row in report.items() if row[backend] != "available"}
+        for op, reason in unavailable.items():
+            print(f"{op}, {backend}: not available: {reason}")
+        for cases, ops in needed.items():
+            for what, found, expected, tolerance in () if ops & unavailable.keys() else cases(device, backend):
                 difference = float((found.cpu().double() - expected.double()).abs().max())
                 if difference <= tolerance:
                     agree += 1
                 else:
                     problems += 1
-                    print(f"{op}, {backend}, {what}: differs by {difference} from the reference")
+                    print(f"{cases.__name__}, {backend}, {what}: differs by {difference} from the reference")
     print(f"{agree} cases agree with the reference, {problems} differ")
     return 1 if problems or (device == "cuda" and not agree) else 0
 

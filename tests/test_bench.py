@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import os
@@ -17,6 +18,8 @@ import pytest
 import torch
 
 import gradrep_kernels as gr
+from gradrep_kernels.ops import backends
+from gradrep_kernels.ops.registry import NAMESPACE, OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
@@ -26,16 +29,19 @@ pytest.importorskip("pytest_benchmark")
 sys.path.insert(0, str(BENCH))
 
 import bench_joint_histogram
+import bench_rep_sgd_step
+import bench_sgs
 import feature_maps
 import gpu_check
 import harness
+import ledger
 import parameter_sets
 import published
 import report
 import test_lost_device
 
 TARGET_ROWS = {  # of the quick form on a CPU, where those of a GPU are named as not measured
-    "rep_sgd_step": {"S1", "S2", "S3", "S4", "S5", "G1"},
+    "rep_sgd_step": {"S1", "S2", "S3", "S4", "S5", "G0", "G1"},
     "joint_histogram": {"H1", "H2", "G2", "G3"},
     "sgs": {"H3", "", "G4"},
 }
@@ -208,6 +214,95 @@ def test_threads_are_set_for_a_run_and_put_back(setup):
     assert seen[:2] == [3, 2]
     assert set(seen) == {2, 3}
     assert (timed.threads_of("own"), timed.threads_of("all"), torch.get_num_threads()) == (3, 2, before)
+
+
+def test_a_way_may_have_a_clock_of_its_own(setup):
+    ways = [
+        harness.Candidate("own", lambda: None, clock=lambda run, calls: 3.0 * calls, calls=2, share=2),
+        harness.Candidate("the comparison's", lambda: None),
+    ]
+    timed = harness.compare(_Benchmark(), setup, ways, clock=lambda run, calls: 1.0)
+    assert timed.ratio("own", "the comparison's").median == 3.0
+
+
+def test_calls_of_cuda_are_counted_by_kind(monkeypatch):
+    names = ["aten::add", "cudaLaunchKernel", "cuLaunchKernelEx", "cudaLaunchKernelExC", "cudaGraphLaunch"]
+    names += ["cudaMemcpyAsync", "cudaMemsetAsync", "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMalloc"]
+    profile = SimpleNamespace(events=lambda: [SimpleNamespace(name=name) for name in names])
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(profile))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    ran = []
+    assert harness.cuda_calls(lambda: ran.append(1)) == {"launches": 4, "copies": 2, "waits": 1}
+    assert ran == [1]
+
+
+# -- what only a GPU measures, as far as it runs without one
+
+
+def _rows(results: report.Results) -> dict[str, dict]:
+    return {f"{row['row']} {row['what']}": row for row in results._content["targets"]}
+
+
+@pytest.mark.parametrize("count", [62, 161])
+def test_host_cost_of_a_step_on_a_gpu(setup, count):
+    tensors = parameter_sets.Tensors(parameter_sets.SETS[f"{count} x 1000"](), setup.device)
+    assert {(p.numel(), len(tensors.params)) for p in tensors.params} == {(1000, count)}
+    ways = bench_rep_sgd_step._host_ways(tensors, 3)
+    timed = harness.compare(_Benchmark(), setup, ways, clock=harness.host_clock)
+    ours, triton = bench_rep_sgd_step.BY_BACKEND.values()
+    assert set(timed.seconds) == {ours, bench_rep_sgd_step.FUSED}
+    assert set(timed.skipped) == {triton, bench_rep_sgd_step.GRAPH_OURS, bench_rep_sgd_step.GRAPH_FUSED}
+    timed.seconds = {ours: [60e-6, 60e-6], bench_rep_sgd_step.FUSED: [90e-6, 90e-6]}
+    results = report.Results("rep_sgd_step", setup)
+    bench_rep_sgd_step._judge_host(results, timed, count)
+    rows = _rows(results)
+    what = f"G0 host cost of an eager step, {count} tensors in 2 groups, "
+    assert len(rows) == 4
+    assert rows[what + "auto"]["figure"]["median"] == pytest.approx(60)
+    assert rows[what + "auto"]["verdict"] == {62: "reached", 161: "aim reached"}[count]
+    assert rows[f"{what}auto: as fast as {bench_rep_sgd_step.FUSED}"]["figure"]["median"] == pytest.approx(1.5)
+    assert rows[what + "triton"]["verdict"].startswith("not measured: Unavailable")
+
+
+@pytest.mark.parametrize(("name", "judged"), [("RepOpt-VGG-B1", True), ("ResNet-18", False)])
+def test_steps_on_a_gpu_are_judged_by_their_copy_rate_and_shown_by_the_wall_clock(setup, name, judged):
+    bench = bench_rep_sgd_step
+    seconds = {bench.OURS: 1.0, bench.FUSED: 1.2, bench.COPY: 0.9, bench.OURS + bench.BACK_TO_BACK: 1.5}
+    seconds[bench.FUSED + bench.BACK_TO_BACK] = 3.0
+    ways = {way: harness.Candidate(way, lambda: None, bytes=100.0) for way in seconds}
+    timed = harness.Comparison(1, ways, {way: [time] for way, time in seconds.items()}, {bench.GRAPH_OURS: "no graph"})
+    results = report.Results("rep_sgd_step", setup)
+    bench._judge_gpu(results, timed, name, "contiguous", 1)
+    found = {what: (row["verdict"], row["figure"] and row["figure"]["median"]) for what, row in _rows(results).items()}
+    what = f"G1 {name}, contiguous: "
+    assert found == {
+        f"{what}share of the measured copy rate": ("reached" if judged else "", pytest.approx(90)),
+        f"{what}as fast as {bench.FUSED}": ("aim reached" if judged else "", pytest.approx(1.2)),
+        f"{what}CUDA graph: as fast as {bench.GRAPH_FUSED}": ("not measured: no graph", None),
+        f"{what}back to back by the wall clock: as fast as {bench.FUSED}": ("", 2.0),
+        f"{what}back to back by the wall clock: time over that on the GPU alone": ("", 1.5),
+    }
+
+
+def test_updates_from_training_batches_are_timed_from_an_update_on(setup):
+    replay = bench_sgs._replay(setup, 2, 2)
+    learn, gather = bench_sgs._training_batches(replay)
+    assert (learn.share, gather.share) == (13, 13)
+    (controller,) = {hook.updates for tap in replay.taps for hook in tap._forward_pre_hooks.values()}
+    before = controller.steps
+    assert gather.clock(gather.run, 1) > 0
+    assert controller.steps == before + 1  # the update before the clock is read
+    assert len(controller._ranges._by_layer) == 13
+    assert all((table > 0).any() for table in controller._tables._by_layer.values())
+    assert len(controller._tables._by_layer) == 13
+
+
+def test_every_row_has_its_words():
+    assert set().union(*TARGET_ROWS.values()) == set(ledger.CODES)
+
+
+def test_whole_updates_are_judged_at_every_30_epochs():
+    assert bench_sgs.SHARES == {(bench_sgs.OURS, 1): (0.5, 0.1), (bench_sgs.WHOLE_20, 30): (0.3, 0.15)}
 
 
 # -- how it is told
@@ -548,10 +643,11 @@ def test_gpu_check_builds_what_is_not_carried(tmp_path, monkeypatch, serve):
 
 
 def test_gpu_check_knows_what_a_module_registers():
-    plan = ["rep_sgd_plan", "rep_sgd_plan_step", "rep_sgd_plan_free"]
-    pairs = ["joint_histogram", "joint_histogram_", "pair_ranges"]
-    assert gpu_check._ops("_C") == [*pairs, "rep_grad_norm", "rep_sgd_step", *plan]
-    assert gpu_check._ops("_C_cuda") == pairs
+    assert {"joint_histogram", "joint_histogram_", "pair_ranges"} <= set(gpu_check._ops("_C_cuda")) <= set(OPS)
+    assert {"rep_sgd_step", "rep_sgd_plan_free", "rep_grad_norm", "pair_ranges"} <= set(gpu_check._ops("_C"))
+    if backends.report(("cpu",))[0]["cpp"] == "available":
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        assert set(gpu_check._ops("_C")) == {op for op in OPS if has(f"{NAMESPACE}::{op}", "CPU")}
 
 
 def test_gpu_check_takes_no_module_that_lacks_an_op(tmp_path, monkeypatch):
