@@ -549,7 +549,7 @@ def test_gpu_check_builds_what_is_not_carried(tmp_path, monkeypatch, serve):
 
 def test_gpu_check_knows_what_a_module_registers():
     plan = ["rep_sgd_plan", "rep_sgd_plan_step", "rep_sgd_plan_free"]
-    pairs = ["joint_histogram", "joint_histogram_", "pair_ranges"]
+    pairs = ["joint_histogram", "joint_histogram_", "pair_ranges", "pair_ranges_"]
     assert gpu_check._ops("_C") == [*pairs, "rep_grad_norm", "rep_sgd_step", *plan]
     assert gpu_check._ops("_C_cuda") == pairs
 
