@@ -53,8 +53,8 @@ inline int64_t* numbers_of(const std::optional<Tensor>& n) {
 inline void check_ends(const Tensor& x, int64_t displacements, const Tensor& ends, const std::optional<Tensor>& n) {
   STD_TORCH_CHECK(dtype_of(ends) == arithmetic_code(x) && equal(ends.sizes(), {x.size(1), displacements, 2, 2}) &&
                       ends.is_contiguous() && on_one_device(x, ends),
-                  "pair_ranges_: ends must be contiguous [C, D, 2, 2], float64 for a float64 map, else float32, where x "
-                  "is");
+                  "pair_ranges_: ends must be contiguous [C, D, 2, 2] where x is, float64 for a float64 map, else "
+                  "float32");
   STD_TORCH_CHECK(!n.has_value() || (dtype_of(*n) == aoti_torch_dtype_int64() &&
                                      equal(n->sizes(), {x.size(1), displacements}) && n->is_contiguous() &&
                                      on_one_device(x, *n)),
