@@ -55,10 +55,10 @@ inline void check_ends(const Tensor& x, int64_t displacements, const Tensor& end
                       ends.is_contiguous() && on_one_device(x, ends),
                   "pair_ranges_: ends must be contiguous [C, D, 2, 2] where x is, float64 for a float64 map, else "
                   "float32");
-  STD_TORCH_CHECK(!n.has_value() || (dtype_of(*n) == aoti_torch_dtype_int64() &&
-                                     equal(n->sizes(), {x.size(1), displacements}) && n->is_contiguous() &&
-                                     on_one_device(x, *n)),
-                  "pair_ranges_: n must be contiguous int64 [C, D], where x is");
+  STD_TORCH_CHECK(
+      !n.has_value() || (dtype_of(*n) == aoti_torch_dtype_int64() && equal(n->sizes(), {x.size(1), displacements}) &&
+                         n->is_contiguous() && on_one_device(x, *n)),
+      "pair_ranges_: n must be contiguous int64 [C, D], where x is");
 }
 
 // ranges [C, D, 2, 2] in the arithmetic dtype, bins [C, D] int32, both where x is.

@@ -31,9 +31,8 @@ std::tuple<Tensor, Tensor> pair_ranges_cpu(Tensor x, std::vector<int64_t> displa
                                            bool remove_near) {
   const auto pairs = check_pairs("pair_ranges", x, displacements, padding);
   auto [ranges, n] = empty_ranges(x, pairs.size());
-  visit_arguments("pair_ranges", ranges, numbers_of(n), x, pairs, padding, remove_near, [](const auto& arguments) {
-    pair_ranges(arguments, torch::stable::get_num_threads(), parallel);
-  });
+  visit_arguments("pair_ranges", ranges, numbers_of(n), x, pairs, padding, remove_near,
+                  [](const auto& arguments) { pair_ranges(arguments, torch::stable::get_num_threads(), parallel); });
   return {ranges, n};
 }
 
