@@ -18,8 +18,13 @@ __global__ void __launch_bounds__(kThreads) image_extrema_kernel(const __grid_co
   image_extrema(work, blockIdx.x, threadIdx.x);
 }
 
+// Of a multiprocessor. Within the 64 registers of four blocks, doubles would spill.
 template <typename S>
-__global__ void __launch_bounds__(kThreads) pair_ranges_kernel(const __grid_constant__ RangeWork<S> work) {
+constexpr int kBlocksAtOnce = sizeof(Arithmetic<S>) == 8 ? 2 : 4;
+
+template <typename S>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<S>)
+    pair_ranges_kernel(const __grid_constant__ RangeWork<S> work) {
   extern __shared__ __align__(16) char shared[];
   pair_ranges_block(work, blockIdx.x, shared, ThisThread());
 }
