@@ -35,11 +35,35 @@ inline bool on_one_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device() == b.get_device();
 }
 
+inline int32_t arithmetic_code(const Tensor& x) {
+  return dtype_of(x) == aoti_torch_dtype_float64() ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+// ranges [C, D, 2, 2] in the arithmetic dtype and n [C, D], where x is, not written yet.
+inline std::tuple<Tensor, Tensor> empty_ranges(const Tensor& x, int64_t displacements) {
+  return {torch::stable::new_empty(x, {x.size(1), displacements, 2, 2}, arithmetic_dtype(x)),
+          torch::stable::new_empty(x, {x.size(1), displacements}, torch::headeronly::ScalarType::Long)};
+}
+
+inline int64_t* numbers_of(const std::optional<Tensor>& n) {
+  return n.has_value() ? static_cast<int64_t*>(n->mutable_data_ptr()) : nullptr;
+}
+
+// Ends, and numbers of pairs if they are asked for, that are written through a pointer.
+inline void check_ends(const Tensor& x, int64_t displacements, const Tensor& ends, const std::optional<Tensor>& n) {
+  STD_TORCH_CHECK(dtype_of(ends) == arithmetic_code(x) && equal(ends.sizes(), {x.size(1), displacements, 2, 2}) &&
+                      ends.is_contiguous() && on_one_device(x, ends),
+                  "pair_ranges_: ends must be contiguous [C, D, 2, 2] where x is, float64 for a float64 map, else "
+                  "float32");
+  STD_TORCH_CHECK(
+      !n.has_value() || (dtype_of(*n) == aoti_torch_dtype_int64() && equal(n->sizes(), {x.size(1), displacements}) &&
+                         n->is_contiguous() && on_one_device(x, *n)),
+      "pair_ranges_: n must be contiguous int64 [C, D], where x is");
+}
+
 // ranges [C, D, 2, 2] in the arithmetic dtype, bins [C, D] int32, both where x is.
 inline void check_binning(const Tensor& x, int64_t displacements, const Tensor& ranges, const Tensor& bins) {
-  const bool wide = dtype_of(x) == aoti_torch_dtype_float64();
-  STD_TORCH_CHECK(dtype_of(ranges) == (wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()) &&
-                      equal(ranges.sizes(), {x.size(1), displacements, 2, 2}),
+  STD_TORCH_CHECK(dtype_of(ranges) == arithmetic_code(x) && equal(ranges.sizes(), {x.size(1), displacements, 2, 2}),
                   "joint_histogram: ranges must be [C, D, 2, 2], float64 for a float64 map, else float32");
   STD_TORCH_CHECK(dtype_of(bins) == aoti_torch_dtype_int32() && equal(bins.sizes(), {x.size(1), displacements}),
                   "joint_histogram: bins must be int32 [C, D]");

@@ -13,14 +13,14 @@
 namespace gradrep {
 
 template <typename S>
-struct RangeArguments {  // of the op, checked: see reference/pair_ranges.py
+struct RangeArguments {  // of pair_ranges_, checked: see reference/pair_ranges.py
   using T = Arithmetic<S>;
   FeatureMap<S> map;
   std::vector<Displacement> displacements;
   int64_t pad_rows, pad_columns;
   bool remove_near;
-  T* ranges;   // [C, D, 2, 2]
-  int64_t* n;  // [C, D]
+  T* ends;     // [C, D, 2, 2]: the greatest of -v and of v
+  int64_t* n;  // [C, D], or null
 };
 
 // ---- loops, which deal what they read to lanes
@@ -253,11 +253,11 @@ class RangeWorker {
     std::unique_lock<std::mutex> lock(result_in_use_, std::defer_lock);
     if (split_.slabs > 1) lock.lock();
     const int64_t row = (channel_ + c) * a_.displacements.size() + d;
-    a_.n[row] += pairs;
+    if (a_.n != nullptr) a_.n[row] += pairs;
     for (const auto& [side, range] : {std::pair{0, p}, std::pair{1, q}}) {
-      T* result = a_.ranges + row * 4 + side * 2;
-      result[0] = lesser(result[0], range.least) + T(0);  // -0.0 becomes +0.0
-      result[1] = greater(result[1], range.greatest) + T(0);
+      T* ends = a_.ends + row * 4 + side * 2;
+      ends[0] = greater(ends[0], -range.least + T(0));  // -0.0 becomes +0.0
+      ends[1] = greater(ends[1], range.greatest + T(0));
     }
   }
 
@@ -278,15 +278,8 @@ class RangeWorker {
 // ---- all tasks
 
 template <typename S, typename Parallel>
-void pair_ranges(const RangeArguments<S>& arguments, int64_t threads, const Parallel& parallel) {
-  using T = Arithmetic<S>;
+void pair_ranges_add(const RangeArguments<S>& arguments, int64_t threads, const Parallel& parallel) {
   const auto& map = arguments.map;
-  const int64_t rows = map.channels * static_cast<int64_t>(arguments.displacements.size());
-  std::fill_n(arguments.n, rows, 0);
-  for (int64_t side = 0; side < 2 * rows; ++side) {
-    arguments.ranges[2 * side] = kInfinity<T>;
-    arguments.ranges[2 * side + 1] = -kInfinity<T>;
-  }
   if (map.images == 0 || map.channels == 0 || map.height == 0 || map.width == 0) return;
   const Split split =
       split_work(map.images, map.channels,
@@ -296,6 +289,17 @@ void pair_ranges(const RangeArguments<S>& arguments, int64_t threads, const Para
     RangeWorker<S> worker(arguments, split, result_in_use);
     for (int64_t task = next(); task < split.tasks(); task = next()) worker.run(task);
   });
+}
+
+// The op `pair_ranges`: from nothing, and the ends become the ranges in place.
+template <typename S, typename Parallel>
+void pair_ranges(const RangeArguments<S>& arguments, int64_t threads, const Parallel& parallel) {
+  using T = Arithmetic<S>;
+  const int64_t rows = arguments.map.channels * static_cast<int64_t>(arguments.displacements.size());
+  std::fill_n(arguments.n, rows, 0);
+  std::fill_n(arguments.ends, 4 * rows, -kInfinity<T>);
+  pair_ranges_add(arguments, threads, parallel);
+  for (int64_t side = 0; side < 2 * rows; ++side) arguments.ends[2 * side] = -arguments.ends[2 * side] + T(0);
 }
 
 }  // namespace gradrep

@@ -42,6 +42,7 @@ for _reference in (
     reference.rep_sgd_step,
     reference.rep_grad_norm,
     reference.pair_ranges,
+    reference.pair_ranges_,
     reference.joint_histogram,
     reference.joint_histogram_,
 ):

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradrep_kernels.ops.reference.pair_rule import padded, pair_views, sturges
-from gradrep_kernels.sgs.histograms import check_map, joint_histogram, pair_ranges
-from gradrep_kernels.sgs.taps import half_displacements, resolve_padding, scalable_kernel, two_ints
+from gradrep_kernels.ops.backends import implementation
+from gradrep_kernels.ops.reference.pair_rule import padded, pair_views
+from gradrep_kernels.sgs.histograms import check_map, count_pairs, sturges_bins
+from gradrep_kernels.sgs.taps import flat, half_displacements, resolve_padding, scalable_kernel, two_ints
+from gradrep_kernels.sgs.transfers import on_device, on_host
 
 _ROUNDING = 1e-12  # relative error allowed: sums of some thousand float64 terms are exact to about 1e-13
 
@@ -110,9 +112,12 @@ def check_k(k: float) -> float:
     return k
 
 
-def not_finite(ranges: Tensor, n: Tensor) -> Tensor:
-    """Whether a value that is not finite is among the pairs.  # bool []"""
-    return (~torch.isfinite(ranges) & (n > 0)[..., None, None]).any()
+def not_finite(ranges: Tensor) -> Tensor:
+    """Whether a value that is not finite is among the pairs.  # bool []
+
+    It makes an end NaN or infinite. Where no pair is left the ends are (+inf, -inf).
+    """
+    return ~((ranges[..., 0] > -torch.inf) & (ranges[..., 1] < torch.inf)).all()
 
 
 def spatial_gradient_scaling(
@@ -148,16 +153,19 @@ def spatial_gradient_scaling(
     if reason:
         raise ValueError(f"kernel_size: {reason}")
     dilation, k = two_ints("dilation", dilation, 1), check_k(k)
-    rows_columns = resolve_padding(padding, kernel_size, dilation)
-    displacements = half_displacements(kernel_size, dilation)
-    ranges, n = pair_ranges(x, displacements, padding=rows_columns, remove_near=remove_near)
-    ones = torch.ones(kernel_size, device=x.device)
-    if bool(not_finite(ranges, n)):
+    rows_columns, remove_near = list(resolve_padding(padding, kernel_size, dilation)), bool(remove_near)
+    displacements = flat(half_displacements(kernel_size, dilation))
+    ranges, n = implementation("pair_ranges", x.device.type)(x, displacements, rows_columns, remove_near)
+    bins = sturges_bins(x, displacements, rows_columns, n if remove_near else None)
+    counts = count_pairs(x, displacements, ranges, bins, rows_columns, remove_near)
+    # The first wait for the device, except that remove_near asks it how many pairs are left.
+    nmi, is_not_finite = on_host([normalized_mutual_information(counts), not_finite(ranges).double()])
+    g = torch.ones(kernel_size, device="cpu")
+    if is_not_finite:
         warnings.warn("x is not finite: its spatial gradient scaling is left at ones", RuntimeWarning, stacklevel=2)
-        return ones
-    counts = joint_histogram(x, displacements, sturges(n), padding=rows_columns, remove_near=remove_near, ranges=ranges)
-    s = spatial_dependence(normalized_mutual_information(counts), kernel_size, k, remove_near)
-    return ones if s is None else normalize(s)
+    elif (s := spatial_dependence(nmi, kernel_size, k, remove_near)) is not None:
+        g = normalize(s)
+    return on_device([g], x.device)[0]
 
 
 def alpha_beta_scaling(alpha: float, beta: float) -> Tensor:

@@ -56,10 +56,10 @@ def learn_from(
         calls = len(kept)
         if ranks.many and any(is_dtensor(p) for p in model.parameters()):
             calls = ranks.calls_of_each(calls, failure, layers[0].weight.device)
-        ranges = Ranges()
+        ranges = Ranges(layers)
         failure = failure or attempt(lambda: pass_over(layers, ranges))
         binnings, not_finite = learning.bin(ranges, len(kept), failure)
         tables = learning.new_tables(binnings)
-        failure = attempt(lambda: pass_over(binnings, tables))
+        failure = attempt(tables.place_binnings) or attempt(lambda: pass_over(binnings, tables))
         learned = learning.learn(tables, binnings, failure)
     return Outcome(len(kept), len(binnings), learned, not_finite)

@@ -91,13 +91,15 @@ class TrainingUpdates:
             binnings, not_finite_layers = self._learning.bin(ranges, drawn=1)
             learned = self._learning.learn(tables, binnings)
         self.binnings.update(binnings)
+        self._tables.place_binnings()  # now, so that no forward has to
         return learned, not_finite_layers
 
     def restore(self, steps: int, paused: bool, binnings: dict[Layer, Binning]) -> None:
         self.steps, self.paused, self.binnings = steps, paused, binnings
         self.forget()
+        self._tables.place_binnings()
 
     def forget(self) -> None:
         """Drop what was gathered since the last update."""
-        self._ranges, self._tables = Ranges(), self._learning.new_tables(self.binnings)
+        self._ranges, self._tables = Ranges(self._learning.layers), self._learning.new_tables(self.binnings)
         self._called: set[nn.Conv2d] = set()  # in forwards

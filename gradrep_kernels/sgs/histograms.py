@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gradrep_kernels.ops.backends import implementation
-from gradrep_kernels.ops.reference.pair_rule import MAX_BINS, arithmetic_dtype, sturges
+from gradrep_kernels.ops.reference.pair_rule import MAX_BINS, arithmetic_dtype, number_of_pairs, sturges
 from gradrep_kernels.sgs.taps import two_ints
+from gradrep_kernels.sgs.transfers import on_device
 
 _MAP_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -59,15 +60,15 @@ def pair_ranges(
     return implementation("pair_ranges", x.device.type)(x, flat, rows_columns, bool(remove_near))
 
 
-def _check_bins(bins: int | str | Tensor, channels: int, pairs: int, device: torch.device) -> Tensor | None:
-    """Return bins as [C, D] int32, or None for 'sturges'."""
+def _check_bins(bins: int | str | Tensor, channels: int, pairs: int) -> Tensor | None:
+    """Return bins as [C, D] int32 where they lie, an int on the CPU. None for 'sturges'."""
     if isinstance(bins, str):
         if bins != "sturges":
             raise ValueError(f"bins must be an int, 'sturges' or an integer Tensor [D] or [C, D], got {bins!r}")
         return None
     if not isinstance(bins, Tensor):
         try:
-            bins = torch.tensor([operator.index(bins)])
+            bins = torch.tensor([operator.index(bins)], device="cpu")
         except TypeError:
             raise TypeError(
                 f"bins must be an int, 'sturges' or an integer Tensor [D] or [C, D], got {type(bins).__name__}"
@@ -78,7 +79,19 @@ def _check_bins(bins: int | str | Tensor, channels: int, pairs: int, device: tor
         raise ValueError(f"bins must have shape [{pairs}] or [{channels}, {pairs}], got {list(bins.shape)}")
     if not 1 <= int(bins.min()) <= int(bins.max()) <= MAX_BINS:
         raise ValueError(f"bins must be between 1 and {MAX_BINS}, got {int(bins.min())} to {int(bins.max())}")
-    return bins.to(device=device, dtype=torch.int32).expand(channels, pairs).contiguous()
+    return bins.to(torch.int32).expand(channels, pairs).contiguous()
+
+
+def sturges_bins(x: Tensor, displacements: list[int], padding: list[int], n: Tensor | None) -> Tensor:
+    """Return Sturges' bins of a map  # [C, D] int32
+
+    Args:
+        n: the pairs that are left, where some drop. None: their number follows from the shapes, and the bins are on the
+           CPU, so that nobody waits for a device
+    """
+    if n is not None:
+        return sturges(n)
+    return sturges(torch.tensor(number_of_pairs(x.shape, displacements, padding), device="cpu")).repeat(x.shape[1], 1)
 
 
 def joint_histogram(
@@ -108,7 +121,7 @@ def joint_histogram(
     """
     x, flat, rows_columns = check_map(x), _flat(displacements), list(two_ints("padding", padding, 0))
     channels, pairs = x.shape[1], len(flat) // 2
-    bins = _check_bins(bins, channels, pairs, x.device)
+    bins = _check_bins(bins, channels, pairs)
     if ranges is not None:
         if not isinstance(ranges, Tensor):
             raise TypeError(f"ranges must be a Tensor [C, D, 2, 2], got {type(ranges).__name__}")
@@ -116,11 +129,20 @@ def joint_histogram(
             raise ValueError(
                 f"ranges must be floating [{channels}, {pairs}, 2, 2], got {ranges.dtype} {list(ranges.shape)}"
             )
-    if ranges is None or bins is None:
+    if ranges is None or (bins is None and remove_near):
         own_ranges, n = implementation("pair_ranges", x.device.type)(x, flat, rows_columns, bool(remove_near))
         ranges = own_ranges if ranges is None else ranges
-        bins = sturges(n) if bins is None else bins
+    if bins is None:
+        bins = sturges_bins(x, flat, rows_columns, n if remove_near else None)
     ranges = ranges.detach().to(device=x.device, dtype=arithmetic_dtype(x.dtype)).contiguous()
-    return implementation("joint_histogram", x.device.type)(
-        x, flat, ranges, bins, int(bins.max()), rows_columns, bool(remove_near)
-    )
+    return count_pairs(x, flat, ranges, bins, rows_columns, bool(remove_near))
+
+
+def count_pairs(
+    x: Tensor, displacements: list[int], ranges: Tensor, bins: Tensor, padding: list[int], remove_near: bool
+) -> Tensor:
+    """Return the counts within `ranges`, which are where x is. Bins on the CPU are sent there, and nobody waits."""
+    max_bins = int(bins.max())
+    bins = on_device([bins], x.device)[0] if bins.is_cpu else bins.to(x.device)
+    count = implementation("joint_histogram", x.device.type)
+    return count(x, displacements, ranges, bins, max_bins, padding, remove_near)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from gradrep_kernels.messages import warn_outside
-from gradrep_kernels.sgs.dependence import normalize, not_finite, spatial_dependence
+from gradrep_kernels.ops.reference.pair_rule import ranges_of
+from gradrep_kernels.sgs.dependence import normalize, spatial_dependence
 from gradrep_kernels.sgs.gathering import Binning, Dependence, Ranges, Tables
 from gradrep_kernels.sgs.layers import Layer
-from gradrep_kernels.sgs.ranks import Ranks, on_host, raise_together
+from gradrep_kernels.sgs.ranks import Ranks, raise_together
+from gradrep_kernels.sgs.transfers import on_device, on_host
 
 
 @dataclass
@@ -82,26 +84,20 @@ class Learning:
             RuntimeError: another rank failed.
         """
         device = self._device
-        pairs, flags, ends = [], [], []
-        for layer in self.layers:
-            own_ranges, n = ranges.of(layer, device)
-            pairs.append(n)
-            flags.append(not_finite(own_ranges, n).long())
-            # The upper end is negated, so that one minimum finds both ends.
-            ends.append(torch.stack((own_ranges[..., 0], -own_ranges[..., 1]), dim=-1).double())
-        status = torch.tensor([drawn, failure is not None], device=device)
-        *sums, status = on_host(self.ranks.reduce([*pairs, *flags, status], "sum", device))
+        status = torch.tensor([drawn, failure is not None], device="cpu")
+        sums = self.ranks.reduce([*(ranges.n(layer) for layer in self.layers), status], "sum", device)
+        ends = self.ranks.reduce([ranges.ends(self.layers, device)], "max", device)
+        *sums, status, ends = on_host([*sums, *ends])
         total_drawn, failures = status.tolist()
         raise_together(failure, failures)
         if total_drawn == 0:
             raise ValueError("batches is empty: an update needs at least one")
-        ends = on_host(self.ranks.reduce(ends, "min", device))
         binnings, not_finite_layers = {}, []
-        for layer, n, flag, lows in zip(self.layers, sums, sums[len(pairs) :], ends):
-            if flag:
+        for layer, n, own in zip(self.layers, sums, ends.split([4 * n.numel() for n in sums])):
+            if not bool((own < torch.inf).all()):
                 not_finite_layers.append(layer)
             elif (n > 0).any():
-                binnings[layer] = Binning(torch.stack((lows[..., 0], -lows[..., 1]), dim=-1), n)
+                binnings[layer] = Binning(ranges_of(own.view(*n.shape, 2, 2)), n)
         return binnings, not_finite_layers
 
     def learn(self, tables: Tables, binnings: dict[Layer, Binning], failure: Exception | None = None) -> bool:
@@ -118,22 +114,28 @@ class Learning:
         layers = [layer for layer in binnings if layer in tables.binnings]
         most_pairs = max((int(binning.n.max()) for binning in binnings.values()), default=0)
         own = tables.take(layers, device)
-        own.append(torch.tensor([failure is not None], device=device).to(self._dependence.dtype))
+        own.append(torch.tensor([failure is not None], device="cpu").to(self._dependence.dtype))
         *pooled, failures = self.ranks.reduce(own, "sum", device, most_pairs)
         del own  # up to 100 MB where several ranks pool
         raise_together(failure, int(failures))
-        learned = False
+        scalings: dict[torch.device, dict[Layer, Tensor]] = {}
         for layer, dependence in zip(layers, self._evaluate(pooled)):
             s = spatial_dependence(dependence, layer.kernel_size, self._options.k, self._options.remove_near)
             if s is not None:
-                self.set(layer, normalize(s))
-                learned = True
-        return learned
+                scalings.setdefault(layer.weight.device, {})[layer] = normalize(s)
+        for device, by_layer in scalings.items():
+            for (layer, g), there in zip(by_layer.items(), on_device(list(by_layer.values()), device)):
+                self._set(layer, g, there)
+        return bool(scalings)
 
     def set(self, layer: Layer, g: Tensor | None) -> None:
         """Give G [kh, kw] to the layer and to the optimizer. None: not scaled."""
+        self._set(layer, g, None if g is None else on_device([g], layer.weight.device)[0])
+
+    def _set(self, layer: Layer, g: Tensor | None, there: Tensor | None) -> None:
+        """Set G, which is also where the weight is."""
         layer.g = g
-        self._target.set_spatial_scaling(layer.weight, None if g is None else g.to(layer.weight.device))
+        self._target.set_spatial_scaling(layer.weight, there)
 
     @property
     def _device(self) -> torch.device:

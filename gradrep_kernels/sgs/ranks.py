@@ -1,7 +1,4 @@
-"""Reductions over the ranks that pool their statistics, and transfers to the host.
-
-Many small tensors travel as one.
-"""
+"""Reductions over the ranks that pool their statistics. Many small tensors travel as one."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from gradrep_kernels.sgs.transfers import on_device
 
 
 class Ranks:
@@ -27,19 +26,19 @@ class Ranks:
         return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1
 
     def reduce(self, parts: list[Tensor], how: str, device: torch.device, largest: int | None = None) -> list[Tensor]:
-        """Reduce each part over the ranks, element by element, by 'sum' or 'min'.
+        """Reduce each part over the ranks, element by element, by 'sum' or 'max'.
 
         All parts have one dtype and travel as one tensor. Integers of which no sum exceeds `largest` travel as int32
         where that is enough.
         """
         if not self.many:
             return parts
-        flat = torch.cat(
-            [part.reshape(-1).to("cpu" if dist.get_backend(self.group) == "gloo" else device) for part in parts]
-        )
+        place = torch.device("cpu") if dist.get_backend(self.group) == "gloo" else device
+        own = iter(on_device([part for part in parts if part.is_cpu], place))
+        flat = torch.cat([(next(own) if part.is_cpu else part.to(place)).reshape(-1) for part in parts])
         if flat.dtype == torch.int64 and largest is not None and largest < 2**31:
             flat = flat.to(torch.int32)
-        dist.all_reduce(flat, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MIN, group=self.group)
+        dist.all_reduce(flat, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=self.group)
         self.bytes += flat.numel() * flat.element_size()
         return _split(flat, parts)
 
@@ -52,21 +51,14 @@ class Ranks:
         """
         (failures,) = self.reduce([torch.tensor([failure is not None]).long()], "sum", device)
         raise_together(failure, int(failures))
-        (ends,) = self.reduce([torch.tensor([drawn, -drawn])], "min", device)
-        least, most = int(ends[0]), -int(ends[1])
+        (ends,) = self.reduce([torch.tensor([-drawn, drawn])], "max", device)
+        least, most = -int(ends[0]), int(ends[1])
         if least == 0:
             raise ValueError(
                 "batches is empty" + (" on a rank" if most else "") + ": an update needs at least one"
                 " on every rank, because the forward of a sharded model gathers its parameters from all of them"
             )
         return most
-
-
-def on_host(parts: list[Tensor]) -> list[Tensor]:
-    """Return all parts, which have one dtype, on the CPU. Parts that share a device take one transfer."""
-    if not parts or parts[0].is_cpu or len({part.device for part in parts}) > 1:
-        return [part.cpu() for part in parts]
-    return _split(torch.cat([part.reshape(-1) for part in parts]).cpu(), parts)
 
 
 def _split(flat: Tensor, parts: list[Tensor]) -> list[Tensor]:

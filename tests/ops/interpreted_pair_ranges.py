@@ -11,10 +11,11 @@ import sys
 import implementations
 import pytest
 import torch
-from cases_pairs import DTYPES, LAYOUTS, PAIRS, Pairs, laid_out, make
+from cases_pairs import DTYPES, LAYOUTS, PAIRS, Pairs, assert_raised, ends_of_before, laid_out, make, same_bits
 from triton_pairs import assert_ranges, few_channels
 
-from gradrep_kernels.ops.triton import pair_ranges
+from gradrep_kernels.ops import reference
+from gradrep_kernels.ops.triton import pair_ranges, pair_ranges_
 from gradrep_kernels.ops.triton import pair_walk as rule
 from gradrep_kernels.ops.triton.launching import LAUNCHES
 
@@ -28,6 +29,14 @@ def assert_interpreted(x: torch.Tensor, case: Pairs) -> None:
     assert dict(LAUNCHES) == {("pair_ranges", "cpu", x.dtype): 2}  # not the reference
 
 
+def assert_ends_interpreted(x: torch.Tensor, case: Pairs, modes=(False, True)) -> None:
+    """One launch for each call: two batches, with n and without."""
+    for remove_near in modes:
+        LAUNCHES.clear()
+        assert_raised(pair_ranges_, x, case.flat_displacements(), list(case.padding), remove_near)
+        assert dict(LAUNCHES) == {("pair_ranges", "cpu", x.dtype): 4}
+
+
 def test_it_is_interpreted():
     assert implementations.get("pair_ranges", "triton", "cpu") is pair_ranges
 
@@ -35,6 +44,30 @@ def test_it_is_interpreted():
 @pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.desc)
 def test_equals_the_reference(case):
     assert_interpreted(few_channels(case.tensor(), case), case)
+
+
+RAISED = ("primes", "zeros of both signs", "NaN", "infinities", "no padding", "padding is the largest value", "7x7")
+"""Cases of which some have one range per channel, and one has more ends than rise at a time."""
+
+
+@pytest.mark.parametrize("case", [case for case in PAIRS if case.desc in RAISED], ids=lambda case: case.desc)
+def test_ends_of_batches(case):
+    assert_ends_interpreted(case.tensor()[:3, :2], case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ends_of_layouts(layout, dtype):
+    """33 channels: two programs of 32 where channels are closest in memory."""
+    channels = 33 if layout == "channels_last" else 2
+    x = laid_out(make("NaN", (3, channels, 3, 2), dtype), layout)
+    expected, _ = ends_of_before(channels, 1, dtype)
+    found = expected.clone()
+    LAUNCHES.clear()
+    pair_ranges_(found, None, x, [1, -1], [1, 1], False)
+    assert dict(LAUNCHES) == {("pair_ranges", "cpu", dtype): 1}
+    reference.pair_ranges_(expected, None, x, [1, -1], [1, 1], False)
+    assert same_bits(found, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -49,8 +82,10 @@ def test_any_split_gives_the_same(monkeypatch, programs):
     """Whole images or parts of one, one block or many, with a last one that is shorter."""
     monkeypatch.setattr(rule, "PROGRAMS", programs)
     monkeypatch.setattr(module, "BLOCK", 64)
+    monkeypatch.setattr(module, "PLACES", 64)
     for shape in ((5, 1, 7, 5), (2, 1, 17, 9), (7, 1, 2, 3)):
         assert_interpreted(make("relu", shape, torch.float32), SMALL)
+        assert_ends_interpreted(make("relu", shape, torch.float32), SMALL, modes=(False,))
 
 
 def test_a_plane_beyond_32_bits_goes_to_the_reference(monkeypatch):

@@ -20,12 +20,14 @@ from gradrep_kernels.ops import backends, registry
 from gradrep_kernels.ops.schema import op, plan_ops
 
 COMPUTING = {name: op for name, op in registry.OPS.items() if op.reference is not None}
-SCHEMAS = {  # code of others calls the ops by these; the first five follow from the references' signatures
+SCHEMAS = {  # code of others calls the ops by these; the first six follow from the references' signatures
     "rep_sgd_step": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor?[] scales, "
     "Tensor?[] identities, bool[] first_steps, int[] groups, Tensor hyper, Tensor? grad_scale=None, "
     "Tensor? found_inf=None) -> ()",
     "rep_grad_norm": "(Tensor[] grads, Tensor?[] scales, Tensor?[] identities) -> Tensor",
     "pair_ranges": "(Tensor x, int[] displacements, int[2] padding, bool remove_near) -> (Tensor ranges, Tensor n)",
+    "pair_ranges_": "(Tensor(a!) ends, Tensor(b!)? n, Tensor x, int[] displacements, int[2] padding, "
+    "bool remove_near) -> ()",
     "joint_histogram": "(Tensor x, int[] displacements, Tensor ranges, Tensor bins, int max_bins, int[2] padding, "
     "bool remove_near) -> Tensor",
     "joint_histogram_": "(Tensor(a!) counts, Tensor x, int[] displacements, Tensor ranges, Tensor bins, "

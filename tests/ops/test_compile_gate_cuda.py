@@ -98,12 +98,20 @@ def test_joint_histogram_without_private_tables(compiled, dtype, target):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pair_ranges(compiled, dtype, target):
-    for kernel in ("image_extrema_kernel", "pair_ranges_kernel"):
+    for kernel in ("channel_ranges_kernel", "image_extrema_kernel", "pair_ranges_kernel"):
         made = compiled(kernel, dtype, target)
         assert_sound(made, dtype)
         assert dtype == "float64" or not made.count(r"ATOMS\.CAS")  # 64-bit atomics in shared memory are loops
+        if kernel != "image_extrema_kernel":  # the result rises by one operation, which answers nothing
+            assert made.count(r"REDG?\.E\.(MAX|MIN)") >= 2
+            assert not made.count(r"ATOM\.|ATOMG")
+    # Many images are on their way at once, and eight blocks of 256 threads on a multiprocessor.
+    streaming = compiled("channel_ranges_kernel", dtype, target)
+    assert streaming.registers <= 32
+    assert streaming.count(r"LDG") >= 8
     if dtype in ("float32", "float64"):
-        assert_sound(compiled("keys_to_ranges_kernel", dtype, target), dtype)
+        for kernel in ("set_numbers_kernel", "ends_to_ranges_kernel"):
+            assert_sound(compiled(kernel, dtype, target), dtype)
 
 
 # What a CUDA build of torch would have.
@@ -119,7 +127,7 @@ LOAD = """
 import importlib.util, sys, torch, gradrep_kernels
 spec = importlib.util.spec_from_file_location("gradrep_kernels._C_cuda", sys.argv[1])
 importlib.util.module_from_spec(spec)
-for op in ("pair_ranges", "joint_histogram", "joint_histogram_", "rep_sgd_step"):
+for op in ("pair_ranges", "pair_ranges_", "joint_histogram", "joint_histogram_", "rep_sgd_step"):
     print(op, torch._C._dispatch_has_kernel_for_dispatch_key("gradrep_kernels::" + op, "CUDA"))
 """
 
@@ -142,6 +150,8 @@ def test_the_module_loads_and_registers(built, tmp_path):
     loaded = subprocess.run([sys.executable, "-c", LOAD, module], cwd=compile_gate.ROOT, capture_output=True, text=True)
     assert loaded.stdout.split() == [
         "pair_ranges",
+        "True",
+        "pair_ranges_",
         "True",
         "joint_histogram",
         "True",

@@ -18,7 +18,7 @@ from gate_variants import POINTERS, TYPE, compiled_over_pairs
 
 from gradrep_kernels.ops.triton import INTERPRETED
 from gradrep_kernels.ops.triton.joint_histogram import CELLS, FIRST, block, joint_histogram_kernel, private_cells
-from gradrep_kernels.ops.triton.pair_ranges import BLOCK, pair_ranges_kernel
+from gradrep_kernels.ops.triton.pair_ranges import BLOCK, PLACES, TOGETHER, channel_ranges_kernel, pair_ranges_kernel
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -55,8 +55,21 @@ def test_joint_histogram(dtype, cells, target):
 
 @pytest.mark.parametrize("target", compile_gate.TARGETS)
 @pytest.mark.parametrize("dtype", TYPE, ids=str)
-def test_pair_ranges(dtype, target):
-    made = compiled_over_pairs(pair_ranges_kernel, dtype, target, {"BLOCK": BLOCK})
+@pytest.mark.parametrize("n", [True, False], ids=["n", "no n"])
+def test_pair_ranges(n, dtype, target):
+    constants = {"BLOCK": BLOCK} if n else {"BLOCK": BLOCK, "n": None}
+    made = compiled_over_pairs(pair_ranges_kernel, dtype, target, constants)
+    assert made.registers <= MOST_REGISTERS / 2 or dtype == torch.float64
+    assert made.contracted == 0
+    assert_sound(made, dtype)
+
+
+@pytest.mark.parametrize("target", compile_gate.TARGETS)
+@pytest.mark.parametrize("dtype", TYPE, ids=str)
+@pytest.mark.parametrize("together", [1, TOGETHER])
+def test_channel_ranges(together, dtype, target):
+    constants = {"TOGETHER": together, "BLOCK": PLACES // together}
+    made = compiled_over_pairs(channel_ranges_kernel, dtype, target, constants)
     assert made.registers <= MOST_REGISTERS / 2 or dtype == torch.float64
     assert made.contracted == 0
     assert_sound(made, dtype)
@@ -76,11 +89,18 @@ def test_strides_beyond_32_bits(target):
     """The one variant that follows from the value of an argument."""
     wide = dict.fromkeys(("stride_n", "stride_c", "stride_h", "stride_w"), "i64")
     constants = {"CELLS": 512 + 64, "BLOCK": block(compile_gate.TARGETS[target].warp_size)}
-    for kernel, of_kernel in ((joint_histogram_kernel, constants), (pair_ranges_kernel, {"BLOCK": BLOCK})):
+    of_channels = {"TOGETHER": TOGETHER, "BLOCK": PLACES // TOGETHER}
+    for kernel, of_kernel in (
+        (joint_histogram_kernel, constants),
+        (pair_ranges_kernel, {"BLOCK": BLOCK}),
+        (channel_ranges_kernel, of_channels),
+    ):
         assert compiled_over_pairs(kernel, torch.float32, target, of_kernel, wide).spills == 0
 
 
-@pytest.mark.parametrize("kernel", [joint_histogram_kernel, pair_ranges_kernel], ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize(
+    "kernel", [joint_histogram_kernel, pair_ranges_kernel, channel_ranges_kernel], ids=lambda kernel: kernel.__name__
+)
 def test_a_launch_makes_no_other_variants(kernel):
     """Triton compiles anew for a number that is 1 or a multiple of 16, and for such an address.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases_pairs import LAYOUTS, PAIRS, laid_out, make, same_bits
+from cases_pairs import LAYOUTS, PAIRS, assert_raised, laid_out, make, same_bits
 
 from gradrep_kernels.ops import backends, reference
 from gradrep_kernels.ops.reference.pair_rule import MAX_BINS, sturges
@@ -38,6 +38,7 @@ def check(x, displacements, padding, remove_near, *, bins=None, ranges=None, thr
         found, found_n = cpp("pair_ranges")(x, displacements, padding, remove_near)
         assert torch.equal(found_n, n)
         assert same_bits(found, x_ranges), (found, x_ranges)
+        assert_raised(cpp("pair_ranges_"), x, displacements, padding, remove_near)
     for numbers in (sturges(n), *([] if bins is None else [bins])):
         most = int(numbers.max())
         torch.set_num_threads(1)

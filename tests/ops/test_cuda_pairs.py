@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
+from functools import partial
 
 import builds
 import implementations
 import pytest
 import torch
-from cases_pairs import LAYOUTS, PAIRS, laid_out, make, same_bits
+from cases_pairs import LAYOUTS, PAIRS, assert_raised, laid_out, make, same_bits
 
 from gradrep_kernels.ops import reference
 from gradrep_kernels.ops.reference.pair_rule import MAX_BINS, arithmetic_dtype, sturges
@@ -75,7 +76,8 @@ class Emulated:
         arguments = Arguments(
             DTYPES.index(x.dtype), x.data_ptr(), Four(*x.shape), Four(*x.stride()),
             flat.data_ptr(), len(displacements) // 2, *padding, remove_near,
-            ranges.data_ptr(), None if bins is None else bins.data_ptr(), max_bins, result.data_ptr(),
+            ranges.data_ptr(), None if bins is None else bins.data_ptr(), max_bins,
+            None if result is None else result.data_ptr(),
         )  # fmt: skip
         self.facts = Facts(most_shared=shared, blocks_at_once=blocks_at_once)
         self.library.emulate(ctypes.byref(arguments), ctypes.byref(self.facts))
@@ -84,11 +86,14 @@ class Emulated:
     def pair_ranges(self, x, displacements, padding, remove_near, *, shared=H100, blocks_at_once=5):
         pairs = len(displacements) // 2
         ranges, n = (
-            x.new_zeros((x.shape[1], pairs, 2, 2), dtype=arithmetic_dtype(x.dtype)),
-            x.new_zeros((x.shape[1], pairs), dtype=torch.int64),
+            x.new_full((x.shape[1], pairs, 2, 2), 7, dtype=arithmetic_dtype(x.dtype)),
+            x.new_full((x.shape[1], pairs), 7, dtype=torch.int64),
         )
         self._run(x, displacements, padding, remove_near, ranges, None, 0, n, shared, blocks_at_once)
         return ranges, n
+
+    def pair_ranges_(self, ends, n, x, displacements, padding, remove_near, *, shared=H100, blocks_at_once=5):
+        self._run(x, displacements, padding, remove_near, ends, None, -1, n, shared, blocks_at_once)
 
     def joint_histogram(
         self, x, displacements, ranges, bins, max_bins, padding, remove_near, *, shared=H100, blocks_at_once=5
@@ -123,6 +128,9 @@ class OnGPU:
 
     def pair_ranges(self, *arguments, **emulated):
         return implementations.get("pair_ranges", "cuda", "cuda")(*arguments)
+
+    def pair_ranges_(self, *arguments, **emulated):
+        implementations.get("pair_ranges_", "cuda", "cuda")(*arguments)
 
     def joint_histogram(self, *arguments, **emulated):
         return implementations.get("joint_histogram", "cuda", "cuda")(*arguments)
@@ -178,6 +186,7 @@ def check(
         found, n = ops.pair_ranges(there, displacements, padding, remove_near, **emulated)
         assert torch.equal(n.cpu(), expected_n)
         assert same_bits(found.cpu(), expected_ranges), (found, expected_ranges)
+        assert_raised(partial(ops.pair_ranges_, **emulated), there, displacements, padding, remove_near)
         counts = torch.full_like(expected, 7, device=ops.device)
         ops.joint_histogram_(counts, there, displacements, ranges, bins, padding, remove_near, **emulated)
         assert torch.equal(counts.cpu(), expected + 7)

@@ -8,8 +8,10 @@ import torch
 from cases_sgs import MAPS, oracle_pairs
 
 import gradrep_kernels as gr
-from gradrep_kernels.ops import reference
-from gradrep_kernels.sgs.dependence import half_displacements
+from gradrep_kernels.ops import backends, reference
+from gradrep_kernels.ops.reference.pair_ranges import new_ends
+from gradrep_kernels.ops.reference.pair_rule import arithmetic_dtype, number_of_pairs, ranges_of
+from gradrep_kernels.sgs.taps import flat, half_displacements, two_ints
 
 INF = math.inf
 
@@ -131,6 +133,75 @@ def test_the_map_is_left_alone_and_no_graph_is_kept():
     assert x._version == version
 
 
+# ---- kept between batches
+
+
+def in_place():
+    return backends.implementation("pair_ranges_", "cpu")
+
+
+@pytest.mark.parametrize("remove_near", [False, True])
+@pytest.mark.parametrize("case", MAPS, ids=lambda case: case.desc)
+def test_ends_of_two_batches_against_lists_of_pairs(case, remove_near):
+    x = case.tensor()
+    displacements = all_displacements(case)
+    ends = torch.full((x.shape[1], len(displacements), 2, 2), -INF, dtype=arithmetic_dtype(x.dtype))
+    n = torch.full(ends.shape[:2], 7)
+    for part in (x[:1], x[1:]):
+        in_place()(ends, n, part, flat(displacements), list(two_ints("padding", case.padding, 0)), remove_near)
+    for d, displacement in enumerate(displacements):
+        for c, sides in enumerate(oracle_pairs(x.to(ends.dtype).numpy(), displacement, case.padding, remove_near)):
+            assert n[c, d] == 7 + len(sides[0])
+            expected = [[-side.min(), side.max()] if len(side) else [-INF, -INF] for side in sides]
+            assert ends[c, d].tolist() == expected
+
+
+@pytest.mark.parametrize("remove_near", [False, True])
+def test_ends_only_rise_and_a_nan_stays(remove_near):
+    ends = torch.tensor([5.0, -INF, math.nan, 0.5]).view(1, 1, 2, 2)
+    in_place()(ends, None, torch.tensor([[[[-1.0, 2.0, 3.0]]]]), [0, 1], [0, 0], remove_near)
+    assert ends.flatten()[[0, 1, 3]].tolist() == [5, 2, 3]
+    assert ends.flatten()[2].isnan()
+    in_place()(ends, None, torch.tensor([[[[math.nan, 2.0, 1.0]]]]), [0, 1], [0, 0], remove_near)
+    assert ends[0, 0, 0].isnan().all()
+    assert ends[0, 0, 1, 1] == 3
+
+
+@pytest.mark.parametrize("remove_near", [False, True])
+def test_no_pixel_raises_nothing(remove_near):
+    ends, n = torch.full((3, 1, 2, 2), -INF), torch.full((3, 1), 7)
+    in_place()(ends, n, torch.zeros(0, 3, 4, 4), [0, 1], [1, 1], remove_near)
+    assert ends.eq(-INF).all()
+    assert n.eq(7).all()
+
+
+@pytest.mark.parametrize("padding", [0, 1, (0, 2)])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 1, 1, 1), (0, 3, 4, 4)])
+def test_the_number_of_pairs_follows_from_the_shapes(shape, padding):
+    displacements, padding = [(0, 1), (1, -1), (-3, 2), (0, 0), (50, 0)], two_ints("padding", padding, 0)
+    n = number_of_pairs(shape, flat(displacements), padding)
+    for number, displacement in zip(n, displacements, strict=True):
+        assert number == len(oracle_pairs(np.ones((*shape[:1], 1, *shape[2:])), displacement, padding, False)[0][0])
+
+
+ENDS = {
+    "another shape": (dict(ends=torch.zeros(3, 1, 2, 2)), "ends"),
+    "another dtype": (dict(ends=torch.zeros(2, 1, 2, 2, dtype=torch.float64)), "ends"),
+    "not contiguous": (dict(ends=torch.zeros(2, 1, 2, 4)[..., ::2]), "ends"),
+    "n of another shape": (dict(n=torch.zeros(1, 2, dtype=torch.int64)), "n"),
+    "n of another dtype": (dict(n=torch.zeros(2, 1, dtype=torch.int32)), "n"),
+    "n is not contiguous": (dict(n=torch.zeros(2, 2, dtype=torch.int64)[:, ::2]), "n"),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_wrong_ends(case):
+    change, name = ENDS[case]
+    arguments = {"ends": torch.zeros(2, 1, 2, 2), "n": torch.zeros(2, 1, dtype=torch.int64), **change}
+    with pytest.raises((ValueError, RuntimeError), match=f"pair_ranges_: {name} must be contiguous"):
+        in_place()(**arguments, x=torch.ones(2, 2, 4, 4), displacements=[0, 1], padding=[0, 0], remove_near=False)
+
+
 WRONG = {
     "not a tensor": (TypeError, "x must be a Tensor", lambda x: dict(x=x.numpy())),
     "integers": (TypeError, "x must be float32", lambda x: dict(x=x.int())),
@@ -165,3 +236,13 @@ def test_the_registered_op(dtype):
     torch.library.opcheck(
         torch.ops.gradrep_kernels.pair_ranges.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
+    ends, n = new_ends(x, [0, 1, 1, -1])
+    for numbers in (n, None):
+        torch.library.opcheck(
+            torch.ops.gradrep_kernels.pair_ranges_.default,
+            (ends, numbers, *arguments),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+    torch.ops.gradrep_kernels.pair_ranges_(ends, n, *arguments)
+    assert torch.equal(ranges_of(ends), found[0])
+    assert torch.equal(n, found[1])

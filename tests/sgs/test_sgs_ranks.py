@@ -219,8 +219,7 @@ def test_the_same_batches_on_one_two_and_four_ranks(results):
 def bytes_of_an_update(maps):
     """How much one rank sends.
 
-    They are n and a flag of each layer and two numbers (int64), both ends of ranges (float64), tables and a flag
-    (int32).
+    They are n of each layer and two numbers (int64), both ends of ranges (float64), tables and a flag (int32).
     """
     pairs, cells = 0, 0
     for calls in maps.values():
@@ -232,4 +231,4 @@ def bytes_of_an_update(maps):
         ]
         pairs += channels * len(displacements)
         cells += channels * len(displacements) * (1 + (max(n) - 1).bit_length()) ** 2
-    return 8 * (pairs + len(maps) + 2) + 8 * 4 * pairs + 4 * (cells + 1)
+    return 8 * (pairs + 2) + 8 * 4 * pairs + 4 * (cells + 1)

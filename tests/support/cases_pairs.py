@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from gradrep_kernels.ops import reference
+from gradrep_kernels.ops.reference.pair_rule import arithmetic_dtype
 from gradrep_kernels.sgs.dependence import half_displacements
 
 LAYOUTS = ("contiguous", "channels_last", "cut", "every_other", "columns_first", "one_image_repeated")
@@ -183,3 +186,27 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         and torch.equal(a.isnan(), b.isnan())
         and torch.equal(a.nan_to_num(nan=0.0).view(bits), b.nan_to_num(nan=0.0).view(bits))
     )
+
+
+def ends_of_before(channels: int, pairs: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ends and n as other maps could have left them: nothing, numbers of all sizes, a NaN of either sign."""
+    ends = torch.full((channels, pairs, 2, 2), -math.inf, dtype=arithmetic_dtype(dtype))
+    for start, value in enumerate((0.25, -0.5, 1e9, math.inf, math.nan, -math.nan, 0.0)):
+        ends.view(-1)[start + 1 :: 17] = value
+    return ends, torch.arange(7, 7 + channels * pairs).view(channels, pairs)
+
+
+def assert_raised(
+    op: Callable, x: torch.Tensor, displacements: list[int], padding: list[int], remove_near: bool
+) -> None:
+    """`pair_ranges_` in two batches, onto ends of before, against the reference on the CPU; with n and without."""
+    expected, expected_n = ends_of_before(x.shape[1], len(displacements) // 2, x.dtype)
+    found, n = (part.to(x.device, copy=True) for part in (expected, expected_n))
+    without_n = found.clone()
+    reference.pair_ranges_(expected, expected_n, x.cpu(), displacements, padding, remove_near)
+    for part in (x[:1], x[1:]):
+        op(found, n, part, displacements, padding, remove_near)
+        op(without_n, None, part, displacements, padding, remove_near)
+    assert torch.equal(n.cpu(), expected_n)
+    assert same_bits(found.cpu(), expected), (found, expected)
+    assert same_bits(without_n, found)

@@ -17,13 +17,14 @@ import triton
 from gate_variants import compiled_over_pairs, compiled_over_parameters
 
 from gradrep_kernels.ops.triton.joint_histogram import block, joint_histogram_kernel, private_cells
-from gradrep_kernels.ops.triton.pair_ranges import BLOCK, pair_ranges_kernel
+from gradrep_kernels.ops.triton.pair_ranges import BLOCK, PLACES, channel_ranges_kernel, pair_ranges_kernel
 from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm_kernel
 from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step_kernel
 
 CUDA = {  # kernels as the compiler names them
     "joint_histogram, CUDA C++, tables in shared memory": "joint_histogram_kernelILb1Ef",
     "joint_histogram, CUDA C++, into the result": "joint_histogram_kernelILb0Ef",
+    "pair_ranges, CUDA C++, one range per channel": "channel_ranges_kernelIf",
     "pair_ranges, CUDA C++, over images": "image_extrema_kernelIf",
     "pair_ranges, CUDA C++, over pairs": "pair_ranges_kernelIf",
 }
@@ -38,6 +39,9 @@ def triton_kernels(target: str) -> dict[str, compile_gate.Compiled]:
         "rep_grad_norm, Triton": step(rep_grad_norm_kernel, torch.float32, target, {"partial": "*fp32"}, {}),
         "joint_histogram, Triton, 23 bins": pairs(joint_histogram_kernel, torch.float32, target, table),
         "pair_ranges, Triton": pairs(pair_ranges_kernel, torch.float32, target, {"BLOCK": BLOCK}),
+        "pair_ranges, Triton, one range per channel": pairs(
+            channel_ranges_kernel, torch.float32, target, {"TOGETHER": 1, "BLOCK": PLACES}
+        ),
     }
 
 

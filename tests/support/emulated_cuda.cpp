@@ -42,12 +42,11 @@ struct Emulator {
 
   template <typename Work>
   void operator()(Work work) const {
-    if constexpr (requires { work.take_slabs(1); }) {
-      work.take_slabs(facts.blocks_at_once);
+    if constexpr (requires { work.take_slabs(1); }) work.take_slabs(facts.blocks_at_once);
+    if constexpr (requires { work.shared_bytes(); })
       each_block(work, work.shared_bytes());
-    } else {
+    else
       each_block(work, 0);
-    }
   }
 
   template <typename Work>
@@ -78,6 +77,10 @@ struct Emulator {
     facts.tiled += work.private_tables && work.tiled && *ended.unlike == 0;
   }
   template <typename S>
+  void run(const ChannelWork<S>& work, int64_t block, char* shared) const {
+    channel_ranges_block(work, block, shared, Phases{block % 2 == 1});
+  }
+  template <typename S>
   void run(const ExtremaWork<S>& work, int64_t block, char*) const {
     Phases{block % 2 == 1}([&](int thread) { image_extrema(work, block, thread); });
   }
@@ -86,8 +89,12 @@ struct Emulator {
     pair_ranges_block(work, block, shared, Phases{block % 2 == 1});
   }
   template <typename T>
-  void run(const KeyWork<T>& work, int64_t block, char*) const {
-    Phases{block % 2 == 1}([&](int thread) { keys_to_ranges(work, block, thread); });
+  void run(const NumberWork<T>& work, int64_t block, char*) const {
+    Phases{block % 2 == 1}([&](int thread) { set_numbers(work, block, thread); });
+  }
+  template <typename T>
+  void run(const FinalWork<T>& work, int64_t block, char*) const {
+    Phases{block % 2 == 1}([&](int thread) { ends_to_ranges(work, block, thread); });
   }
 };
 
@@ -97,8 +104,8 @@ struct Arguments {  // as the ops have them; the layout is also in test_emulated
   int64_t sizes[4], strides[4];
   const int64_t* displacements;
   int64_t count, pad_rows, pad_columns, remove_near;
-  void* ranges;         // an argument of one op, a result of the other
-  const int32_t* bins;  // null: pair_ranges
+  void* ranges;         // an argument of joint_histogram_, a result of the others
+  const int32_t* bins;  // null: pair_ranges, or pair_ranges_ with max_bins below 0
   int64_t max_bins;
   int64_t* result;  // counts, or n
 };
@@ -117,9 +124,9 @@ void emulate_as(const Arguments& a, const Emulator& emulator) {
                           a.strides[2],
                           a.strides[3]};
   auto* ranges = static_cast<Arithmetic<S>*>(a.ranges);
-  if (a.bins == nullptr)
-    return pair_ranges_launches(map, displacements, a.pad_rows, a.pad_columns, a.remove_near, ranges, a.result,
-                                emulator);
+  const RangeOptions options{displacements, a.pad_rows, a.pad_columns, a.remove_near != 0};
+  if (a.bins == nullptr && a.max_bins < 0) return pair_ranges_add_launches(map, options, ranges, a.result, emulator);
+  if (a.bins == nullptr) return pair_ranges_launches(map, options, ranges, a.result, emulator);
   joint_histogram_launches(map, displacements, ranges, a.bins, a.max_bins, a.pad_rows, a.pad_columns, a.remove_near,
                            a.result, emulator.facts.most_shared, emulator);
 }

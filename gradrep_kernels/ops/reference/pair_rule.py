@@ -29,6 +29,8 @@ equal are 0 in the result, so then the counts need not sum to n.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,23 @@ def sturges(n: Tensor) -> Tensor:
     It is exact below 2^53, and 1 where n <= 1.
     """
     return 1 + torch.frexp((n - 1).clamp(min=0).double()).exponent
+
+
+def number_of_pairs(shape: Sequence[int], displacements: Sequence[int], padding: Sequence[int]) -> list[int]:
+    """Count the pairs of each displacement in a map [N, C, H, W], per channel, if none is dropped: it takes no data."""
+    images, _, *size = shape
+    if 0 in shape:
+        return [0] * (len(displacements) // 2)
+    rows, columns = (length + 2 * pad for length, pad in zip(size, padding))
+    return [
+        images * max(0, rows - abs(di)) * max(0, columns - abs(dj))
+        for di, dj in zip(displacements[::2], displacements[1::2])
+    ]
+
+
+def ranges_of(ends: Tensor) -> Tensor:
+    """Return [..., (lo, hi)] of the ends [..., (greatest of -v, greatest of v)] of `pair_ranges_`."""
+    return torch.stack((-ends[..., 0], ends[..., 1]), dim=-1) + 0.0  # -0.0 + 0.0 is +0.0
 
 
 def inverse_width(ranges: Tensor, bins: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ except ImportError as error:
 
 from gradrep_kernels.ops.triton.joint_histogram import joint_histogram, joint_histogram_
 from gradrep_kernels.ops.triton.launching import INTERPRETED
-from gradrep_kernels.ops.triton.pair_ranges import pair_ranges
+from gradrep_kernels.ops.triton.pair_ranges import pair_ranges, pair_ranges_
 from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm
 from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step
 
@@ -23,12 +23,15 @@ __all__ = [
     "joint_histogram",
     "joint_histogram_",
     "pair_ranges",
+    "pair_ranges_",
     "rep_grad_norm",
     "rep_sgd_step",
     "supports",
 ]
 
-_OPS = {op.__name__ for op in (joint_histogram, joint_histogram_, pair_ranges, rep_grad_norm, rep_sgd_step)}
+_OPS = {
+    op.__name__ for op in (joint_histogram, joint_histogram_, pair_ranges, pair_ranges_, rep_grad_norm, rep_sgd_step)
+}
 
 
 def supports(op: str, device: str) -> str | None:
