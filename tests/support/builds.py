@@ -79,7 +79,7 @@ def program(name: str, flags: Sequence[str], compiler: str | None = None) -> Pat
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
-    inputs = [source, *sources("*.h"), *flags, *version(compiler)]
+    inputs = [source, *sorted(source.parent.glob("*.h")), *sources("*.h"), *flags, *version(compiler)]
     return kept(name, inputs, build) / name
 
 
