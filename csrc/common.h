@@ -46,6 +46,10 @@ inline bool is_dense(const Sizes& sizes, const Sizes& strides) {
   return true;
 }
 
+inline bool on_one_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device() == b.get_device();
+}
+
 // The one element of a float32 CPU tensor (grad_scale, found_inf).
 inline float one_float(const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu() && dtype_of(t) == aoti_torch_dtype_float32() && t.numel() == 1,

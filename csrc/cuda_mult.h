@@ -24,11 +24,11 @@ class MultParts {
     const Shape shape{to_sizes(like.sizes()), to_sizes(like.strides())};
     if (!scale) return {address_without_multiplier(shape)};
     const Shape own{to_sizes(scale->sizes()), to_sizes(scale->strides())};
-    STD_TORCH_CHECK(is_beside(like, *scale) && broadcast_strides(shape.sizes, own.sizes, own.strides),
+    STD_TORCH_CHECK(on_one_device(like, *scale) && broadcast_strides(shape.sizes, own.sizes, own.strides),
                     "a Grad Mult must lie on its parameter's device and broadcast to it");
     if (identity) {
       check_identity(*identity, shape.sizes);
-      STD_TORCH_CHECK(is_beside(like, *identity), "an identity must lie on its parameter's device");
+      STD_TORCH_CHECK(on_one_device(like, *identity), "an identity must lie on its parameter's device");
     }
     if (like.numel() == 0) return {address_without_multiplier(shape)};
     const Reading reading =
@@ -37,7 +37,7 @@ class MultParts {
     const T* ones = nullptr;
     if (identity) {
       const bool as_it_is = is_computed_in<T>(*identity) && identity->is_contiguous();
-      ones = read<T>(as_it_is ? *identity : copy_of(empty<T>(like, own_sizes(*identity)), *identity));
+      ones = read<T>(as_it_is ? *identity : copy_of(empty<T>(like, to_sizes(identity->sizes())), *identity));
     }
     if (reading.from == Reading::kDense) {
       // A copy of the parameter, for its strides. Stable operations offer no empty_strided.
@@ -73,10 +73,6 @@ class MultParts {
   static bool is_computed_in(const Tensor& t) {
     return dtype_of(t) == (sizeof(T) == 8 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
   }
-  static bool is_beside(const Tensor& a, const Tensor& b) {
-    return a.is_cpu() == b.is_cpu() && a.get_device() == b.get_device();
-  }
-  static Sizes own_sizes(const Tensor& t) { return to_sizes(t.sizes()); }
   template <typename T>
   static Tensor empty(const Tensor& like, const Sizes& sizes) {
     return torch::stable::new_empty(like, sizes, scalar<T>());

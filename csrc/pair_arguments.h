@@ -31,10 +31,6 @@ inline torch::headeronly::ScalarType arithmetic_dtype(const Tensor& x) {
                                                    : torch::headeronly::ScalarType::Float;
 }
 
-inline bool on_one_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.get_device() == b.get_device();
-}
-
 // ranges [C, D, 2, 2] in the arithmetic dtype, bins [C, D] int32, both where x is.
 inline void check_binning(const Tensor& x, int64_t displacements, const Tensor& ranges, const Tensor& bins) {
   const bool wide = dtype_of(x) == aoti_torch_dtype_float64();

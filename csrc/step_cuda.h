@@ -10,16 +10,11 @@
 // reads_states and element, for host and device.
 #pragma once
 
-#include "mult_places.h"
-#include "stored.h"
+#include "launch_rows.h"
 
-#include <memory>
 #include <utility>
 
 namespace gradrep {
-
-// Bytes of a kernel's parameters, from sm_70 and CUDA 12.1 on.
-constexpr int64_t kMostParameters = 32764;
 
 // ---- hyper-parameters
 
@@ -80,60 +75,18 @@ struct PackWork {
 
 // ---- the rows of a launch
 
-enum class Form : int8_t { kNone, kConstant, kGeneral };  // of a multiplier
-
 template <typename Update, typename S>
-struct StepRow {  // a piece of a parameter
-  using T = Arithmetic<S>;
+struct StepRow : PlacedRow<Arithmetic<S>> {
   S *param, *grad, *states[Update::kStates];
-  const T *scale, *identity;  // where M is not one number
-  Packed<Update, T> hyper;
-  uint32_t numel;
+  Packed<Update, Arithmetic<S>> hyper;
   int32_t group;
-  MultPlaces places;
   bool aligned, first;  // all tensors begin at a multiple of 16 bytes; it is the parameter's first step
-  Form form;
 };
 
 template <typename Update, typename S>
-struct StepWork {
-  using T = Arithmetic<S>;
-  using Row = StepRow<Update, S>;
-  static constexpr int kRows = (kMostParameters - 48) / (sizeof(Row) + sizeof(uint32_t));
-  static constexpr uint32_t kLeastChunk = kThreads * kTogether<S>, kMostChunk = 8192;
-
-  const float *grad_scale, *found_inf;   // or null
-  const Packed<Update, T>* packed;       // by group, where some are on the device; null: each row has its own
-  uint32_t rows = 0, chunk = 0, chunks;  // chunk: elements of a block
-  uint32_t first_chunk[kRows];           // of each row
-  Row row[kRows];
-
-  int64_t blocks() const { return chunks; }
-
-  // Chunks as large as they can be with `wanted` of them, so that a small network has one for every multiprocessor.
-  void take_chunks(int64_t wanted) {
-    int64_t total = 0;
-    for (uint32_t n = 0; n < rows; ++n) total += row[n].numel;
-    chunk = kMostChunk;
-    while (chunk > kLeastChunk && total / chunk < wanted) chunk /= 2;
-    chunks = 0;
-    for (uint32_t n = 0; n < rows; ++n) {
-      first_chunk[n] = chunks;
-      chunks += (row[n].numel + chunk - 1) / chunk;
-    }
-  }
-
-  GRADREP_HD GRADREP_INLINE uint32_t row_of(uint32_t block) const {
-    uint32_t low = 0, high = rows;
-    while (high - low > 1) {
-      const uint32_t middle = (low + high) / 2;
-      if (first_chunk[middle] <= block)
-        low = middle;
-      else
-        high = middle;
-    }
-    return low;
-  }
+struct StepWork : LaunchRows<S, StepRow<Update, S>, 3 * sizeof(void*)> {
+  const float *grad_scale, *found_inf;             // or null
+  const Packed<Update, Arithmetic<S>>* on_device;  // by group; null: each row has its own
 };
 
 // ---- what a block does
@@ -165,14 +118,13 @@ struct StepBlock<Update, S, std::index_sequence<state...>> {
   T unscale, constant;  // what gradients are divided by; M where it is one number
 
   GRADREP_HD GRADREP_INLINE StepBlock(const StepWork<Update, S>& w, const StepRow<Update, S>& r)
-      : work(w), row(r), unscale(1), constant(1) {
-    if (w.packed != nullptr)
-      hyper = w.packed[r.group];
+      : work(w), row(r), unscale(1), constant(r.constant()) {
+    if (w.on_device != nullptr)
+      hyper = w.on_device[r.group];
     else
       hyper = r.hyper;
     variant = r.first ? hyper.first_variant : hyper.variant;
     if (w.grad_scale != nullptr) unscale = static_cast<T>(*w.grad_scale);
-    if (r.form == Form::kConstant) constant = *r.scale;
   }
 
   GRADREP_HD GRADREP_INLINE bool uses(size_t n) const { return hyper.states > static_cast<int>(n); }
@@ -203,7 +155,7 @@ struct StepBlock<Update, S, std::index_sequence<state...>> {
         for (int i = 0; i < part; ++i) d[i] = d[i] * constant;
       if (row.form == Form::kGeneral)
 #pragma unroll
-        for (int i = 0; i < part; ++i) d[i] = d[i] * row.places.multiplier(at + k * part + i, row.scale, row.identity);
+        for (int i = 0; i < part; ++i) d[i] = d[i] * row.multiplier(at + k * part + i);
       p.read(wide_p);
       (s[state].read(wide_s[state]), ...);
       with_variant<0, Update::kVariants>(variant, [&](auto fixed) {
@@ -227,52 +179,37 @@ template <typename Update, typename S>
 GRADREP_HD GRADREP_INLINE void step_block(const StepWork<Update, S>& work, uint32_t block, int thread) {
   constexpr uint32_t width = kTogether<S>;
   if (work.found_inf != nullptr && *work.found_inf != 0) return;
-  const uint32_t n = work.row_of(block);
-  const StepRow<Update, S>& row = work.row[n];
-  const StepBlock<Update, S> own(work, row);
-  const uint32_t begin = (block - work.first_chunk[n]) * work.chunk, left = row.numel - begin;
-  const uint32_t end = begin + (left < work.chunk ? left : work.chunk);
-  const uint32_t wide_end = row.aligned ? end - end % width : begin;  // begin is a multiple of width
-  for (uint32_t at = begin + thread * width; at < wide_end; at += kThreads * width) own.template step<width>(at);
-  for (uint32_t at = wide_end + thread; at < end; at += kThreads) own.template step<1>(at);
+  const ChunkOfRow chunk = work.chunk_of(block);
+  const StepBlock<Update, S> own(work, work.row[chunk.row]);
+  for (uint32_t at = chunk.begin + thread * width; at < chunk.wide_end; at += kThreads * width)
+    own.template step<width>(at);
+  for (uint32_t at = chunk.wide_end + thread; at < chunk.end; at += kThreads) own.template step<1>(at);
 }
 
 // ---- the launches of one dtype
 
 template <typename Update, typename S>
-class StepLaunches {
+class StepLaunches : public Launches<StepWork<Update, S>> {
  public:
-  using Work = StepWork<Update, S>;
   using T = Arithmetic<S>;
 
-  // A piece of a parameter, whose multiplier is at `scale` and `identity` (or null).
   void add(size_t param, const Piece& piece, const T* scale, const T* identity, int64_t group, bool first) {
-    if (works_.empty() || works_.back()->rows == Work::kRows) works_.push_back(std::make_unique<Work>());
-    auto& row = works_.back()->row[works_.back()->rows++];
-    bool constant = identity == nullptr;
-    for (const Level& level : piece.address.levels) constant = constant && (level.size == 1 || level.stride == 0);
-    row.form = scale == nullptr ? Form::kNone : constant ? Form::kConstant : Form::kGeneral;
-    row.scale = scale == nullptr ? nullptr : scale + piece.scale;
-    row.identity = identity == nullptr ? nullptr : identity + piece.identity;
-    row.numel = static_cast<uint32_t>(piece.numel());
+    auto& row = this->new_row();
+    row.take(piece, scale, identity);
     row.group = static_cast<int32_t>(group);
-    row.places = MultPlaces(piece);
     row.first = first;
     sources_.push_back({param, piece.start});
-  }
-
-  void take_chunks() {
-    for (const auto& work : works_) work->take_chunks(kChunks);
   }
 
   // The arrays of each parameter, as they are now: p, g and s.
   template <typename Tensors>
   void point_to(const std::vector<Tensors>& tensors) {
-    each_row([&](auto& row, const Source& source) {
-      const Tensors& from = tensors[source.param];
+    auto source = sources_.begin();
+    this->each_row([&](auto& row) {
+      const Tensors& from = tensors[source->param];
       uintptr_t bits = 0;
       const auto at = [&](void* array) {
-        S* const place = array == nullptr ? nullptr : static_cast<S*>(array) + source.start;
+        S* const place = array == nullptr ? nullptr : static_cast<S*>(array) + source->start;
         bits |= reinterpret_cast<uintptr_t>(place);
         return place;
       };
@@ -280,43 +217,25 @@ class StepLaunches {
       row.grad = at(from.g);
       for (int k = 0; k < Update::kStates; ++k) row.states[k] = at(from.s[k]);
       row.aligned = bits % 16 == 0;
+      ++source;
     });
   }
 
-  // `table`: numbers of the host, one row per group; `packed`: on the device instead, or null.
-  void set_hyper(const double* table, const Packed<Update, T>* packed) {
-    each_row([&](auto& row, const Source&) {
-      if (packed == nullptr)
-        row.hyper = Packed<Update, T>(typename Update::Hyper(table + row.group * Update::Hyper::kColumns));
+  // `table`: numbers of the host, one row per group. `on_device`: all of them on the device instead, or null.
+  void set_hyper(const double* table, const Packed<Update, T>* on_device) {
+    this->each([&](auto& work) { work.on_device = on_device; });
+    if (on_device != nullptr) return;
+    this->each_row([&](auto& row) {
+      row.hyper = Packed<Update, T>(typename Update::Hyper(table + row.group * Update::Hyper::kColumns));
     });
-    for (const auto& work : works_) work->packed = packed;
-  }
-
-  template <typename Launch>
-  void each_launch(const float* grad_scale, const float* found_inf, const Launch& launch) const {
-    for (const auto& work : works_) {
-      work->grad_scale = grad_scale;
-      work->found_inf = found_inf;
-      launch(*work);
-    }
   }
 
  private:
-  static constexpr int64_t kChunks = 1024;  // of a launch at least, where it can have them: 8 for each of 132 SMs
-
   struct Source {  // of a row
     size_t param;
     int64_t start;  // its first element
   };
 
-  template <typename F>
-  void each_row(const F& f) const {
-    auto source = sources_.begin();
-    for (const auto& work : works_)
-      for (uint32_t n = 0; n < work->rows; ++n) f(work->row[n], *source++);
-  }
-
-  std::vector<std::unique_ptr<Work>> works_;
   std::vector<Source> sources_;
 };
 

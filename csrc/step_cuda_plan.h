@@ -40,7 +40,7 @@ class CudaStepPlan : public PlannedStep {
           launches.add(k, piece, mult.scale, mult.identity, row.group, row.first);
       });
     }
-    each_dtype([](auto& launches) { launches.take_chunks(); });
+    each_dtype([](auto& launches) { launches.each([](auto& work) { work.take_chunks(); }); });
   }
 
   bool step(const std::vector<Tensor>& grads, const HyperTable& table, const std::optional<Tensor>& grad_scale,
@@ -69,7 +69,11 @@ class CudaStepPlan : public PlannedStep {
     if (launch.capturing()) parts_.keep_for_graph();
     each_dtype([&]<typename S>(StepLaunches<Update, S>& launches) {
       launches.set_hyper(table.numbers.data(), std::get<const Packed<Update, Arithmetic<S>>*>(packed));
-      launches.each_launch(unscale, overflow, launch);
+      launches.each([&](auto& work) {
+        work.grad_scale = unscale;
+        work.found_inf = overflow;
+        launch(work);
+      });
     });
     return true;
   }

@@ -551,7 +551,7 @@ def test_gpu_check_knows_what_a_module_registers():
     plan = ["rep_sgd_plan", "rep_sgd_plan_step", "rep_sgd_plan_free"]
     pairs = ["joint_histogram", "joint_histogram_", "pair_ranges"]
     assert gpu_check._ops("_C") == [*pairs, "rep_grad_norm", "rep_sgd_step", *plan]
-    assert gpu_check._ops("_C_cuda") == [*pairs, "rep_sgd_step", *plan]
+    assert gpu_check._ops("_C_cuda") == [*pairs, "rep_grad_norm", "rep_sgd_step", *plan]
 
 
 def test_gpu_check_takes_no_module_that_lacks_an_op(tmp_path, monkeypatch):

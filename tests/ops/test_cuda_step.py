@@ -1,36 +1,29 @@
 """The CUDA C++ step against the reference, to the bit: on a GPU, and emulated anywhere.
 
-Emulated: the ops as they are but for the launches, on CPU tensors, with the kernels' blocks compiled for the CPU. An
-access of 16 bytes to a tensor that is not aligned ends all tests at once (UBSan). What only a GPU has is not judged by
-that: machine code (see test_compile_gate_cuda.py) and streams.
+What only a GPU has is not judged by the emulation (emulated_step.py): machine code (test_compile_gate_cuda_step.py) and
+streams.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import weakref
 from collections.abc import Iterator
 
-import builds
 import cases
 import checks
 import implementations
 import pytest
 import torch
 from cases import Problem, assert_same_bits
+from emulated_step import Emulated
 from implementations import on_gpu
-from torch.utils import cpp_extension
 
 from gradrep_kernels.ops import backends, reference
-from gradrep_kernels.ops.cpp import step as fronts
 from gradrep_kernels.ops.dense import share_memory
-from gradrep_kernels.ops.registry import OPS
-from gradrep_kernels.ops.schema import plan_ops
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LARGEST_PIECE = 2**30  # csrc/mult_places.h
 CHUNK = 1024  # elements that 256 threads take in float32 at least
 SHAPES = [
     *cases.SHAPES.values(),
@@ -40,61 +33,9 @@ FOUR_GROUPS = [cases.HYPERS[n] for n in (0, 3, 4, 8)]
 SCALE, WENT_WELL, OVERFLOW = 3.0, 0.0, float("nan")
 
 
-class Device(ctypes.Structure):  # as in emulated_step.cpp
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("most_of_piece", "stream", "captures", "launches", "blocks"))
-
-
-@pytest.fixture(scope="session")
-def library() -> ctypes.CDLL:
-    if builds.cpp_compiler() is None:
-        pytest.skip("no C++ compiler")
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
-    flags += ["-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={compile_target()}", f"-I{builds.ROOT / 'csrc'}"]
-    flags += ["-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error"]
-    flags += [f"-I{folder}" for folder in cpp_extension.include_paths()]
-    flags += [
-        "-Wl,--no-as-needed",
-        *(f"-L{folder}" for folder in cpp_extension.library_paths()),
-        "-ltorch_cpu",
-        "-lc10",
-    ]
-    built = builds.program("emulated_step", flags)
-    namespace = torch.library.Library("gradrep_emulated", "DEF")
-    for row in (OPS["rep_sgd_step"], *plan_ops(OPS["rep_sgd_step"])):
-        namespace.define(row.name + row.schema)
-    torch.ops.load_library(built)
-    library = ctypes.CDLL(str(built))
-    library.namespace = namespace
-    library.emulated_device.restype = ctypes.POINTER(Device)
-    return library
-
-
-def compile_target() -> str:
-    import compile_gate
-
-    return compile_gate.setup_py().TORCH_TARGET
-
-
-class Emulated:
-    """The ops on CPU tensors, and the device that runs their launches."""
-
-    device = "cpu"
-
-    def __init__(self, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch):
-        self._library, self.told = library, library.emulated_device().contents
-        self.told.most_of_piece, self.told.stream, self.told.captures = LARGEST_PIECE, 1, 0
-        self.told.launches = self.told.blocks = 0
-        library.forget_graph()
-        ops = torch.ops.gradrep_emulated
-        monkeypatch.setattr(fronts, "registered", lambda name: getattr(ops, name).default)
-        self.step = fronts.step_front("rep_sgd_step")
-        self.planner = backends.Planner(ops.rep_sgd_plan, ops.rep_sgd_plan_step, ops.rep_sgd_plan_free, fronts.takes)
-
-    @contextlib.contextmanager
-    def capture(self) -> Iterator:
-        self.told.captures = 1
-        yield self._library.replay
-        self.told.captures = 0
+@pytest.fixture
+def emulated(monkeypatch) -> Emulated:
+    return Emulated(monkeypatch)
 
 
 class OnGpu:
@@ -116,10 +57,8 @@ HERE = [param.values[0] for param in implementations.of("rep_sgd_step") if param
 
 
 @pytest.fixture(params=["emulated", *(pytest.param(name, marks=pytest.mark.gpu) for name in HERE)])
-def where(request, monkeypatch):
-    if request.param == "cuda":
-        return OnGpu()
-    return Emulated(request.getfixturevalue("library"), monkeypatch)
+def where(request):
+    return OnGpu() if request.param == "cuda" else request.getfixturevalue("emulated")
 
 
 def agree(where, problem: Problem, **numbers: float) -> Problem:
@@ -256,9 +195,8 @@ def test_unusual_multipliers(where, name, dtype, wide, strided):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("most", [16, 150, 1000])
-def test_pieces(library, monkeypatch, most, channels_last):
+def test_pieces(emulated, most, channels_last):
     """As tensors beyond 2³⁰ elements are cut, here at small ones."""
-    emulated = Emulated(library, monkeypatch)
     emulated.told.most_of_piece = most
     shapes = [(257,), (40, 30), (3, 1100), (2, 3, 25, 25), (17, 17, 3, 3), (40, 3, 3, 3), (19, 1, 3, 3), (6, 7, 5, 5)]
     for form, identity in itertools.product(cases.scale_shapes(shapes[-1]), (False, True)):
@@ -269,8 +207,7 @@ def test_pieces(library, monkeypatch, most, channels_last):
 # ---- launches
 
 
-def test_one_launch_for_all_parameters_of_a_dtype(library, monkeypatch):
-    emulated = Emulated(library, monkeypatch)
+def test_one_launch_for_all_parameters_of_a_dtype(emulated):
     problem = Problem(SHAPES)
     for n, dtype in enumerate(itertools.cycle(DTYPES)):
         if n == len(SHAPES):
@@ -281,15 +218,13 @@ def test_one_launch_for_all_parameters_of_a_dtype(library, monkeypatch):
     assert emulated.told.launches == len(DTYPES)
 
 
-def test_more_parameters_than_a_launch_has_room_for(library, monkeypatch):
-    emulated = Emulated(library, monkeypatch)
+def test_more_parameters_than_a_launch_has_room_for(emulated):
     agree(emulated, Problem([(n % 7 + 1, 2, 3, 3) for n in range(600)], hypers=FOUR_GROUPS))
-    assert emulated.told.launches == -(-600 // library.rows_of_a_launch()) > 1
+    assert emulated.told.launches == -(-600 // emulated.rows_of_a_launch()) > 1
 
 
-def test_chunks(library, monkeypatch):
+def test_chunks(emulated):
     """A small network has a block for each 1024 elements, a large one for each 8192."""
-    emulated = Emulated(library, monkeypatch)
     for elements, chunk in ((20 * CHUNK, CHUNK), (1024 * 8 * CHUNK, 8 * CHUNK)):
         emulated.told.blocks = 0
         problem = Problem([(elements,)], "none")
@@ -461,9 +396,9 @@ def test_a_plan_without_momentum_has_no_buffers(where):
 @pytest.mark.parametrize(
     "scale", [torch.tensor(2.0), torch.tensor(2.0, dtype=torch.float64)], ids=["as it is", "a copy"]
 )
-def test_copies_serve_the_stream_that_they_were_made_on(library, monkeypatch, scale):
+def test_copies_serve_the_stream_that_they_were_made_on(emulated, scale):
     """Later work of that stream may take their memory over while another stream reads them."""
-    emulated, problem = Emulated(library, monkeypatch), Problem([(40,)], "none")
+    problem = Problem([(40,)], "none")
     problem.scales = [scale]
     plan = Planned(emulated, problem)
     assert plan.step()
@@ -471,12 +406,12 @@ def test_copies_serve_the_stream_that_they_were_made_on(library, monkeypatch, sc
     assert plan.step() == (scale.dtype == torch.float32)
 
 
-def test_a_plan_whose_parameters_moved_to_another_device_is_refused_there(library, monkeypatch):
+def test_a_plan_whose_parameters_moved_to_another_device_is_refused_there(emulated):
     """Torch then gives its handle to the kernels of that device, here: the handle of one module to the other."""
     if backends.planner("rep_sgd_step", "cpu") is None:
         pytest.skip("no C++ kernels")
     problem = Problem([(40,)])
-    plan = Planned(Emulated(library, monkeypatch), problem)
+    plan = Planned(emulated, problem)
     before = problem.clone()
     step = torch.ops.gradrep_kernels.rep_sgd_plan_step
     hyper = problem.hyper.flatten().tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shlex
 import shutil
@@ -17,6 +18,14 @@ NEWEST = 3  # builds of one name that stay: one takes up to 30 MB, and each edit
 # Variables by which a compiler is chosen or told what to do.
 VARIABLES = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CPATH", "CUDA_HOME", "CUDA_PATH")
 VARIABLES += ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
+
+
+def setup_py():
+    """The build script, for nvcc and its flags."""
+    spec = importlib.util.spec_from_file_location("gradrep_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def cpp_compiler() -> str | None:

@@ -1,7 +1,8 @@
-// The ops of a step on CUDA as they are but for the launches: the blocks run on
+// The ops over parameters on CUDA as they are but for the launches: the blocks run on
 // the CPU, on CPU tensors. They are registered as
 // gradrep_emulated::rep_sgd_step and so on, whose schemas the test defines.
 #include "emulated_threads.h"
+#include "rep_grad_norm_cuda_op.h"
 #include "rep_sgd_ops.h"
 #include "step_cuda_plan.h"
 
@@ -44,6 +45,17 @@ struct Emulator {
   }
 
  private:
+  template <typename S>
+  static void run(const NormWork<S>& work) {
+    for (int64_t block = 0; block < work.blocks(); ++block) {
+      std::vector<Arithmetic<S>> shared(kThreads, 0.0 / 0.0);
+      norm_block(work, static_cast<uint32_t>(block), shared.data(), Phases{block % 2 == 1});
+    }
+  }
+  static void run(const RootWork& work) {
+    std::vector<double> shared(kThreads, 0.0 / 0.0);
+    root_block(work, shared.data(), Phases{false});
+  }
   template <typename Work>
   static void run(const Work& work) {
     for (int64_t block = 0; block < work.blocks(); ++block)
@@ -89,6 +101,7 @@ void forget_graph() { graph.clear(); }
 #pragma GCC visibility pop
 
 STABLE_TORCH_LIBRARY_IMPL(gradrep_emulated, CPU, m) {
+  m.impl("rep_grad_norm", TORCH_BOX(&rep_grad_norm<Emulator>));
   m.impl("rep_sgd_step", TORCH_BOX(&rep_sgd_step<SgdPlan>));
   m.impl("rep_sgd_plan", TORCH_BOX(&rep_sgd_plan<SgdPlan>));
   m.impl("rep_sgd_plan_step", TORCH_BOX(&take_planned_step));
