@@ -1,6 +1,8 @@
 // Checks of tensors and their dtypes, shared by the kernels.
 #pragma once
 
+#include "levels.h"
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -25,24 +27,27 @@ inline int32_t dtype_of(const Tensor& t) {
 }
 
 template <typename Array>
+Sizes to_sizes(const Array& array) {
+  return Sizes(array.begin(), array.end());
+}
+
+template <typename Array>
 bool equal(const Array& array, const std::vector<int64_t>& expected) {
   return array.size() == expected.size() && std::equal(array.begin(), array.end(), expected.begin());
 }
 
 // No two elements share memory, and none of the memory between them is unused: kernels may walk it flat.
-inline bool is_dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
-  std::vector<size_t> order;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    if (sizes[d] == 0) return true;
-    if (sizes[d] != 1) order.push_back(d);
-  }
-  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+inline bool is_dense(const Sizes& sizes, const Sizes& strides) {
+  if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return true;
+  const auto order = memory_order(sizes, strides);
   int64_t expected = 1;
-  for (const size_t d : order) {
-    if (strides[d] != expected) return false;
-    expected *= sizes[d];
-  }
+  for (size_t n = order.size(); n-- > 0; expected *= sizes[order[n]])
+    if (strides[order[n]] != expected) return false;
   return true;
+}
+
+inline bool on_one_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device() == b.get_device();
 }
 
 // The one element of a float32 CPU tensor (grad_scale, found_inf).

@@ -20,6 +20,13 @@ class Launcher {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
+  void* stream() const { return stream_; }
+  bool capturing() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    STD_CUDA_CHECK(cudaStreamIsCapturing(stream_, &status));
+    return status != cudaStreamCaptureStatusNone;
+  }
+
   int64_t most_shared() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
   int64_t threads_at_once() const {
     return int64_t{attribute(cudaDevAttrMultiProcessorCount)} * attribute(cudaDevAttrMaxThreadsPerMultiProcessor);
@@ -47,8 +54,10 @@ class Launcher {
   void run(void (*kernel)(Work), const Work& work, int64_t blocks, int64_t shared = 0) const {
     STD_TORCH_CHECK(blocks <= kMostBlocks,
                     "gradrep_kernels: x has too many channels for one launch: " + std::to_string(blocks) + " blocks");
-    kernel<<<static_cast<unsigned>(blocks), kThreads, shared, stream_>>>(work);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    // Not <<<>>>, whose stub would copy `work` once more: it may have 32 KB.
+    void* arguments[] = {const_cast<Work*>(&work)};
+    STD_CUDA_CHECK(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                                    dim3(kThreads), arguments, static_cast<size_t>(shared), stream_));
   }
 
  private:

@@ -5,6 +5,12 @@
 
 namespace gradrep {
 
+inline void check_identity(const Tensor& identity, const Sizes& sizes) {
+  STD_TORCH_CHECK(sizes.size() == 4 && sizes[2] % 2 == 1 && sizes[3] % 2 == 1 && identity.dim() == 1 &&
+                      identity.size(0) == sizes[0],
+                  "an identity needs a 4-D parameter with an odd kernel, and one number per output channel");
+}
+
 template <typename T>
 class Multiplier {
  public:
@@ -16,17 +22,11 @@ class Multiplier {
   Multiplier(const std::optional<Tensor>& scale, const std::optional<Tensor>& identity,
              const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
     if (!scale) return;
-    const int64_t dim = sizes.size(), lacking = dim - scale->dim();
-    STD_TORCH_CHECK(scale->is_cpu() && lacking >= 0, "a Grad Mult must lie on the CPU and broadcast to its parameter");
-    std::vector<int64_t> scale_strides(dim, 0);
-    for (int64_t d = lacking; d < dim; ++d) {
-      const int64_t n = scale->size(d - lacking);
-      STD_TORCH_CHECK(n == 1 || n == sizes[d], "a Grad Mult must broadcast to its parameter");
-      if (n != 1) scale_strides[d] = scale->stride(d - lacking);
-    }
+    const auto scale_strides = broadcast_strides(sizes, to_sizes(scale->sizes()), to_sizes(scale->strides()));
+    STD_TORCH_CHECK(scale->is_cpu() && scale_strides, "a Grad Mult must lie on the CPU and broadcast to its parameter");
     scale_ = values(*scale);
-    order_dimensions(sizes, strides, scale_strides);
-    if (identity) find_diagonal(*identity, sizes, strides, scale_strides);
+    dims_ = merged_levels(memory_order(sizes, strides), sizes, *scale_strides);
+    if (identity) find_diagonal(*identity, sizes, strides, *scale_strides);
   }
 
   // ---- the course of M through memory
@@ -82,7 +82,7 @@ class Multiplier {
         std::copy_n(row, count, to);
       });
     } else {
-      const Dimension last = dims_.back();
+      const Level last = dims_.back();
       for (int64_t done = 0; done < n;) {
         int64_t index = (at + done) / last.size;
         const int64_t inside = at + done - index * last.size, run = std::min(last.size - inside, n - done);
@@ -138,9 +138,6 @@ class Multiplier {
   }
 
  private:
-  struct Dimension {
-    int64_t size, stride;  // of scale, in elements; 0 where it is broadcast
-  };
   struct Values {
     const T* data = nullptr;
     std::vector<T> copy;
@@ -171,26 +168,10 @@ class Multiplier {
     return v;
   }
 
-  // Dimensions from outermost to innermost in memory, neighbours that scale walks through evenly made one.
-  void order_dimensions(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                        const std::vector<int64_t>& scale_strides) {
-    std::vector<size_t> order;
-    for (size_t d = 0; d < sizes.size(); ++d)
-      if (sizes[d] != 1) order.push_back(d);
-    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] > strides[b]; });
-    for (const size_t d : order) {
-      if (!dims_.empty() && dims_.back().stride == scale_strides[d] * sizes[d])
-        dims_.back() = {dims_.back().size * sizes[d], scale_strides[d]};
-      else
-        dims_.push_back({sizes[d], scale_strides[d]});
-    }
-  }
-
   void find_diagonal(const Tensor& identity, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      const std::vector<int64_t>& scale_strides) {
-    STD_TORCH_CHECK(sizes.size() == 4 && sizes[2] % 2 == 1 && sizes[3] % 2 == 1 && identity.dim() == 1 &&
-                        identity.size(0) == sizes[0] && identity.is_cpu(),
-                    "an identity needs a 4-D parameter with an odd kernel, and one number per output channel");
+    check_identity(identity, sizes);
+    STD_TORCH_CHECK(identity.is_cpu(), "an identity must lie on the CPU");
     const Values ones = values(identity);
     const int64_t step = identity.stride(0);
     for (int64_t o = 0; o < sizes[0] && sizes[1] > 0; ++o) {
@@ -203,7 +184,7 @@ class Multiplier {
   }
 
   Values scale_;
-  std::vector<Dimension> dims_;
+  std::vector<Level> dims_;    // from the outermost to the innermost in memory
   std::vector<Tap> diagonal_;  // in the order of memory
 };
 
@@ -214,7 +195,10 @@ struct GradMults {
 
   std::vector<std::optional<Tensor>> scales, identities;
 
-  bool count_is(size_t count) const { return scales.size() == count && identities.size() == count; }
+  size_t size() const {
+    STD_TORCH_CHECK(scales.size() == identities.size(), "scales and identities must be lists of one length");
+    return scales.size();
+  }
 
   template <typename T>
   Multiplier<T> of(size_t k, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) const {

@@ -31,10 +31,6 @@ inline torch::headeronly::ScalarType arithmetic_dtype(const Tensor& x) {
                                                    : torch::headeronly::ScalarType::Float;
 }
 
-inline bool on_one_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.get_device() == b.get_device();
-}
-
 inline int32_t arithmetic_code(const Tensor& x) {
   return dtype_of(x) == aoti_torch_dtype_float64() ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }

@@ -1,5 +1,5 @@
-// The update of SGD with M ⊙ g in place of g: its rule and its hyper-parameters, as step_plan.h wants them.
-// No torch here.
+// The update of SGD with M ⊙ g in place of g: its rule and its hyper-parameters, as step_plan.h and step_cuda.h want
+// them. No torch here.
 #pragma once
 
 #include "bins.h"
@@ -20,7 +20,9 @@ struct SgdUpdate {
   static constexpr int kVariants = 2 * kModes;
   // First steps are rare, so they go without loops of their own for repeated taps.
   static constexpr bool is_frequent(int variant) { return variant / 2 <= kNesterov; }
-  static constexpr bool reads_states(int variant) { return variant / 2 == kPlain || variant / 2 == kNesterov; }
+  GRADREP_HD static constexpr bool reads_states(int variant) {
+    return variant / 2 == kPlain || variant / 2 == kNesterov;
+  }
 
   // Numbers of a group in the dtype that is computed in.
   template <typename T>
@@ -33,7 +35,7 @@ struct SgdUpdate {
     double lr, momentum, dampening, weight_decay;
     bool nesterov, maximize;
 
-    explicit Hyper(const double* row)
+    GRADREP_HD explicit Hyper(const double* row)
         : lr(row[0]),
           momentum(row[1]),
           dampening(row[2]),
@@ -41,15 +43,15 @@ struct SgdUpdate {
           nesterov(row[4] != 0),
           maximize(row[5] != 0) {}
 
-    int states() const { return momentum != 0 ? 1 : 0; }  // how many of the arrays a step touches
-    int variant(bool first) const {
+    GRADREP_HD int states() const { return momentum != 0 ? 1 : 0; }  // how many of the arrays a step touches
+    GRADREP_HD int variant(bool first) const {
       const Mode mode = momentum == 0 ? kNone
                         : first       ? (nesterov ? kFirstNesterov : kFirst)
                                       : (nesterov ? kNesterov : kPlain);
       return 2 * mode + (weight_decay != 0 ? 1 : 0);
     }
     template <typename T>
-    Numbers<T> numbers() const {
+    GRADREP_HD Numbers<T> numbers() const {
       return {static_cast<T>(lr), static_cast<T>(momentum), static_cast<T>(1 - dampening),
               static_cast<T>(weight_decay)};
     }
@@ -57,7 +59,7 @@ struct SgdUpdate {
 
   // Every product and sum is rounded on its own (the build turns FMA contraction off), as the reference does.
   template <int kVariant, typename T>
-  GRADREP_INLINE static void element(T& p, T g, T m, const Numbers<T>& h, T& buffer) {
+  GRADREP_HD GRADREP_INLINE static void element(T& p, T g, T m, const Numbers<T>& h, T& buffer) {
     constexpr int mode = kVariant / 2;
     T d = g * m;
     if (kVariant % 2 == 1) d = d + p * h.weight_decay;

@@ -76,7 +76,7 @@ def _compiled(
             raise Unavailable(f"gradrep_kernels.{module} is not usable ({library}); {how}")
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", device_type.upper()):
             raise Unavailable(f"gradrep_kernels.{module} has no {op}")
-        return getattr(cpp, op, registered(op)) if module == "_C" else registered(op)
+        return getattr(cpp, op, registered(op))
 
     return load
 

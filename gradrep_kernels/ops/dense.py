@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,3 +37,14 @@ def is_dense(t: Tensor) -> bool:
 def alike(shape: Sequence[int], strides: Sequence[int], others: Sequence[int]) -> bool:
     """Whether tensors of one shape have the same strides. The stride of a dimension of size 1 says nothing."""
     return strides == others or all(a == b or size == 1 for size, a, b in zip(shape, strides, others))
+
+
+def share_memory(rows: Iterable[Sequence[Tensor]]) -> bool:
+    """Whether dense tensors of one row share memory with those of another.
+
+    Or with each other, unless they are the same memory: a thread reads and writes one place of each.
+    """
+    extents = sorted(
+        {(t.data_ptr(), t.data_ptr() + t.nbytes, n) for n, row in enumerate(rows) for t in row if t.numel() > 0}
+    )
+    return any(begin < end for (_, end, _), (begin, _, _) in pairwise(extents))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shlex
 import shutil
@@ -17,6 +18,14 @@ NEWEST = 3  # builds of one name that stay: one takes up to 30 MB, and each edit
 # Variables by which a compiler is chosen or told what to do.
 VARIABLES = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CPATH", "CUDA_HOME", "CUDA_PATH")
 VARIABLES += ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
+
+
+def setup_py():
+    """The build script, for nvcc and its flags."""
+    spec = importlib.util.spec_from_file_location("gradrep_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def cpp_compiler() -> str | None:
@@ -79,7 +88,7 @@ def program(name: str, flags: Sequence[str], compiler: str | None = None) -> Pat
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
-    inputs = [source, *sources("*.h"), *flags, *version(compiler)]
+    inputs = [source, *sorted(source.parent.glob("*.h")), *sources("*.h"), *flags, *version(compiler)]
     return kept(name, inputs, build) / name
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import triton
+from builds import ROOT, setup_py  # noqa: F401 (the gates take both from here)
 from torch.utils import cpp_extension
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -159,16 +159,6 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 # -- CUDA
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def setup_py():
-    """The build script, for nvcc and its flags."""
-    spec = importlib.util.spec_from_file_location("gradrep_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _by_kernel(text: str, head: str) -> dict[str, str]:

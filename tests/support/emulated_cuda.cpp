@@ -1,6 +1,7 @@
 // The blocks of the CUDA kernels, run on the CPU: for each block its phases, for each phase all threads, one after
 // another. Odd blocks run their threads backwards: a phase in which one thread needs what another does gives other
 // results there.
+#include "emulated_threads.h"
 #include "joint_histogram_cuda.h"
 #include "pair_ranges_cuda.h"
 
@@ -12,15 +13,6 @@ namespace {
 
 constexpr int64_t kGuard = 1 << 12;
 constexpr char kUntouched = 0x5a;
-
-struct Phases {
-  bool backwards;
-
-  template <typename Phase>
-  void operator()(const Phase& phase) const {
-    for (int thread = 0; thread < kThreads; ++thread) phase(backwards ? kThreads - 1 - thread : thread);
-  }
-};
 
 // What the tests ask for and are told.
 struct Facts {

@@ -1,4 +1,4 @@
-"""Wrappers around the C++ kernels.
+"""Wrappers around the C++ and CUDA kernels.
 
 Tensors that a kernel cannot handle are passed to the reference, which gives the same result.
 """

@@ -1,4 +1,4 @@
-"""The C++ step."""
+"""The C++ and the CUDA step."""
 
 from gradrep_kernels.ops.cpp.step import step_front
 

@@ -1,4 +1,4 @@
-"""The front that all step ops share: it passes the parameters that a C++ kernel cannot update to the reference."""
+"""The front that all step ops share: it passes the parameters that a kernel cannot update to the reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gradrep_kernels.ops.dense import alike, is_dense
+from gradrep_kernels.ops.dense import alike, is_dense, share_memory
 from gradrep_kernels.ops.registry import OPS, registered
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -25,9 +25,11 @@ def takes(p: Tensor, grad: Tensor, states: Sequence[Tensor]) -> bool:
 
 
 def step_front(name: str) -> Callable[..., None]:
-    """Make the front of the C++ kernel of a step op. It takes the reference's arguments.
+    """Make the front of the C++ and CUDA kernels of a step op. It takes the reference's arguments.
 
-    Parameters that the kernel cannot update go to the reference, which gives the same result.
+    Parameters that the kernels cannot update go to the reference, which gives the same result. So do those of a GPU
+    where tensors share memory: its threads run in any order. A table of hyper-parameters that lies on a GPU is not read
+    here, so which states are used is not known, and all must be like their parameter (or be the parameter itself).
     """
     op, kernel = OPS[name], registered(name)
     reference, rule = op.reference, op.step
@@ -35,16 +37,26 @@ def step_front(name: str) -> Callable[..., None]:
     @functools.wraps(reference)
     def front(*arguments, **named) -> None:
         columns, hyper, grad_scale, found_inf = rule.dealt(arguments, named)
-        keeps_state = rule.keeps_state(hyper)
-        rows = list(zip(*columns))
-        taken = []
-        for row in rows:
+        keeps_state = rule.keeps_state(hyper) if hyper.is_cpu else [True] * len(hyper)
+        rest: list[tuple] = []
+        taken: dict[torch.device, list[tuple]] = {}
+        tensors: dict[torch.device, list[tuple[Tensor, ...]]] = {}
+        for row in zip(*columns):
             p, grad, states, _, _, group = rule.taken_apart(row)
-            taken.append(takes(p, grad, states if keeps_state[group] else ()))
+            used = states if keeps_state[group] else ()
+            if takes(p, grad, used):
+                taken.setdefault(p.device, []).append(row)
+                tensors.setdefault(p.device, []).append((p, grad, *used))
+            else:
+                rest.append(row)
         numbers = [None if number is None else number.float() for number in (grad_scale, found_inf)]
-        for step, wanted in ((kernel, True), (reference, False)):
-            chosen = [list(column) for column in zip(*(row for row, take in zip(rows, taken) if take is wanted))]
-            if chosen:
-                step(*chosen, hyper, *numbers)
+        for device, rows in taken.items():
+            if device.type != "cpu" and share_memory(tensors[device]):
+                rest += rows
+                continue
+            there = [None if number is None else number.to(device) for number in numbers]
+            kernel(*map(list, zip(*rows)), hyper if hyper.is_cpu else hyper.to(device), *there)
+        if rest:
+            reference(*map(list, zip(*rest)), hyper, *numbers)
 
     return front

@@ -1,0 +1,96 @@
+// The multipliers of tensors where the CUDA kernels can read them: in place, or in a copy.
+#pragma once
+
+#include "grad_mult.h"
+#include "mult_places.h"
+
+#include <mutex>
+
+namespace gradrep {
+
+template <typename T>
+struct PlacedMult {
+  Address address;
+  const T *scale = nullptr, *identity = nullptr;
+};
+
+// The parts of multipliers that kernels read. They live as long as this does, or as a CUDA graph does.
+class MultParts {
+ public:
+  // The multiplier of `like` (dense). `launch` runs what a copy needs, after it and on its stream.
+  template <typename T, typename Launch>
+  PlacedMult<T> place(const Tensor& like, const std::optional<Tensor>& scale, const std::optional<Tensor>& identity,
+                      const Launch& launch) {
+    const Shape shape{to_sizes(like.sizes()), to_sizes(like.strides())};
+    if (!scale) return {address_without_multiplier(shape)};
+    const Shape own{to_sizes(scale->sizes()), to_sizes(scale->strides())};
+    STD_TORCH_CHECK(on_one_device(like, *scale) && broadcast_strides(shape.sizes, own.sizes, own.strides),
+                    "a Grad Mult must lie on its parameter's device and broadcast to it");
+    if (identity) {
+      check_identity(*identity, shape.sizes);
+      STD_TORCH_CHECK(on_one_device(like, *identity), "an identity must lie on its parameter's device");
+    }
+    if (like.numel() == 0) return {address_without_multiplier(shape)};
+    const Reading reading =
+        reading_of(shape, own, is_computed_in<T>(*scale), identity.has_value(), launch.most_of_piece());
+    PlacedMult<T> placed{reading.address};
+    const T* ones = nullptr;
+    if (identity) {
+      const bool as_it_is = is_computed_in<T>(*identity) && identity->is_contiguous();
+      ones = read<T>(as_it_is ? *identity : copy_of(empty<T>(like, to_sizes(identity->sizes())), *identity));
+    }
+    if (reading.from == Reading::kDense) {
+      // A copy of the parameter, for its strides. Stable operations offer no empty_strided.
+      Tensor m = torch::stable::to(like, scalar<T>(), {}, {}, {}, false, /*copy=*/true);
+      m = copy_of(std::move(m), *scale);
+      if (identity) launch(DiagonalWork<T>(static_cast<T*>(m.mutable_data_ptr()), ones, shape));
+      placed.scale = read<T>(m);
+    } else {
+      placed.scale = read<T>(reading.from == Reading::kAsItIs ? *scale : copy_of(empty<T>(like, reading.copy), *scale));
+      placed.identity = ones;
+    }
+    return placed;
+  }
+
+  // Whether some are copies. They were made on one stream, and its later work may take their memory over.
+  bool has_copies() const { return has_copies_; }
+
+  // A CUDA graph that is being captured reads the parts at each replay, so they are never freed.
+  void keep_for_graph() {
+    static std::mutex one_at_a_time;
+    static auto* kept = new std::vector<Tensor>;  // never destroyed: at exit there may be no device any more
+    const std::lock_guard<std::mutex> lock(one_at_a_time);
+    kept->insert(kept->end(), parts_.begin(), parts_.end());
+    parts_.clear();
+  }
+
+ private:
+  template <typename T>
+  static constexpr auto scalar() {
+    return sizeof(T) == 8 ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+  }
+  template <typename T>
+  static bool is_computed_in(const Tensor& t) {
+    return dtype_of(t) == (sizeof(T) == 8 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  }
+  template <typename T>
+  static Tensor empty(const Tensor& like, const Sizes& sizes) {
+    return torch::stable::new_empty(like, sizes, scalar<T>());
+  }
+
+  Tensor copy_of(Tensor to, const Tensor& from) {
+    has_copies_ = true;
+    return torch::stable::copy_(to, from);
+  }
+
+  template <typename T>
+  const T* read(const Tensor& part) {
+    parts_.push_back(part);
+    return static_cast<const T*>(part.const_data_ptr());
+  }
+
+  std::vector<Tensor> parts_;
+  bool has_copies_ = false;
+};
+
+}  // namespace gradrep

@@ -1,0 +1,116 @@
+// The tensors of a launch over parameters, as the kernel's parameters hold them. No torch here (see cuda_blocks.h).
+//
+// A row is a piece of a tensor, and a block works on one chunk of one row. Rows that one launch has no room for are
+// another launch's.
+#pragma once
+
+#include "mult_places.h"
+#include "stored.h"
+
+#include <memory>
+
+namespace gradrep {
+
+// Bytes of a kernel's parameters, from sm_70 and CUDA 12.1 on.
+constexpr int64_t kMostParameters = 32764;
+
+enum class Form : int8_t { kNone, kConstant, kGeneral };  // of a multiplier
+
+template <typename T>
+struct PlacedRow {
+  const T *scale, *identity;  // of the piece; or null
+  uint32_t numel;
+  MultPlaces places;
+  Form form;
+
+  // A piece of a tensor whose multiplier is at `mult` and `ones` (or null).
+  void take(const Piece& piece, const T* mult, const T* ones) {
+    bool constant = ones == nullptr;
+    for (const Level& level : piece.address.levels) constant = constant && (level.size == 1 || level.stride == 0);
+    form = mult == nullptr ? Form::kNone : constant ? Form::kConstant : Form::kGeneral;
+    scale = mult == nullptr ? nullptr : mult + piece.scale;
+    identity = ones == nullptr ? nullptr : ones + piece.identity;
+    numel = static_cast<uint32_t>(piece.numel());
+    places = MultPlaces(piece);
+  }
+
+  // M where it is one number.
+  GRADREP_HD GRADREP_INLINE T constant() const { return form == Form::kConstant ? *scale : T(1); }
+  // M where it is not.
+  GRADREP_HD GRADREP_INLINE T multiplier(uint32_t place) const { return places.multiplier(place, scale, identity); }
+};
+
+// What a block works on: the places [begin, end) of a row, in accesses of 16 bytes up to wide_end.
+struct ChunkOfRow {
+  uint32_t row, begin, wide_end, end;
+};
+
+// S: the stored dtype. kOthers: bytes of the kernel's other parameters.
+template <typename S, typename Row, int64_t kOthers>
+struct LaunchRows {
+  static constexpr uint32_t kRows = (kMostParameters - kOthers - 12) / (sizeof(Row) + sizeof(uint32_t));
+  static constexpr uint32_t kLeastChunk = kThreads * kTogether<S>, kMostChunk = 8192;
+  // Chunks of a launch at least, where it can have them: 8 for each of an H100's multiprocessors.
+  static constexpr int64_t kChunks = 1024;
+
+  uint32_t rows = 0, chunk = 0, chunks = 0;  // chunk: elements of a block
+  uint32_t first_chunk[kRows];               // of each row
+  Row row[kRows];
+
+  int64_t blocks() const { return chunks; }
+
+  // Chunks are as large as they can be, so that few blocks search for their row.
+  void take_chunks() {
+    int64_t total = 0;
+    for (uint32_t n = 0; n < rows; ++n) total += row[n].numel;
+    chunk = kMostChunk;
+    while (chunk > kLeastChunk && total / chunk < kChunks) chunk /= 2;
+    chunks = 0;
+    for (uint32_t n = 0; n < rows; ++n) {
+      first_chunk[n] = chunks;
+      chunks += (row[n].numel + chunk - 1) / chunk;
+    }
+  }
+
+  GRADREP_HD GRADREP_INLINE ChunkOfRow chunk_of(uint32_t block) const {
+    uint32_t low = 0, high = rows;
+    while (high - low > 1) {
+      const uint32_t middle = (low + high) / 2;
+      if (first_chunk[middle] <= block)
+        low = middle;
+      else
+        high = middle;
+    }
+    const uint32_t begin = (block - first_chunk[low]) * chunk, left = row[low].numel - begin;
+    const uint32_t end = begin + (left < chunk ? left : chunk);
+    return {low, begin, row[low].aligned ? end - end % kTogether<S> : begin, end};  // chunks begin at such multiples
+  }
+};
+
+// The launches of one dtype.
+template <typename Work>
+class Launches {
+ public:
+  // A new row, and room for it.
+  auto& new_row() {
+    if (works_.empty() || works_.back()->rows == Work::kRows) works_.push_back(std::make_unique<Work>());
+    Work& last = *works_.back();
+    return last.row[last.rows++];
+  }
+
+  template <typename F>
+  void each(const F& f) const {
+    for (const auto& work : works_) f(*work);
+  }
+  // In the order in which they were made.
+  template <typename F>
+  void each_row(const F& f) const {
+    for (const auto& work : works_)
+      for (uint32_t n = 0; n < work->rows; ++n) f(work->row[n]);
+  }
+
+ private:
+  std::vector<std::unique_ptr<Work>> works_;
+};
+
+}  // namespace gradrep

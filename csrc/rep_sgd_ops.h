@@ -1,0 +1,39 @@
+// The arguments of the ops of SGD with M ⊙ g in place of g, on every device: a plan's class says which.
+#pragma once
+
+#include "grad_mult.h"
+#include "rep_sgd_update.h"
+#include "step_tensors.h"
+
+#include <memory>
+
+namespace gradrep {
+
+// The twin of reference/rep_sgd_step.py.
+template <typename Plan>
+void rep_sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
+                  std::vector<std::optional<Tensor>> scales, std::vector<std::optional<Tensor>> identities,
+                  std::vector<bool> first_steps, std::vector<int64_t> groups, Tensor hyper,
+                  std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+  STD_TORCH_CHECK(grads.size() == params.size(), "rep_sgd_step: the lists must have one entry per parameter");
+  const HyperTable table = hyper_table("rep_sgd_step", hyper, SgdUpdate::Hyper::kColumns);
+  std::vector<std::optional<Tensor>> buffers(momentum_buffers.begin(), momentum_buffers.end());
+  Plan plan(params, {std::move(buffers)}, {std::move(scales), std::move(identities)}, groups, &first_steps);
+  STD_TORCH_CHECK(
+      plan.step(grads, table, grad_scale, found_inf),
+      "rep_sgd_step: parameters, gradients and buffers must be tensors on one device that share dtype, shape "
+      "and strides");
+}
+
+// The cached plan of an optimizer. Its address is the handle, and the optimizer frees it.
+template <typename Plan>
+int64_t rep_sgd_plan(std::vector<Tensor> params, std::vector<std::optional<Tensor>> momentum_buffers,
+                     std::vector<std::optional<Tensor>> scales, std::vector<std::optional<Tensor>> identities,
+                     std::vector<int64_t> groups) {
+  std::unique_ptr<PlannedStep> plan =
+      std::make_unique<Plan>(params, typename Plan::States{std::move(momentum_buffers)},
+                             GradMults{std::move(scales), std::move(identities)}, groups, nullptr);
+  return reinterpret_cast<int64_t>(plan.release());
+}
+
+}  // namespace gradrep
