@@ -50,14 +50,25 @@ def test_bands(ops, group, layout, remove_near):
 
 
 @everywhere
-@pytest.mark.parametrize("most", [1, 2, 23, 24, 25, 31, 32, 33, 34, 99, 255, 256])
+@pytest.mark.parametrize("most", [1, 2, 23, 24, 25, 33, 34, 35, 61, 64, 99, 255, 256])
 def test_pitches_of_tables(ops, most):
-    """Those that the compiler knows serve up to 24 and up to 32 bins."""
+    """Those that the compiler knows serve up to 24 and up to 34 bins."""
     x = make("noise", (6, 2, 9, 10), torch.float32)
     for displacements in (HALF_3X3, [*HALF_3X3, 0, 2]):
         for remove_near in (False, True):
             bins = torch.full((2, len(displacements) // 2), most, dtype=torch.int32)
             check(ops, x, displacements, [2, 2], remove_near, bins=bins, shared=[H100, SMALL])
+
+
+@both
+def test_rows_of_a_table_begin_on_unlike_banks(remove_near):
+    """And its columns: at a pitch of 1 or -1 modulo 32 banks, cells of a diagonal share one."""
+    x = torch.empty((9, 2, 8, 8), device="meta")
+    for bins in range(1, 240):
+        pitch = Emulated().plan(x, HALF_3X3, bins, [1, 1], remove_near, blocks_at_once=8).table_pitch
+        assert pitch > bins
+        assert pitch % 2 == 1
+        assert pitch % 32 not in (1, 31)
 
 
 @everywhere

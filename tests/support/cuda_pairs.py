@@ -46,6 +46,7 @@ class Facts(ctypes.Structure):
             "wild_writes",
             "tiles",
             "most_tiles",
+            "table_pitch",
         )
     )
 

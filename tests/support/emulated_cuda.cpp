@@ -27,6 +27,7 @@ struct Facts {
   int64_t most_shared, blocks_at_once, plan_alone;  // given
   int64_t launches, blocks, shared, tiled, private_tables, wild_writes;
   int64_t tiles, most_tiles;  // of all blocks, of one
+  int64_t table_pitch;
 };
 
 struct Emulator {
@@ -43,6 +44,7 @@ struct Emulator {
 
   template <typename Work>
   void operator()(Work work) const {
+    if constexpr (requires { work.table_pitch; }) facts.table_pitch = work.table_pitch;
     if constexpr (requires { work.take_slabs(1); }) {
       work.take_slabs(facts.blocks_at_once);
       facts.tiles += work.tiles * work.channel_blocks * work.groups;
