@@ -50,8 +50,12 @@ GRADREP_HD inline Binning<T> binning(T lo, T hi, int32_t bins) {
 template <typename T>
 GRADREP_HD GRADREP_INLINE int32_t bin_number(T v, const Binning<T>& b) {
   T t = (v - b.lo) * b.inv;
+#if defined(__CUDA_ARCH__)
+  t = fmin(fmax(t, T(0)), b.top);  // the same in two instructions, not four
+#else
   t = t > 0 ? t : T(0);  // NaN too
   t = t < b.top ? t : b.top;
+#endif
   return static_cast<int32_t>(t);  // the clamps come first: a bin out of range would be a wild write
 }
 

@@ -127,12 +127,26 @@ struct PairWork {
     group = (displacements + groups - 1) / groups;
   }
 
-  // Slabs to keep `blocks_at_once` blocks busy and no more (each adds to the result once), of fewer than 2^31 pixels.
-  void take_slabs(int64_t blocks_at_once) {
+  // Slabs whose blocks end together, of fewer than 2^31 pixels. `besides`: what a block does besides its tiles, in
+  // tiles.
+  void take_slabs(int64_t blocks_at_once, double besides = 0.5) {
     const int64_t pixels = int64_t{images_together} * rows_together * columns;
-    const int64_t wanted =
-        std::max(blocks_at_once / (channel_blocks * groups), tiles / std::max<int64_t>(1, INT32_MAX / pixels) + 1);
-    slabs = std::clamp<int64_t>(wanted, 1, tiles);
+    slabs = best_slabs(blocks_at_once, tiles, tiles / std::max<int64_t>(1, INT32_MAX / pixels) + 1,
+                       [&](int64_t n) { return static_cast<double>((tiles + n - 1) / n) + besides; });
+  }
+
+  // Blocks run in waves, and a wave takes as long as the longest block: cost(slabs). `parts`: what can be dealt.
+  template <typename Cost>
+  int64_t best_slabs(int64_t blocks_at_once, int64_t parts, int64_t least, const Cost& cost) const {
+    const int64_t others = channel_blocks * groups, fit = blocks_at_once / others,
+                  most = std::min(parts, std::max(least, std::min(4 * fit + 4, fit + 16)));
+    const auto time = [&](int64_t n) {
+      return static_cast<double>((others * n + blocks_at_once - 1) / blocks_at_once) * cost(n);
+    };
+    int64_t best = std::min(parts, std::max(least, fit / 2));
+    for (int64_t n = best + 1; n <= most; ++n)
+      if (time(n) < time(best)) best = n;
+    return best;
   }
   int64_t blocks() const { return channel_blocks * groups * slabs; }
 

@@ -7,10 +7,11 @@
 namespace gradrep {
 namespace {
 
-template <bool private_tables, typename S>
-__global__ void __launch_bounds__(kThreads) joint_histogram_kernel(const __grid_constant__ HistogramWork<S> work) {
+// Four blocks of a multiprocessor: 64 registers.
+template <typename Counting, typename S>
+__global__ void __launch_bounds__(kThreads, 4) joint_histogram_kernel(const __grid_constant__ HistogramWork<S> work) {
   extern __shared__ __align__(16) char shared[];
-  joint_histogram_block<private_tables>(work, blockIdx.x, shared, ThisThread());
+  joint_histogram_block<Counting>(work, blockIdx.x, shared, ThisThread());
 }
 
 struct HistogramLauncher : Launcher {
@@ -18,7 +19,8 @@ struct HistogramLauncher : Launcher {
 
   template <typename S>
   void operator()(HistogramWork<S> work) const {
-    const auto kernel = work.private_tables ? joint_histogram_kernel<true, S> : joint_histogram_kernel<false, S>;
+    const auto kernel =
+        visit_counting(work, [](auto counting) { return &joint_histogram_kernel<decltype(counting), S>; });
     work.take_slabs(blocks_at_once(kernel, work.shared_bytes()));
     run(kernel, work, work.blocks(), work.shared_bytes());
   }

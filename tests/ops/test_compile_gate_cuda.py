@@ -72,24 +72,57 @@ def assert_sound(made: compile_gate.Compiled, dtype: str) -> None:
     assert not made.count(r"(LD|ST)\.")  # the compiler knows which accesses are to shared memory
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_joint_histogram_in_private_tables(compiled, dtype, target):
-    made = compiled("joint_histogram_kernel", dtype, target, "Lb1E")
-    assert_sound(made, dtype)
-    assert (
-        made.count(r"ATOMS\.POPC\.INC") >= 4 + 1
-    )  # of four pixels in tiles, of pairs: it counts the threads that want one address
+def counting(tiles: str, pitch: int = 0, private_tables: bool = True) -> str:
+    """A kernel's `Counting` in its mangled name."""
+    number = ("none", "numbers", "pixels").index(tiles)
+    return f"NS_8CountingILNS_5TilesE{number}ELi{pitch}ELb{private_tables:d}EEE"
+
+
+PITCHES = (25, 35, 0)  # of the tables; 0: known at run time
+# Most instructions for a word of four pixels: of all four displacements of 3x3, of any four, of any one.
+A_WORD = {25: (60, 78, 30), 35: (60, 78, 30), 0: (90, 32)}
+FOUR_PAIRS_OF_PIXELS = 102  # with remove_near, one displacement
+EIGHT_PIXELS = 80  # from the map into a tile of bin numbers, where four lie together
+
+
+def assert_counts_in_shared_memory(made: compile_gate.Compiled) -> None:
+    assert made.count(r"ATOMS\.POPC\.INC") > 0  # which counts the threads that want one address
     assert not made.count(r"ATOMS\.(ADD|CAS)|ATOM\.")
     assert made.count(r"REDG?\.E\.ADD\.64") > 0  # tables into the result
-    assert dtype == "float64" or made.count(rf"LDG\.E\.{WORDS[dtype]}\b") > 0
     assert len(re.findall(r"\bdiv\.rn\.f", made.assembly)) > 0
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_joint_histogram_without_private_tables(compiled, dtype, target):
-    made = compiled("joint_histogram_kernel", dtype, target, "Lb0E")
+@pytest.mark.parametrize("pitch", PITCHES)
+def test_joint_histogram_from_tiles_of_numbers(compiled, dtype, target, pitch):
+    made = compiled("joint_histogram_kernel", dtype, target, counting("numbers", pitch))
+    assert_sound(made, dtype)
+    assert_counts_in_shared_memory(made)
+    for found, most in zip(made.lengths(ATOMS=16) + made.lengths(ATOMS=4, LDS=3), A_WORD[pitch], strict=True):
+        assert found <= most
+    assert dtype == "float64" or made.count(rf"LDG\.E\.{WORDS[dtype]}\b") == 2
+    if dtype == "float32":
+        assert made.lengths(LDG=2, STS=8)[0] <= EIGHT_PIXELS
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_joint_histogram_from_tiles_of_pixels(compiled, dtype, target):
+    made = compiled("joint_histogram_kernel", dtype, target, counting("pixels"))
+    assert_sound(made, dtype)
+    assert_counts_in_shared_memory(made)
+    (found,) = made.lengths(ATOMS=4, LDS=8)
+    assert found <= FOUR_PAIRS_OF_PIXELS or dtype == "float64"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_joint_histogram_pair_by_pair(compiled, dtype, target):
+    made = compiled("joint_histogram_kernel", dtype, target, counting("none"))
+    assert_sound(made, dtype)
+    assert_counts_in_shared_memory(made)
+    made = compiled("joint_histogram_kernel", dtype, target, counting("none", private_tables=False))
     assert_sound(made, dtype)
     assert made.count(r"REDG?\.E\.ADD\.64") > 0
     assert not made.count(r"ATOM\.|ATOMG")

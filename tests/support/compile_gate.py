@@ -29,6 +29,7 @@ CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _USAGE = re.compile(r"\b(REG|STACK|LOCAL|SHARED):(\d+)")
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_BRANCH = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?BRA\S*\s.*?\b0x([0-9a-f]+)")
 _PTX = re.compile(r"^\s*(?:@!?%p\d+\s+)?([a-z]+\.[A-Za-z0-9_.:]+)", re.MULTILINE)
 _AMDGCN = re.compile(r"^\t([a-z]+_[a-z0-9_]+)\b", re.MULTILINE)
 
@@ -46,10 +47,20 @@ class Compiled:
     assembly: str = field(repr=False)  # PTX or amdgcn
     ttir: str = field(repr=False, default="")  # Triton's own intermediate form; empty for CUDA C++
     cubin: bytes = field(repr=False, default=b"")  # Triton's, for NVIDIA
+    # SASS of CUDA C++: the instructions of each loop that has no other in it
+    loops: tuple[Counter[str], ...] = field(repr=False, default=())
 
     def count(self, pattern: str) -> int:
         """How many instructions match the regular expression from their first letter on."""
         return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
+
+    def lengths(self, **wanted: int) -> list[int]:
+        """Instructions of the innermost loops that have so many of each (ATOMS=16), the shortest first."""
+        return sorted(
+            loop.total()
+            for loop in self.loops
+            if all(sum(n for name, n in loop.items() if re.match(f"{k}\\b", name)) == v for k, v in wanted.items())
+        )
 
     @property
     def wide_loads(self) -> int:
@@ -167,6 +178,17 @@ def _by_kernel(text: str, head: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2]))
 
 
+def _innermost_loops(sass: str) -> tuple[Counter[str], ...]:
+    """What lies between the target of a backward branch and the branch."""
+    branches = [(int(to, 16), int(at, 16)) for at, to in _BRANCH.findall(sass)]
+    spans = [(to, at) for to, at in branches if to < at]
+    inner = [(a, b) for a, b in spans if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)]
+    at = {int(n, 16): line for line, n in enumerate(re.findall(r"^\s+/\*([0-9a-f]{4,})\*/", sass, re.MULTILINE))}
+    names = _SASS.findall(sass)
+    assert len(at) == len(names)
+    return tuple(Counter(names[at[a] : at[b] + 1]) for a, b in inner)
+
+
 def compile_cuda(folder: Path, targets: tuple[str, ...]) -> tuple[list[str], dict[tuple[str, str], Compiled]]:
     """Compile all .cu files as the build does: the objects, and (mangled name of a kernel, target) -> its code."""
     numbers = [f"{target[3:-1]}.{target[-1]}" for target in targets]
@@ -182,6 +204,12 @@ def compile_cuda(folder: Path, targets: tuple[str, ...]) -> tuple[list[str], dic
                 facts = {fact: int(n) for fact, n in _USAGE.findall(usage)}
                 instructions = Counter(_SASS.findall(sass[name]))
                 found[name, target] = Compiled(
-                    target, facts["REG"], facts["STACK"] + facts["LOCAL"], facts["SHARED"], instructions, ptx[name]
+                    target,
+                    facts["REG"],
+                    facts["STACK"] + facts["LOCAL"],
+                    facts["SHARED"],
+                    instructions,
+                    ptx[name],
+                    loops=_innermost_loops(sass[name]),
                 )
     return objects, found

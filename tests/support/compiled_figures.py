@@ -21,9 +21,11 @@ from gradrep_kernels.ops.triton.pair_ranges import BLOCK, PLACES, channel_ranges
 from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm_kernel
 from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step_kernel
 
+COUNTING = "joint_histogram_kernelINS_8CountingILNS_5TilesE"
 CUDA = {  # kernels as the compiler names them
-    "joint_histogram, CUDA C++, tables in shared memory": "joint_histogram_kernelILb1Ef",
-    "joint_histogram, CUDA C++, into the result": "joint_histogram_kernelILb0Ef",
+    "joint_histogram, CUDA C++, up to 24 bins": f"{COUNTING}1ELi25ELb1EEEfE",
+    "joint_histogram, CUDA C++, remove_near": f"{COUNTING}2ELi0ELb1EEEfE",
+    "joint_histogram, CUDA C++, into the result": f"{COUNTING}0ELi0ELb0EEEfE",
     "pair_ranges, CUDA C++, one range per channel": "channel_ranges_kernelIf",
     "pair_ranges, CUDA C++, over images": "image_extrema_kernelIf",
     "pair_ranges, CUDA C++, over pairs": "pair_ranges_kernelIf",

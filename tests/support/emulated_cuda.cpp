@@ -16,8 +16,10 @@ constexpr char kUntouched = 0x5a;
 
 // What the tests ask for and are told.
 struct Facts {
-  int64_t most_shared, blocks_at_once;  // given
+  int64_t most_shared, blocks_at_once, plan_alone;  // given
   int64_t launches, blocks, shared, tiled, private_tables, wild_writes;
+  int64_t tiles, most_tiles;  // of all blocks, of one
+  int64_t table_pitch;
 };
 
 struct Emulator {
@@ -34,7 +36,12 @@ struct Emulator {
 
   template <typename Work>
   void operator()(Work work) const {
-    if constexpr (requires { work.take_slabs(1); }) work.take_slabs(facts.blocks_at_once);
+    if constexpr (requires { work.table_pitch; }) facts.table_pitch = work.table_pitch;
+    if constexpr (requires { work.take_slabs(1); }) {
+      work.take_slabs(facts.blocks_at_once);
+      facts.tiles += work.tiles * work.channel_blocks * work.groups;
+      facts.most_tiles = std::max(facts.most_tiles, (work.tiles + work.slabs - 1) / work.slabs);
+    }
     if constexpr (requires { work.shared_bytes(); })
       each_block(work, work.shared_bytes());
     else
@@ -46,6 +53,7 @@ struct Emulator {
     facts.launches += 1;
     facts.blocks += work.blocks();
     facts.shared = std::max(facts.shared, bytes);
+    if (facts.plan_alone) return;
     for (int64_t block = 0; block < work.blocks(); ++block) {
       std::vector<int64_t> shared((bytes + 7) / 8 + 2 * kGuard / 8);
       std::memset(shared.data(), kUntouched, shared.size() * 8);
@@ -60,13 +68,9 @@ struct Emulator {
   template <typename S>
   void run(const HistogramWork<S>& work, int64_t block, char* shared) const {
     const Phases phases{block % 2 == 1};
-    if (work.private_tables)
-      joint_histogram_block<true>(work, block, shared, phases);
-    else
-      joint_histogram_block<false>(work, block, shared, phases);
-    const HistogramBlock<S> ended(work, block, shared);
     facts.private_tables += work.private_tables;
-    facts.tiled += work.private_tables && work.tiled && *ended.unlike == 0;
+    facts.tiled += visit_counting(
+        work, [&](auto counting) { return joint_histogram_block<decltype(counting)>(work, block, shared, phases); });
   }
   template <typename S>
   void run(const ChannelWork<S>& work, int64_t block, char* shared) const {
