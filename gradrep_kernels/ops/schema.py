@@ -131,6 +131,8 @@ def _argument(parameter: inspect.Parameter, mark: str | None) -> str:
 def plan_ops(step: Op) -> tuple[Op, Op, Op]:
     """The ops that make, run and free a plan of `step`: the same update, told only once what does not change.
 
+    A backend makes no plan, and returns 0, where its kernels do not take every parameter.
+
     `hyper` is the table as one list of numbers. Those that lie on the device are in `on_device`, at `places` of it.
     """
     name = step.name.removesuffix("_step") + "_plan"

@@ -56,13 +56,14 @@ class StepPlan:
                 return None
         if len({row.param.device for row in rows}) > 1:
             return None
-        return cls(planner, rows, rule, groups, state, multipliers)
-
-    def __init__(self, planner, rows, rule, groups, state, multipliers):
         params, numbers = [row.param for row in rows], [row.group for row in rows]
         states, parts = (map(list, zip(*column)) for column in zip(*((row.states, row.multiplier) for row in rows)))
-        self._planner, self._op, self._device = planner, rule.op, params[0].device
-        self._handle = planner.make(params, *states, *parts, numbers)
+        handle = planner.make(params, *states, *parts, numbers)
+        return cls(planner, handle, rows, rule, groups, state, multipliers) if handle else None
+
+    def __init__(self, planner, handle, rows, rule, groups, state, multipliers):
+        params = [row.param for row in rows]
+        self._planner, self._handle, self._op, self._device = planner, handle, rule.op, params[0].device
         weakref.finalize(self, planner.free, params[0], self._handle)  # not __del__: at exit the op is gone before it
         self._params = params
         self._listed = parameters_of(groups)

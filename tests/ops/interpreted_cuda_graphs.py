@@ -153,6 +153,20 @@ def assert_replays(graph: Graph, of: Problem) -> None:
         assert_same_bits(of, expected)
 
 
+class PlannedProblem:
+    """Steps of a problem by a plan, as the optimizer takes them."""
+
+    def __init__(self, of: Problem):
+        self.of = of
+        self.handle = rep_sgd_step.plan(of.params, of.buffers, of.scales, of.identities, of.groups)
+        assert self.handle
+
+    def step(self) -> Problem:
+        hyper = self.of.hyper.flatten().tolist()
+        assert rep_sgd_step.plan_step(self.handle, self.of.grads, hyper, [], [], None, None)
+        return self.of
+
+
 STREAMS = pytest.mark.parametrize("stream", [1, 2], ids=["on the stream of the steps", "on another"])
 
 
@@ -164,6 +178,67 @@ def test_a_step_that_was_taken_before_is_a_kernel_alone(gpu, stream):
     gpu.forget()
     assert len(graph.nodes) == 1
     assert_replays(graph, ours)
+
+
+@STREAMS
+@pytest.mark.parametrize("double", [False, True], ids=["scales as they are", "scales that are copied"])
+def test_a_planned_step_that_was_taken_before(gpu, stream, double):
+    """Copies of scales are made in the graph, and those of eager steps are not used there, nor the other way round."""
+    ours = problem()
+    if double:
+        ours.scales = [None if s is None else s.double() for s in ours.scales]
+    planned = PlannedProblem(ours)
+    planned.step()
+    graphs = []
+    for _ in range(2):
+        with gpu.capture(stream) as graph:
+            planned.step()
+        graphs.append(graph)
+        expected = ours.clone().run(reference.rep_sgd_step)
+        assert_same_bits(planned.step(), expected)
+        assert graph.copies == 2 * double  # pointers, and the hyper-parameters of a call that is new
+    rep_sgd_step.plan_free(ours.params[0], planned.handle)
+    gpu.forget()
+    for graph in graphs * 2:
+        assert_replays(graph, ours)
+
+
+def test_planned_steps_with_gradients_that_are_new_in_the_capture(gpu):
+    ours = problem()
+    planned = PlannedProblem(ours)
+    planned.step()
+    graphs = []
+    for _ in range(2):
+        ours.grads = ours.clone().grads
+        with gpu.capture() as graph:
+            planned.step()
+        assert graph.copies == 2  # pointers, hyper-parameters
+        graphs.append((graph, ours.grads))
+        ours.grads = ours.clone().grads
+        planned.step()
+    rep_sgd_step.plan_free(ours.params[0], planned.handle)
+    gpu.forget()
+    for graph, ours.grads in graphs * 2:
+        assert_replays(graph, ours)
+
+
+def test_planned_steps_on_two_streams_have_tables_of_their_own(gpu):
+    planned = PlannedProblem(problem())
+    planned.step()
+    before = gpu.uploads
+    for gpu.stream in (1, 2, 1, 2):
+        planned.step()
+    assert gpu.uploads == before + 2  # pointers, hyper-parameters
+
+
+def test_no_plan_is_made_in_a_capture(gpu):
+    """Its tables would be there at a replay only, and eager steps would read them too."""
+    ours = problem().run(rep_sgd_step)
+    columns = ours.params, ours.buffers, ours.scales, ours.identities, ours.groups
+    with gpu.capture() as graph:
+        assert rep_sgd_step.plan(*columns) == 0
+    assert not graph.nodes
+    assert rep_sgd_step.plan(*columns)
 
 
 def test_gradients_that_are_new_in_the_capture(gpu):

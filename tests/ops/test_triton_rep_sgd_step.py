@@ -30,6 +30,10 @@ def test_in_the_interpreter():
     interpreter.run("interpreted_rep_sgd_step.py")
 
 
+def test_planned_steps_in_the_interpreter():
+    interpreter.run("interpreted_planned_step.py")
+
+
 def test_captures_in_the_interpreter():
     interpreter.run("interpreted_cuda_graphs.py")
 

@@ -11,8 +11,6 @@ from torch import nn
 
 from gradrep_kernels.ops import backends
 
-needs_plan = pytest.mark.skipif(backends.report(("cpu",))[0]["serves"] != "cpp", reason="only the C++ step has a plan")
-
 
 def planned(case) -> bool:
     """Whether the backend that serves the case now plans its steps."""
@@ -190,7 +188,6 @@ def test_parameters_that_share_memory_are_stepped_one_after_the_other(case):
     assert_close(ours[0], twin[0], 1e-12)
 
 
-@needs_plan
 def test_strides_of_sizes_of_one_say_nothing(case):
     """A channels_last input gives the contiguous weight of a 1 x 1 or depthwise convolution channels_last gradients.
 
@@ -211,7 +208,6 @@ def test_strides_of_sizes_of_one_say_nothing(case):
     [lambda opt: opt.state[nn.Parameter(torch.zeros(1))], lambda opt: opt.state.update(note=5)],
     ids=["entry", "note"],
 )
-@needs_plan
 def test_the_plan_outlives_what_is_no_parameters_state(case, look):
     pair = Pair(case)
     look(pair.opt)

@@ -12,6 +12,7 @@ from typing import Any
 
 import cases
 import torch
+from implementations import INTERPRETED
 from rep_signum import RepSignum, Signum
 from torch import nn
 from torch.optim import Optimizer
@@ -43,6 +44,8 @@ class OptimizerCase:
     @property
     def backends(self) -> tuple[str, ...]:
         """Where its contract is tested: without kernels one backend is as good as another."""
+        if INTERPRETED:
+            return ("triton",) if self.kernels else ()
         return ("auto", "reference") if self.kernels else ("auto",)
 
     @property

@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1200  # seconds for a file
 
 
-def run(file: str) -> None:
-    """Fail with the output of `pytest tests/ops/<file>` if that fails, or if it ran nothing."""
+def run(file: str, folder: str = "ops") -> None:
+    """Fail with the output of `pytest tests/<folder>/<file>` if that fails, or if it ran nothing."""
     server = _server()
     with tempfile.NamedTemporaryFile("r") as output:
-        server.stdin.write(f"{ROOT / 'tests' / 'ops' / file}\t{output.name}\n")
+        server.stdin.write(f"{ROOT / 'tests' / folder / file}\t{output.name}\n")
         server.stdin.flush()
         status = server.stdout.readline().strip()
         if status != "0":

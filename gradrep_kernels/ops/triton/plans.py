@@ -176,21 +176,29 @@ class Plan:
 # ---- from tensors to pointers
 
 
+def overlap(starts: np.ndarray, extents: np.ndarray) -> bool:
+    """Whether two runs of memory share a byte. Those of extent 0 do not count."""
+    starts, extents = starts[extents > 0], extents[extents > 0]
+    order = starts.argsort()
+    return bool((starts[order][:-1] + extents[order][:-1] > starts[order][1:]).any())
+
+
 @dataclass(frozen=True)
 class Call:
     """The tensors of a call, as numbers, and the tables that were made for them.
 
     Args:
-        pointers: per batch  # [pieces, POINTERS + ...] int64; None where tensors overlap each other
-        hyper:    of the last step: values and table
+        structure: what `prepare` made the plan from; None for a plan that was made once for many calls
+        pointers:  per batch  # [pieces, POINTERS + ...] int64; None where tensors overlap each other
+        hyper:     of the last step: what the tables of hyper-parameters were made from, and these
     """
 
-    structure: tuple
+    structure: tuple | None
     state: tuple
     streams: list[int]
     plan: Plan
     pointers: list[Tensor] | None
-    hyper: dict[tuple[torch.device, torch.dtype], tuple[list[float], Tensor]] = field(default_factory=dict)
+    hyper: dict[tuple[torch.device, torch.dtype], tuple[tuple, list[Tensor]]] = field(default_factory=dict)
 
 
 _copies: WeakTensorKeyDictionary = (
@@ -198,7 +206,7 @@ _copies: WeakTensorKeyDictionary = (
 )  # scale or identity -> {(shape, dtype, stream): (version, copy)}
 
 
-def _copy(part: Tensor, shape: Sizes, dtype: torch.dtype) -> Tensor:
+def readable_copy(part: Tensor, shape: Sizes, dtype: torch.dtype) -> Tensor:
     """A scale or identity as the kernels can read it, kept until the original is written to or dies.
 
     A CUDA graph makes it anew at each replay.
@@ -250,10 +258,23 @@ class Plans:
         key = (len(groups), *(column[0] for column in where[3:]))  # without the gradients, which move most often
         calls = self.calls.get(key, [])
         plan = next((call.plan for call in calls if call.structure == structure), None)
-        plan = plan or self._plan(structure, tensors[0])
+        plan = plan or self.plan(structure, tensors[0])
         for which, n, shape, dtype in plan.copied:
-            where[which][n] = _copy(columns[which][n], shape, dtype).data_ptr()
-        state, streams, in_capture = (where, list(first_steps)), plan.streams(), plan.capturing()
+            where[which][n] = readable_copy(columns[which][n], shape, dtype).data_ptr()
+        call = self.call(calls, plan, (where, list(first_steps)), (*scales, *identities), structure)
+        if calls and key not in self.calls:
+            staging.remember(self.calls, key, calls)
+        return call
+
+    def call(
+        self, calls: list[Call], plan: Plan, state: tuple, parts: Sequence[Tensor | None], structure: tuple | None
+    ) -> Call:
+        """The call of `plan` on tensors at given addresses: one of `calls`, or a new one, which is put at their head.
+
+        `state` has the addresses (scales, identities, then the tensors) and the list of first steps. `parts` are the
+        tensors that a CUDA graph must keep alive.
+        """
+        streams, in_capture = plan.streams(), plan.capturing()
         # A graph of an op that writes may read tables that any stream uploaded for an earlier step: the user who
         # replays it waits for that step's results anyway. Nobody has to wait for an op that only reads, so there a
         # graph has tables of its own.
@@ -269,17 +290,19 @@ class Plans:
         )
         call = earlier
         if call is None:
+            where, first_steps = state
             pointers = self._pointers(plan, np.array(where, dtype=np.int64), np.array(first_steps))
             call = Call(structure, state, streams, plan, pointers)
         if in_capture:  # a new table is in memory of the graph, and copied there at each replay
-            staging.keep(plan, earlier, *scales, *identities)
+            staging.keep(plan, earlier, *parts)
         else:
             staging.room.reserve()
             if earlier is None:  # the allocator often takes turns with a few addresses, so four calls are kept
-                staging.remember(self.calls, key, [call, *calls[:3]])
+                calls[:] = call, *calls[:3]
         return call
 
-    def _plan(self, structure: tuple, grads: Sequence[Tensor]) -> Plan:
+    def plan(self, structure: tuple, grads: Sequence[Tensor]) -> Plan:
+        """The plan of a call: `structure` is what `describe` tells of its columns, the groups, and `prepare`'s used."""
         (scales, identities, *tensors), groups, used = structure
         entries = tuple(
             (same[: used[group]], *rest, group) for same, *rest, group in zip(zip(*tensors), scales, identities, groups)
@@ -319,9 +342,7 @@ class Plans:
 
     def _pointers(self, plan: Plan, where: np.ndarray, first_steps: np.ndarray) -> list[Tensor] | None:
         """The tables of pointers. `where` are the addresses  # [columns, entries]"""
-        starts, extents = where[2:].T[plan.extents > 0], plan.extents[plan.extents > 0]
-        order = np.argsort(starts)
-        if self.writes and np.any(starts[order][:-1] + extents[order][:-1] > starts[order][1:]):
+        if self.writes and overlap(where[2:].T, plan.extents):
             return None
         made = []
         for batch in plan.batches:
@@ -329,10 +350,10 @@ class Plans:
             has_scale = table[:, 0] != 0
             has_identity = has_scale & (table[:, 1] != 0)  # the reference reads no identity without a scale either
             table = table + batch.offsets[:, [0, 1] + [2] * (len(where) - 2)]
-            flags = np.where(np.all(table[:, 2:] % 16 == 0, axis=1), ALIGNED.value, 0)
+            flags = ALIGNED.value * (table[:, 2:] % 16 == 0).all(axis=1)
             flags += HAS_SCALE.value * has_scale + HAS_IDENTITY.value * has_identity
             flags += FIRST_STEP.value * first_steps[batch.entries]
-            made.append(staging.upload(torch.from_numpy(np.column_stack((flags, table))), batch.device))
+            made.append(staging.upload(torch.from_numpy(np.concatenate((flags[:, None], table), axis=1)), batch.device))
         return made
 
     def launch(self, batch: Batch, kernel: Any, *arguments: Any) -> None:
