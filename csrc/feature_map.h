@@ -35,12 +35,18 @@ GRADREP_HD GRADREP_INLINE float widen(float v) { return v; }
 GRADREP_HD GRADREP_INLINE double widen(double v) { return v; }
 GRADREP_HD GRADREP_INLINE float widen(BFloat16 v) { return from_bits(static_cast<uint32_t>(v.bits) << 16); }
 GRADREP_HD GRADREP_INLINE float widen(Half v) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(v.bits));
+  return value;
+#else
   const uint32_t sign = (v.bits & 0x8000u) << 16, rest = v.bits & 0x7fffu;
   const float denormal = static_cast<float>(static_cast<int32_t>(rest)) * 0x1p-24f;
   // inf and NaN keep the largest exponent.
   const float normal = from_bits((rest << 13) + (rest >= 0x7c00u ? 0x70000000u : 0x38000000u));
   const float magnitude = rest < 0x400u ? denormal : normal;
   return sign != 0 ? -magnitude : magnitude;
+#endif
 }
 
 // T: the type of all arithmetic on a map stored as S.

@@ -8,8 +8,6 @@ python tests/support/compiled_figures.py > bench/results/compiled.md
 from __future__ import annotations
 
 import re
-import tempfile
-from pathlib import Path
 
 import compile_gate
 import torch
@@ -22,6 +20,8 @@ from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm_kernel
 from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step_kernel
 
 CUDA = {  # kernels as the compiler names them
+    "rep_sgd_step, CUDA C++": "step_kernelINS_9SgdUpdateEfE",
+    "rep_grad_norm, CUDA C++, over chunks": "grad_norm_kernelIfE",
     "joint_histogram, CUDA C++, tables in shared memory": "joint_histogram_kernelILb1Ef",
     "joint_histogram, CUDA C++, into the result": "joint_histogram_kernelILb0Ef",
     "pair_ranges, CUDA C++, over images": "image_extrema_kernelIf",
@@ -47,8 +47,7 @@ def figures() -> dict[str, dict[str, compile_gate.Compiled]]:
     for target in compile_gate.TARGETS:
         for kernel, made in triton_kernels(target).items():
             rows.setdefault(kernel, {})[target] = made
-    with tempfile.TemporaryDirectory() as folder:
-        _, compiled = compile_gate.compile_cuda(Path(folder), compile_gate.CUDA_TARGETS)
+    _, compiled = compile_gate.built_cuda()
     for kernel, start in CUDA.items():
         rows[kernel] = {target: made for (name, target), made in compiled.items() if start in name}
     return rows
