@@ -256,7 +256,7 @@ def commands(ext, left_out):
             jobs = max_jobs()
             if not cuda or len(self.extensions) == 1 or jobs == 1:
                 return super().build_extensions()
-            # MAX_JOBS bounds both together: a compiler takes 1 to 2 GB. There are two .cu files.
+            # MAX_JOBS bounds both together: a compiler takes 1 to 2 GB.
             share = max(1, min(len(list(ROOT.glob("csrc/*.cu"))), jobs // 2))
             with ThreadPoolExecutor(1) as background:
                 self._objects = background.submit(cuda_objects, ext, Path(self.build_temp) / cuda[0].name, share)

@@ -5,14 +5,10 @@ No GPU is needed.
 
 from __future__ import annotations
 
-import os
-import pickle
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +16,11 @@ from torch.utils import cpp_extension
 
 pytest.importorskip("triton", reason="Triton is not installed: it brings cuobjdump")
 
-import builds
 import compile_gate
 
-TARGETS = ("sm_80", "sm_90", "sm_100")
+from gradrep_kernels.ops.registry import OPS
+
+TARGETS = compile_gate.CUDA_TARGETS
 DTYPES = {"float32": "f", "float64": "d", "bfloat16": "NS_8BFloat16E", "float16": "NS_4HalfE"}
 WORDS = {"float32": "128", "bfloat16": "64", "float16": "64"}  # bits of four pixels
 RESERVED = {"sm_80": 0, "sm_90": 1024, "sm_100": 1024}  # bytes of shared memory that each block of any kernel has there
@@ -35,17 +32,7 @@ pytestmark = pytest.mark.skipif(compile_gate.setup_py().nvcc() is None, reason="
 @pytest.fixture(scope="session")
 def built():
     """The objects, and what nvcc made of each kernel."""
-
-    def build(folder):
-        objects, found = compile_gate.compile_cuda(folder, TARGETS)
-        (folder / "found.pickle").write_bytes(pickle.dumps(([Path(made).name for made in objects], found)))
-
-    setup_py = compile_gate.setup_py()
-    inputs = [*builds.version(setup_py.nvcc(), shutil.which(os.environ.get("CXX") or "c++")), torch.__version__]
-    inputs += [*TARGETS, builds.ROOT / "setup.py", Path(compile_gate.__file__), *builds.sources("*.cu", "*.h")]
-    folder = builds.kept("cuda", inputs, build)
-    names, found = pickle.loads((folder / "found.pickle").read_bytes())
-    return [folder / name for name in names], found
+    return compile_gate.built_cuda()
 
 
 @pytest.fixture(scope="session")
@@ -158,10 +145,11 @@ void torch_c10_cuda_free_error_msg(char*) {}
 
 LOAD = """
 import importlib.util, sys, torch, gradrep_kernels
+from gradrep_kernels.ops.registry import OPS
 spec = importlib.util.spec_from_file_location("gradrep_kernels._C_cuda", sys.argv[1])
 importlib.util.module_from_spec(spec)
-for op in ("pair_ranges", "pair_ranges_", "joint_histogram", "joint_histogram_", "rep_sgd_step"):
-    print(op, torch._C._dispatch_has_kernel_for_dispatch_key("gradrep_kernels::" + op, "CUDA"))
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+print(*(op for op in OPS if has("gradrep_kernels::" + op, "CUDA")))
 """
 
 
@@ -181,15 +169,4 @@ def test_the_module_loads_and_registers(built, tmp_path):
     linked = subprocess.run(["g++", *flags, *sources, *libraries, "-o", module], capture_output=True, text=True)
     assert linked.returncode == 0, linked.stderr
     loaded = subprocess.run([sys.executable, "-c", LOAD, module], cwd=compile_gate.ROOT, capture_output=True, text=True)
-    assert loaded.stdout.split() == [
-        "pair_ranges",
-        "True",
-        "pair_ranges_",
-        "True",
-        "joint_histogram",
-        "True",
-        "joint_histogram_",
-        "True",
-        "rep_sgd_step",
-        "False",
-    ], loaded.stderr
+    assert loaded.stdout.split() == list(OPS), loaded.stderr

@@ -204,6 +204,25 @@ def test_pieces(emulated, most, channels_last):
     assert emulated.told.blocks > len(shapes)
 
 
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_update_with_two_states(emulated, dtype, first):
+    """What another optimizer adds is its rule and its op's arguments (second_update.h)."""
+    second_step = pytest.importorskip("second_step", reason="Triton is not installed")
+    problem = Problem(SHAPES, dtype=dtype, first=first)
+    slow = [cases.tensor(p.shape, 500 + n, dtype) for n, p in enumerate(problem.params)]
+    hyper = torch.tensor([[0.1, 0.9, 0.99]], dtype=torch.float64)
+    ends = []
+    for step in (torch.ops.gradrep_emulated.second_step, second_step.reference):
+        twin, own = problem.clone(), [t.clone() for t in slow]
+        params, grads, fast, *rest = twin.lists()
+        step(params, grads, fast, own, *rest, hyper)
+        ends.append(twin)
+        ends.append(own)
+    assert_same_bits(ends[0], ends[2])
+    assert all(torch.equal(a, b) for a, b in zip(ends[1], ends[3]))
+
+
 # ---- launches
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import pickle
 import re
+import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -11,9 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import builds
 import pytest
+import torch
 import triton
-from builds import ROOT, setup_py  # noqa: F401 (the gates take both from here)
+from builds import ROOT, setup_py
 from torch.utils import cpp_extension
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -213,3 +219,18 @@ def compile_cuda(folder: Path, targets: tuple[str, ...]) -> tuple[list[str], dic
                     loops=_innermost_loops(sass[name]),
                 )
     return objects, found
+
+
+@functools.cache
+def built_cuda() -> tuple[list[Path], dict[tuple[str, str], Compiled]]:
+    """What `compile_cuda` gives for all of CUDA_TARGETS, kept for the same sources and compilers."""
+
+    def build(folder: Path) -> None:
+        objects, found = compile_cuda(folder, CUDA_TARGETS)
+        (folder / "found.pickle").write_bytes(pickle.dumps(([Path(made).name for made in objects], found)))
+
+    inputs = [*builds.version(setup_py().nvcc(), shutil.which(os.environ.get("CXX") or "c++")), torch.__version__]
+    inputs += [*CUDA_TARGETS, ROOT / "setup.py", Path(__file__), *builds.sources("*.cu", "*.h")]
+    folder = builds.kept("cuda", inputs, build)
+    names, found = pickle.loads((folder / "found.pickle").read_bytes())
+    return [folder / name for name in names], found

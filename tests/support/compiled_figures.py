@@ -8,8 +8,6 @@ python tests/support/compiled_figures.py > bench/results/compiled.md
 from __future__ import annotations
 
 import re
-import tempfile
-from pathlib import Path
 
 import compile_gate
 import torch
@@ -23,6 +21,8 @@ from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step_kernel
 
 COUNTING = "joint_histogram_kernelINS_8CountingILNS_5TilesE"
 CUDA = {  # kernels as the compiler names them
+    "rep_sgd_step, CUDA C++": "step_kernelINS_9SgdUpdateEfE",
+    "rep_grad_norm, CUDA C++, over chunks": "grad_norm_kernelIfE",
     "joint_histogram, CUDA C++, up to 24 bins": f"{COUNTING}1ELi25ELb1EEEfE",
     "joint_histogram, CUDA C++, remove_near": f"{COUNTING}2ELi0ELb1EEEfE",
     "joint_histogram, CUDA C++, into the result": f"{COUNTING}0ELi0ELb0EEEfE",
@@ -53,8 +53,7 @@ def figures() -> dict[str, dict[str, compile_gate.Compiled]]:
     for target in compile_gate.TARGETS:
         for kernel, made in triton_kernels(target).items():
             rows.setdefault(kernel, {})[target] = made
-    with tempfile.TemporaryDirectory() as folder:
-        _, compiled = compile_gate.compile_cuda(Path(folder), compile_gate.CUDA_TARGETS)
+    _, compiled = compile_gate.built_cuda()
     for kernel, start in CUDA.items():
         rows[kernel] = {target: made for (name, target), made in compiled.items() if start in name}
     return rows

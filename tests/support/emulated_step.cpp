@@ -4,6 +4,7 @@
 #include "emulated_threads.h"
 #include "rep_grad_norm_cuda_op.h"
 #include "rep_sgd_ops.h"
+#include "second_update.h"
 #include "step_cuda_plan.h"
 
 #include <functional>
@@ -87,6 +88,18 @@ static_assert(sizeof(StepWork<SgdUpdate, double>) <= kMostParameters);
 
 using SgdPlan = CudaStepPlan<SgdUpdate, Emulator>;
 
+void second_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> fast,
+                 std::vector<Tensor> slow, std::vector<std::optional<Tensor>> scales,
+                 std::vector<std::optional<Tensor>> identities, std::vector<bool> first_steps,
+                 std::vector<int64_t> groups, Tensor hyper, std::optional<Tensor> grad_scale,
+                 std::optional<Tensor> found_inf) {
+  const HyperTable table = hyper_table("second_step", hyper, SecondUpdate::Hyper::kColumns);
+  using Plan = CudaStepPlan<SecondUpdate, Emulator>;
+  Plan plan(params, {std::vector<std::optional<Tensor>>(fast.begin(), fast.end()), {slow.begin(), slow.end()}},
+            {std::move(scales), std::move(identities)}, groups, &first_steps);
+  STD_TORCH_CHECK(plan.step(grads, table, grad_scale, found_inf), "second_step: the tensors must be alike");
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -102,6 +115,7 @@ void forget_graph() { graph.clear(); }
 
 STABLE_TORCH_LIBRARY_IMPL(gradrep_emulated, CPU, m) {
   m.impl("rep_grad_norm", TORCH_BOX(&rep_grad_norm<Emulator>));
+  m.impl("second_step", TORCH_BOX(&second_step));
   m.impl("rep_sgd_step", TORCH_BOX(&rep_sgd_step<SgdPlan>));
   m.impl("rep_sgd_plan", TORCH_BOX(&rep_sgd_plan<SgdPlan>));
   m.impl("rep_sgd_plan_step", TORCH_BOX(&take_planned_step));

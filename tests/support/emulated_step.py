@@ -24,6 +24,11 @@ from gradrep_kernels.ops.schema import plan_ops
 
 LARGEST_PIECE = 2**30  # csrc/mult_places.h
 norm_front = importlib.import_module("gradrep_kernels.ops.cpp.rep_grad_norm")  # the package has its function's name
+SECOND_STEP = (
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] fast, Tensor(c!)[] slow, Tensor?[] scales, "
+    "Tensor?[] identities, bool[] first_steps, int[] groups, Tensor hyper, "
+    "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+)
 OPS_OVER_PARAMETERS = ("rep_sgd_step", "rep_grad_norm")
 
 
@@ -48,6 +53,7 @@ def _library() -> tuple[ctypes.CDLL, torch.library.Library]:
     for op in map(OPS.get, OPS_OVER_PARAMETERS):
         for row in (op, *(plan_ops(op) if op.step else ())):
             namespace.define(row.name + row.schema)
+    namespace.define("second_step" + SECOND_STEP)
     torch.ops.load_library(built)
     library = ctypes.CDLL(str(built))
     library.emulated_device.restype = ctypes.POINTER(Device)

@@ -1,0 +1,79 @@
+"""The CUDA C++ over parameters compiled for three GPUs as the build compiles it. No GPU is needed.
+
+Registers, spills, 128-bit accesses, precision, instructions.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: it brings cuobjdump")
+
+import compile_gate
+
+TARGETS = compile_gate.CUDA_TARGETS
+DTYPES = {"float32": "f", "float64": "d", "bfloat16": "NS_8BFloat16E", "float16": "NS_4HalfE"}
+MOST_REGISTERS = 64  # four blocks of 256 threads per multiprocessor
+RESERVED = {"sm_80": 0, "sm_90": 1024, "sm_100": 1024}  # bytes of shared memory that each block of any kernel has there
+MOST_PARAMETERS = 32764
+# SASS, all ways through the kernel together. In the loop of a launch, one way is 45 to 64 for an element (step_cuda.h).
+MOST_INSTRUCTIONS = 1000
+
+pytestmark = pytest.mark.skipif(compile_gate.setup_py().nvcc() is None, reason="nvcc is not found")
+
+
+def compiled(kernel: str, target: str) -> compile_gate.Compiled:
+    """The one kernel whose mangled name this is a part of."""
+    (found,) = (made for (name, of), made in compile_gate.built_cuda()[1].items() if of == target and kernel in name)
+    return found
+
+
+def step(dtype: str, target: str) -> compile_gate.Compiled:
+    return compiled(f"step_kernelINS_9SgdUpdateE{DTYPES[dtype]}E", target)
+
+
+def assert_sound(made: compile_gate.Compiled, dtype: str) -> None:
+    assert made.spills == 0
+    assert made.registers <= MOST_REGISTERS
+    assert (made.double_precision > 0) == (dtype == "float64")
+    assert made.contracted == 0
+    assert ".ftz" not in made.assembly
+    assert not re.search(r"\bdiv\.(full|approx)|\brcp\.", made.assembly)
+    assert not made.count(r"(LD|ST)\.|LDL|STL|ATOM|RED")  # no memory but the tensors', read by its own kind of access
+    (parameters,) = re.findall(r"\.param \.align \d+ \.b8 \w+\[(\d+)\]", made.assembly)
+    assert int(parameters) <= MOST_PARAMETERS
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_step(dtype, target):
+    made = step(dtype, target)
+    assert_sound(made, dtype)
+    assert made.shared == 0 or made.shared == RESERVED[target]
+    # Parameter, gradient and buffer: read and written once where all are aligned, each element alone elsewhere.
+    assert (made.wide_loads, made.wide_stores) == (3, 3)
+    alone = {"float32": r"\.E( |$)", "float64": r"\.E\.64", "bfloat16": r"\.E\.U16", "float16": r"\.E\.U16"}[dtype]
+    assert made.count(f"STG{alone}") == 3
+    assert made.count(r"STG") == 6
+    assert sum(made.instructions.values()) <= MOST_INSTRUCTIONS
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_norm(dtype, target):
+    made = compiled(f"grad_norm_kernelI{DTYPES[dtype]}E", target)
+    assert_sound(made, dtype)
+    assert made.shared == RESERVED[target] + 256 * (8 if dtype == "float64" else 4)
+    assert (made.wide_loads, made.wide_stores) == (1, 0)
+    assert made.count("STG") == 1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_small_kernels(target):
+    """They compute in float64 where the op does, and are one launch of one block."""
+    for kernel in ("norm_root_kernel", "pack_hyper_kernelINS_9SgdUpdateE"):
+        made = compiled(kernel, target)
+        assert made.spills == 0
+        assert made.contracted == 0
