@@ -1,11 +1,11 @@
 // How a joint histogram is dealt to blocks of threads, and what of it lies in a block's shared memory. No torch here
 // (see cuda_blocks.h).
 //
-// Why increments in one table for all threads? Instructions for 256 pixels of 3x3 (sm_90), filling included: 188. Two
+// Why increments in one table for all threads? Instructions for 256 pixels of 3x3 (sm_90), filling included: 190. Two
 // other ways were compiled and left out, with estimates for 167 M pixels on 132 multiprocessors at 1.7 GHz, if a pass
-// of an increment takes two cycles. A table for each lane, of 16-bit cells, has no second pass, but 198 instructions
+// of an increment takes two cycles. A table for each lane, of 16-bit cells, has no second pass, but 200 instructions
 // and 147 KiB, so that one block runs alone and nothing hides its reads: 0.45 ms, as here. Binary tensor-core products
-// of bit planes take 161 instructions and 0.2 ms, and for 7x7 0.9 ms where increments take 2.6. Their rate on sm_90 is
+// of bit planes take 165 instructions and 0.2 ms, and for 7x7 0.9 ms where increments take 2.6. Their rate on sm_90 is
 // not known, sm_100 has none (five times the instructions), and they would be a second path for at most 24 bins.
 #pragma once
 

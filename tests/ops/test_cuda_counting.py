@@ -81,6 +81,14 @@ def test_the_last_tile_has_fewer_images(ops, images, remove_near):
 
 
 @everywhere
+@both
+def test_images_that_are_left_from_another_tile(ops, remove_near):
+    """The last word of a tile ends in one of them, unless there is a gap."""
+    x = make("noise", (1001, 1, 5, 6), torch.float32)
+    check(ops, x, [0, 1], [0, 1], remove_near, blocks_at_once=1)
+
+
+@everywhere
 @pytest.mark.parametrize("kind", ["NaN", "infinities", "zeros", "constant", "dead channels", "denormal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_values_near_zero_and_without_an_order(ops, kind, dtype):

@@ -94,7 +94,7 @@ struct Emulator {
   }
 };
 
-struct Arguments {  // as the ops have them; the layout is also in test_emulated_cuda.py
+struct Arguments {  // as the ops have them; the layout is also in cuda_pairs.py
   int64_t dtype;    // 0: float32, 1: float64, 2: bfloat16, 3: float16
   const void* x;
   int64_t sizes[4], strides[4];
