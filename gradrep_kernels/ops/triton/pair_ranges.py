@@ -141,6 +141,9 @@ def pair_ranges(x: Tensor, displacements: list[int], padding: list[int], remove_
         return reference.pair_ranges(x, displacements, padding, remove_near)
     n = x.new_zeros((x.shape[1], len(displacements) // 2), dtype=torch.int64)
     ends = x.new_empty((work.chunks, *n.shape, 2, 2), dtype=arithmetic_dtype(x.dtype))
-    rule.launch("pair_ranges", pair_ranges_kernel, work, ends=ends, n=n, remove_near=int(remove_near), BLOCK=BLOCK)
+    rule.launch(
+        "pair_ranges", pair_ranges_kernel, work, rule.options(),
+        ends=ends, n=n, remove_near=int(remove_near), BLOCK=BLOCK,
+    )  # fmt: skip
     ranges = torch.stack((ends[..., 0].amin(0), ends[..., 1].amax(0)), dim=-1) + 0.0  # -0.0 + 0.0 is +0.0
     return ranges, n * x.shape[0] // maps.shape[0]
