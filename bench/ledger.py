@@ -210,8 +210,8 @@ def _machines(found: dict[str, dict[str, dict]]) -> list[str]:
 
 
 def _compiled() -> list[str]:
-    title, *rest = (RESULTS / "compiled.md").read_text(encoding="utf-8").rstrip().split("\n")
-    return [f"#{title}", *rest, ""]
+    lines = (RESULTS / "compiled.md").read_text(encoding="utf-8").rstrip().split("\n")
+    return [*(f"#{line}" if line.startswith("#") else line for line in lines), ""]
 
 
 def page() -> str:

@@ -92,15 +92,26 @@ class Gpu:
 
             return self.graph.launch(run, one.chunks, one.geometry, *arguments)
 
-        def launch_pairs_or_record(op, kernel, work, **more):
+        def launch_pairs_or_record(op, kernel, work, options, **more):
             if self.graph is None:
-                return launch_pairs(op, kernel, work, **more)
+                return launch_pairs(op, kernel, work, options, **more)
             for made in more.values():  # results, and what the op derives from the map: memory of the graph
                 self.graph.own[id(made)] = made
             return self.graph.launch(
-                lambda **named: kernel[(work.programs,)](**named, **rule.options()), **work.arguments, **more
+                lambda **named: kernel[(work.programs,)](**named, **options), **work.arguments, **more
             )
 
+        copy = plans.readable_copy
+
+        def copy_or_record(*arguments):
+            made = copy(*arguments)
+            if self.graph is not None:  # it is there at a replay only
+                value, there = made.clone(), weakref.ref(made)
+                self.graph.nodes.append(lambda: there().copy_(value))
+                made.fill_(float("nan"))
+            return made
+
+        monkeypatch.setattr(plans, "readable_copy", copy_or_record)
         monkeypatch.setattr(plans.Plans, "launch", launch_or_record)
         monkeypatch.setattr(rule, "launch", launch_pairs_or_record)
 
@@ -367,6 +378,22 @@ def test_multipliers_outlive_their_optimizer_in_a_graph(gpu):
     seen = [weakref.ref(part) for part in ours.scales + ours.identities if part is not None]
     ours.scales[:] = ours.identities[:] = []  # the lists are the caller's
     gpu.forget()
+    assert all(ref() is not None for ref in seen)
+
+
+def test_multipliers_outlive_their_plan_in_a_graph(gpu):
+    ours = problem()
+    ours.scales = [None if s is None else s.clone() for s in ours.scales]
+    planned = PlannedProblem(ours)
+    planned.step()
+    with gpu.capture():
+        planned.step()
+    seen = [weakref.ref(part) for part in ours.scales + ours.identities if part is not None]
+    rep_sgd_step.plan_free(ours.params[0], planned.handle)
+    ours.scales = ours.identities = []
+    del planned
+    gpu.forget()
+    assert seen
     assert all(ref() is not None for ref in seen)
 
 

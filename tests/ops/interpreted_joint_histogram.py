@@ -105,7 +105,7 @@ def test_values_next_to_the_edges():
 def test_any_split_gives_the_same(monkeypatch, programs):
     """Whole images or parts of one, one block or many, with a last one that is shorter."""
     monkeypatch.setattr(rule, "PROGRAMS", programs)
-    monkeypatch.setattr(module, "block", lambda: 64)
+    monkeypatch.setattr(module, "block", lambda *variant: 64)
     for shape in ((5, 1, 7, 5), (2, 1, 17, 9), (7, 1, 2, 3)):
         assert_interpreted(make("relu", shape, torch.float32), SMALL, modes=[True])
 

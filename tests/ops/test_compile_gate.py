@@ -108,3 +108,14 @@ def test_constants_are_in_the_key_of_tritons_cache(function):
     """Those read as attributes of a module are not, and a kernel compiled with old ones would be found on disk."""
     assert function.cache_key
     assert {name for name, _ in function.used_global_vals} >= CONSTANTS[function]
+
+
+def test_figures_of_other_compilers_are_kept():
+    """A section takes the place of one of the same minor version."""
+    import compiled_figures
+
+    text = compiled_figures.merged("", [("Triton 3.9.0", "a"), ("nvcc 13.0", "b")])
+    text = compiled_figures.merged(text, [("Triton 3.6.0", "| c |\n| d |")])
+    assert text.endswith("\n## Triton 3.6.0\n\n| c |\n| d |\n\n## Triton 3.9.0\n\na\n\n## nvcc 13.0\n\nb\n")
+    again = compiled_figures.merged(text, [("Triton 3.9.1", "e"), ("nvcc 12.8", "f")])
+    assert again == text.replace("3.9.0\n\na", "3.9.1\n\ne").replace("nvcc 13.0\n\nb", "nvcc 12.8\n\nf")

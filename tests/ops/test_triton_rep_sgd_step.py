@@ -264,6 +264,51 @@ def test_a_cuda_graph_reads_live_values(warm):
         assert_same_bits(problem, expected)
 
 
+def planned(problem: Problem, lr: torch.Tensor):
+    """A planned step of the problem with one learning rate, on the device, for all groups."""
+    handle = rep_sgd_step.plan(problem.params, problem.buffers, problem.scales, problem.identities, problem.groups)
+    assert handle
+    columns = problem.hyper.shape[1]
+    numbers, places = problem.hyper.flatten().tolist(), list(range(0, problem.hyper.numel(), columns))
+    on_device = [lr] * len(places)
+    return lambda: rep_sgd_step.plan_step(handle, problem.grads, numbers, on_device, places, None, None)
+
+
+@on_gpu
+def test_a_planned_step_waits_for_nothing():
+    """Gradients lie elsewhere in each step, and the learning rate is on the device."""
+    problem, lr = on_device(), torch.tensor(0.01, device="cuda")
+    step = planned(problem, lr)
+    assert step()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            problem.grads = [g.clone() for g in problem.grads]
+            lr.mul_(0.7)
+            assert step()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@on_gpu
+def test_a_cuda_graph_of_a_planned_step_reads_the_learning_rate():
+    problem, lr = on_device(), torch.tensor(0.01, device="cuda")
+    step = planned(problem, lr)
+    assert step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        assert step()
+    for _ in range(3):
+        lr.mul_(0.7)
+        problem.hyper[:, 0] = lr.item()
+        expected = reference_of(problem)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same_bits(problem, expected)
+
+
 @on_gpu
 def test_a_cuda_graph_keeps_the_tables_of_the_host():
     Problem([(40,)], device="cuda").run(rep_sgd_step)

@@ -1,20 +1,23 @@
-"""Print what compilers make of the GPU kernels, in float32, as a Markdown table.
+"""Write what compilers make of the GPU kernels, in float32, as Markdown: a table for a version of Triton, one for nvcc.
 
-It needs Triton and nvcc, no GPU.
+It needs Triton and nvcc, no GPU. A file that is there keeps its tables of other versions of Triton.
 
-python tests/support/compiled_figures.py > bench/results/compiled.md
+python tests/support/compiled_figures.py bench/results/compiled.md           # of this Triton, and of nvcc
+python tests/support/compiled_figures.py bench/results/compiled.md --triton  # of this Triton alone
 """
 
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 
 import compile_gate
 import torch
 import triton
-from gate_variants import compiled_over_pairs, compiled_over_parameters
+from gate_variants import compiled_histogram, compiled_over_pairs, compiled_over_parameters
 
-from gradrep_kernels.ops.triton.joint_histogram import block, joint_histogram_kernel, private_cells
+from gradrep_kernels.ops.triton.joint_histogram import private_cells
 from gradrep_kernels.ops.triton.pair_ranges import BLOCK, PLACES, channel_ranges_kernel, pair_ranges_kernel
 from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm_kernel
 from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step_kernel
@@ -34,12 +37,11 @@ CUDA = {  # kernels as the compiler names them
 
 def triton_kernels(target: str) -> dict[str, compile_gate.Compiled]:
     step, pairs = compiled_over_parameters, compiled_over_pairs
-    table = {"CELLS": private_cells(23), "BLOCK": block(compile_gate.TARGETS[target].warp_size)}
     plain = {"grad_scale": None, "found_inf": None}
     return {
         "rep_sgd_step, Triton": step(rep_sgd_step_kernel, torch.float32, target, {"hyper": "*fp32"}, plain),
         "rep_grad_norm, Triton": step(rep_grad_norm_kernel, torch.float32, target, {"partial": "*fp32"}, {}),
-        "joint_histogram, Triton, 23 bins": pairs(joint_histogram_kernel, torch.float32, target, table),
+        "joint_histogram, Triton, 23 bins": compiled_histogram(torch.float32, target, private_cells(23)),
         "pair_ranges, Triton": pairs(pair_ranges_kernel, torch.float32, target, {"BLOCK": BLOCK}),
         "pair_ranges, Triton, one range per channel": pairs(
             channel_ranges_kernel, torch.float32, target, {"TOGETHER": 1, "BLOCK": PLACES}
@@ -47,41 +49,61 @@ def triton_kernels(target: str) -> dict[str, compile_gate.Compiled]:
     }
 
 
-def figures() -> dict[str, dict[str, compile_gate.Compiled]]:
-    """By kernel and target."""
+def of_triton() -> tuple[str, str]:
+    """Heading and table of this version of Triton."""
     rows: dict[str, dict[str, compile_gate.Compiled]] = {}
     for target in compile_gate.TARGETS:
         for kernel, made in triton_kernels(target).items():
             rows.setdefault(kernel, {})[target] = made
+    return f"Triton {triton.__version__}", table(rows)
+
+
+def of_nvcc() -> tuple[str, str]:
+    nvcc = re.search(r"release ([\d.]+)", compile_gate.setup_py().ask_nvcc("--version"))[1]
     _, compiled = compile_gate.built_cuda()
-    for kernel, start in CUDA.items():
-        rows[kernel] = {target: made for (name, target), made in compiled.items() if start in name}
-    return rows
+    rows = {
+        kernel: {target: made for (name, target), made in compiled.items() if start in name}
+        for kernel, start in CUDA.items()
+    }
+    return f"nvcc {nvcc}", table(rows)
 
 
-def table() -> str:
-    head = ["kernel, float32", *compile_gate.TARGETS, "128-bit loads, stores (sm_90)"]
+def table(rows: dict[str, dict[str, compile_gate.Compiled]]) -> str:
+    """`rows` by kernel and target."""
+    targets = list(next(iter(rows.values())))
+    head = ["kernel, float32", *targets, "128-bit loads, stores (sm_90)"]
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
-    for kernel, by_target in figures().items():
-        assert not any(made.spills for made in by_target.values())
-        cells = [
-            f"{made.registers}, {made.shared}" if made else "" for made in map(by_target.get, compile_gate.TARGETS)
-        ]
-        lines.append(
-            f"| {kernel} | {' | '.join(cells)} | {by_target['sm_90'].wide_loads}, {by_target['sm_90'].wide_stores} |"
-        )
+    for kernel, made in rows.items():
+        assert not any(made[target].spills for target in targets)
+        cells = [f"{made[target].registers}, {made[target].shared}" for target in targets]
+        wide = f"{made['sm_90'].wide_loads}, {made['sm_90'].wide_stores}"
+        lines.append(f"| {kernel} | {' | '.join(cells)} | {wide} |")
     return "\n".join(lines)
 
 
+INTRODUCTION = """# What compilers make of the GPU kernels
+
+No GPU is needed for this, and none ran. `python tests/support/compiled_figures.py bench/results/compiled.md`
+
+Registers of a thread, static bytes of shared memory of a block; nothing spills. CUDA C++ is not compiled for AMD.
+"""
+
+
+def merged(before: str, sections: list[tuple[str, str]]) -> str:
+    """The file with new sections, each in the place of one of the same compiler: of nvcc, or of that minor version."""
+
+    def compiler(heading: str) -> str:
+        return re.match(r"nvcc|Triton \d+\.\d+", heading)[0]
+
+    kept = [part.strip().split("\n\n", 1) for part in re.split(r"^## ", before, flags=re.MULTILINE)[1:]]
+    by_compiler = {compiler(heading): (heading, text) for heading, text in (*kept, *sections)}
+    return "\n".join(
+        [INTRODUCTION, *(f"## {heading}\n\n{text}\n" for _, (heading, text) in sorted(by_compiler.items()))]
+    )
+
+
 if __name__ == "__main__":
-    nvcc = re.search(r"release ([\d.]+)", compile_gate.setup_py().ask_nvcc("--version"))[1]
-    print("# What compilers make of the GPU kernels\n")
-    print(
-        f"No GPU is needed for this, and none ran. Triton {triton.__version__}, nvcc {nvcc}. "
-        "`python tests/support/compiled_figures.py`\n"
-    )
-    print(
-        "Registers of a thread, static bytes of shared memory of a block; nothing spills. "
-        "CUDA C++ is not compiled for AMD.\n"
-    )
-    print(table())
+    file, *alone = sys.argv[1:]
+    made = [of_triton()] + ([] if alone == ["--triton"] else [of_nvcc()])
+    before = Path(file).read_text(encoding="utf-8") if Path(file).exists() else ""
+    Path(file).write_text(merged(before, made), encoding="utf-8")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
+from typing import Any
 
 import compile_gate
 import torch
@@ -10,6 +12,7 @@ import torch
 from gradrep_kernels.ops.reference.pair_rule import arithmetic_dtype
 from gradrep_kernels.ops.triton import pair_walk, plans
 
+joint_histogram = importlib.import_module("gradrep_kernels.ops.triton.joint_histogram")  # not the op of that name
 TYPE = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 TABLES = {"chunks": "*i32", "geometry": "*i32", "pointers": "*i64"}
 """Of the kernels over parameters."""
@@ -24,11 +27,19 @@ def compiled_over_parameters(kernel, dtype, target, types, constants) -> compile
 
 
 def compiled_over_pairs(
-    kernel, dtype, target, constants, types: Mapping[str, str] | None = None
+    kernel, dtype, target, constants, types: Mapping[str, str] | None = None, options: Mapping[str, Any] | None = None
 ) -> compile_gate.Compiled:
     wide = TYPE[arithmetic_dtype(dtype)]
     types = {"x": TYPE[dtype], "ranges": wide, "ends": wide, **POINTERS, **(types or {})}
-    options = pair_walk.options(compile_gate.TARGETS[target].warp_size)
+    options = options or pair_walk.options(compile_gate.TARGETS[target].warp_size)
     return compile_gate.compile_variant(
         kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, constants, target, **options
     )
+
+
+def compiled_histogram(dtype, target, cells: int, types: Mapping[str, str] | None = None) -> compile_gate.Compiled:
+    """joint_histogram for a table of `cells` (0: none), with the block and the options that its launch chooses."""
+    variant = cells, arithmetic_dtype(dtype), compile_gate.TARGETS[target].warp_size
+    constants = {"CELLS": cells, "BLOCK": joint_histogram.block(*variant)}
+    kernel, options = joint_histogram.joint_histogram_kernel, joint_histogram.options(*variant)
+    return compiled_over_pairs(kernel, dtype, target, constants, types, options)

@@ -7,12 +7,14 @@ result once. On AMD, and up to Triton 3.7 on NVIDIA, tl.histogram takes a popula
 so a table is not rounded up to a power of two: 23 and 24 bins take 512 + 64 cells. From 3.8 on NVIDIA has shared-memory
 atomics.
 
-For (2560, 64, 32, 32), 3x3, 23 bins the machine code for sm_90 issues 185 instructions a pair up to Triton 3.7, 117 of
-them integer arithmetic, and 87 from 3.8: at best 6.0 and 2.2 ms on an H200, where reading the map takes 0.16 ms. (Not
+For (2560, 64, 32, 32), 3x3, 23 bins the machine code for sm_90 issues 188 instructions a pair up to Triton 3.7, 114 of
+them integer arithmetic, and 87 from 3.8: at best 5.8 and 2.2 ms on an H200, where reading the map takes 0.16 ms. (Not
 measured.)
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -30,6 +32,15 @@ CELLS = {22: 512, 24: 512 + 64, 32: 512 + 512}
 
 Sturges' rule gives at most 24 bins up to 8.4 million pairs, 32 up to 2 billion.
 """
+
+REGISTERS = 80
+"""Of a thread, at most, so that three blocks of 256 fit on a multiprocessor."""
+
+BALLOTS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+"""Whether tl.histogram takes ballots on NVIDIA too."""
+
+MOST_CELLS = 512 + 64
+"""Of a table that is counted by ballots for 4 places a thread: 1024 would spill 104 bytes on sm_80."""
 
 FIRST = tl.constexpr(512)
 """Cells of a table that are counted by themselves. The rest must be a power of two, and divide them."""
@@ -150,12 +161,22 @@ def joint_histogram_kernel(
         _add(counts, high, FIRST, d, pairs, cells)
 
 
-def block(lanes: int = rule.LANES) -> int:
-    """Places that a program takes at a time: 4 a thread, 2 on AMD.
+def block(cells: int, dtype: torch.dtype, lanes: int = rule.LANES) -> int:
+    """Places that a program takes at a time: 4 a thread, or 2 where they do not fit into the registers.
 
-    The ballots of 4 do not fit into the scalar registers there.
+    On AMD it is the scalar registers that do not hold the ballots of 4. `dtype` is the one that is computed in.
     """
-    return 2**15 // lanes
+    two = lanes == 64 or dtype == torch.float64 or (BALLOTS and cells > MOST_CELLS)
+    return 512 if two else 1024
+
+
+def options(cells: int, dtype: torch.dtype, lanes: int = rule.LANES) -> dict[str, Any]:
+    """Compile options. `lanes` is the size of a warp."""
+    # ptxas begins the ballots of all 4 places at once, and takes 125 registers. With 80 a multiprocessor holds three
+    # blocks, not two, and a pair takes 188 instructions, not 185. Where there are no ballots the cap takes more
+    # registers (64 -> 75 on sm_80).
+    capped = BALLOTS and 0 < cells <= MOST_CELLS and block(cells, dtype, lanes) == 1024
+    return {**rule.options(lanes), **({"maxnreg": REGISTERS} if capped else {})}
 
 
 def private_cells(max_bins: int) -> int:
@@ -196,19 +217,21 @@ def joint_histogram_(
 ) -> None:
     """As `reference.joint_histogram_`."""
     check_counts(counts, x, displacements)
-    work = rule.work(x, displacements, padding, block())
+    max_bins = counts.shape[-1]
+    variant = private_cells(max_bins), ranges.dtype
+    work = rule.work(x, displacements, padding, block(*variant))
     if work is None:
         return reference.joint_histogram_(counts, x, displacements, ranges, bins, padding, remove_near)
-    max_bins = counts.shape[-1]
     rule.launch(
         "joint_histogram",
         joint_histogram_kernel,
         work,
+        options(*variant),
         ranges=ranges.contiguous(),
         bins=bins.contiguous(),
         counts=counts,
         max_bins=max_bins,
         remove_near=int(remove_near),
-        CELLS=private_cells(max_bins),
-        BLOCK=block(),
+        CELLS=variant[0],
+        BLOCK=block(*variant),
     )

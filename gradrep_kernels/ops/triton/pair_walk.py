@@ -118,7 +118,7 @@ displacement_tables: dict[tuple, Tensor] = {}
 
 
 def options(lanes: int = LANES) -> dict[str, Any]:
-    """Return the compile options of every kernel of pairs. `lanes` is the size of a warp."""
+    """Return the compile options of a kernel of pairs. `lanes` is the size of a warp."""
     # A contracted (v - lo) * inv would fall into other bins.
     return {"num_warps": 256 // lanes, "enable_fp_fusion": False}
 
@@ -170,6 +170,6 @@ def work(x: Tensor, displacements: Sequence[int], padding: Sequence[int], block:
     return Work(chunks * groups * channels, chunks, dict(zip(ARGUMENTS, values, strict=True)))
 
 
-def launch(op: str, kernel: Any, work: Work, **arguments: Any) -> None:
+def launch(op: str, kernel: Any, work: Work, compiled_with: dict[str, Any], **arguments: Any) -> None:
     x = work.arguments["x"]
-    launching.launch(op, x.device, x.dtype, kernel, work.programs, **work.arguments, **arguments, **options())
+    launching.launch(op, x.device, x.dtype, kernel, work.programs, **work.arguments, **arguments, **compiled_with)
