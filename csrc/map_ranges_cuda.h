@@ -56,7 +56,8 @@ GRADREP_HD GRADREP_INLINE void raise_end(T* end, T v) {
   else
     atomicMax(reinterpret_cast<Word<T>*>(end), word);
 #else
-  const Word<T> before = word_of(so_far);
+  Word<T> before;
+  memcpy(&before, &so_far, sizeof before);
   if (word < 0)
     word = static_cast<Word<T>>(std::min(static_cast<Unsigned>(before), static_cast<Unsigned>(word)));
   else

@@ -30,8 +30,9 @@ struct RangeWork : PairWork<S> {
   using T = Arithmetic<S>;
   static constexpr int kGroup = 4;
 
-  T* ends = nullptr;   // [C, D, 2, 2]
-  Count* n = nullptr;  // [C, D], or null: not counted
+  T* ends = nullptr;    // [C, D, 2, 2]
+  Count* n = nullptr;   // [C, D]
+  bool counts = false;  // into n
 
   using PairWork<S>::PairWork;
 
@@ -87,12 +88,13 @@ struct RangeBlock : Share<S> {
   }
 
   GRADREP_HD void flush(int thread) const {
+#pragma unroll 1
     for (int32_t i = thread; i < this->channels * kGroup; i += kThreads) {
       const int32_t c = i / kGroup, g = i % kGroup;
       if (g >= this->count || left[i] == 0) continue;
       const int64_t row = work.row(this->channel + c, this->first + g);
       for (int e = 0; e < 4; ++e) raise_end(work.ends + row * 4 + e, number_of<T>(ordered<T>(ends[i * 4 + e])));
-      if (work.n != nullptr) add(work.n + row, static_cast<Count>(left[i]));
+      if (work.counts) add(work.n + row, static_cast<Count>(left[i]));
     }
   }
 };
@@ -163,6 +165,7 @@ void launch_pairs(const FeatureMap<S>& map, const RangeOptions& options, Arithme
   RangeWork<S> work(map, options.pad_rows, options.pad_columns, options.remove_near);
   work.ends = ends;
   work.n = reinterpret_cast<Count*>(n);
+  work.counts = n != nullptr;
   each_launch(work, options.displacements, [&](RangeWork<S>& some) {
     some.take_groups(RangeWork<S>::kGroup);
     launch(some);

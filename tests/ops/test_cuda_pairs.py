@@ -7,10 +7,11 @@ synchronisation, machine code (see test_compile_gate_cuda.py).
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 
 import pytest
 import torch
-from cases_pairs import LAYOUTS, PAIRS, make
+from cases_pairs import LAYOUTS, PAIRS, assert_raised, ends_of_before, laid_out, make
 from cuda_pairs import DTYPES, H100, HALF_3X3, HALF_7X7, OPS, SMALL, Emulated, check, library, on_gpu
 
 from gradrep_kernels.ops import reference
@@ -245,6 +246,43 @@ def test_one_channel_is_shared_out_by_images(ops, remove_near, blocks_at_once):
 @pytest.mark.parametrize("remove_near", [False, True])
 def test_the_first_slab_has_no_pair(ops, remove_near):
     check(ops, make("noise", (1, 1, 400, 300), torch.float32), [-120, 0], [0, 0], remove_near, blocks_at_once=100)
+
+
+LAUNCHES = {  # shape, displacements, padding, remove_near: launches without n, with n
+    "padding covers all": ((9, 3, 8, 8), HALF_3X3, (1, 1), False, (1, 2)),
+    "no displacement, no padding": ((9, 3, 8, 8), [0, 0], (0, 0), False, (1, 2)),
+    "480 displacements": ((2, 2, 3, 4), [0, 1] * 480, (1, 1), False, (1, 5)),
+    "less padding, many images": ((9, 3, 8, 8), HALF_3X3, (0, 1), False, (2, 3)),
+    "less padding, few images": ((7, 3, 8, 8), HALF_3X3, (0, 1), False, (1, 2)),
+    "remove_near": ((9, 3, 8, 8), HALF_3X3, (1, 1), True, (1, 1)),
+    "no pixel": ((0, 3, 8, 8), HALF_3X3, (1, 1), False, (0, 1)),
+}
+
+
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_launches_of_ends(emulated, case):
+    shape, displacements, padding, remove_near, launches = LAUNCHES[case]
+    for with_n, expected in zip((False, True), launches):
+        x, (ends, n) = (
+            make("noise", shape, torch.float32),
+            ends_of_before(shape[1], len(displacements) // 2, torch.float32),
+        )
+        emulated.pair_ranges_(ends, n if with_n else None, x, displacements, list(padding), remove_near)
+        assert emulated.facts.launches == expected
+
+
+@pytest.mark.parametrize(
+    "shape", [(9, 1, 1, 1), (5, 300, 1, 1), (3, 255, 2, 1), (2, 257, 1, 3), (1, 40, 5, 7), (9, 2, 33, 31)]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_range_per_channel(ops, layout, shape):
+    """Blocks that begin in the midst of a channel, have many channels, or meet their first one again."""
+    for kind in ("noise", "negative", "NaN"):
+        x = laid_out(make(kind, shape, torch.float32).to(ops.device), layout)
+        for blocks_at_once in (1, 300):
+            raise_ends = partial(ops.pair_ranges_, blocks_at_once=blocks_at_once)
+            assert_raised(raise_ends, x, [1, -1, 0, 1, 0, 0], [1, 1], False)
+            assert_raised(raise_ends, x, [0, 0], [0, 0], False)
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 34, 641, 1000, 2**16, 2**16 + 1, 2**30 - 1, 2**30, 2**31 - 1])
