@@ -156,8 +156,8 @@ for section in SpeedOfLight MemoryWorkloadAnalysis MemoryWorkloadAnalysis_Tables
   InstructionStats Occupancy LaunchStats SourceCounters; do
   sections+=(--section "$section")
 done
-# Ours are named by their ops, but for two of pair_ranges. multi_tensor is torch's fused step.
-kernels="rep_|pair_ranges|joint_histogram|image_extrema|keys_to_ranges|multi_tensor"
+# multi_tensor is torch's fused step.
+kernels="(step|hyper|diagonal|norm|root|extrema|ranges|numbers|histogram)_kernel|multi_tensor"
 if [ -n "$dry" ]; then
   phase ncu 115 "$python" bench/profile_once.py --device cpu --quick --seconds 100
 elif [ -z "$ncu" ]; then
