@@ -99,7 +99,7 @@ def test_calls_end_in_time(capsys):
 def test_every_kernel_has_a_name_that_is_profiled():
     pattern = re.search(r'^kernels="(.*)"$', SCRIPT.read_text(), re.MULTILINE)[1]
     sources = "".join(path.read_text() for path in sorted(ROOT.glob("csrc/*.[ch]*")))
-    names = re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", sources)
+    names = re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", sources)
     assert len(names) == sources.count("__global__ void")
     for path in ROOT.glob("gradrep_kernels/ops/triton/*.py"):
         names += re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
