@@ -61,14 +61,16 @@ def _raise(ends, v, mask):
     v += 0.0  # -0.0 + 0.0 is +0.0
     if ends.dtype.element_ty == tl.float64:
         word = tl.where(v != v, 0x7FF8000000000000, v.to(tl.int64, bitcast=True))
-        signed, unsigned = tl.pointer_type(tl.int64), tl.pointer_type(tl.uint64)
-        negative = word.to(tl.uint64, bitcast=True)
+        signed = ends.to(tl.pointer_type(tl.int64), bitcast=True)
+        unsigned = ends.to(tl.pointer_type(tl.uint64), bitcast=True)
+        unsigned_word = word.to(tl.uint64, bitcast=True)
     else:
         word = tl.where(v != v, 0x7FC00000, v.to(tl.int32, bitcast=True))
-        signed, unsigned = tl.pointer_type(tl.int32), tl.pointer_type(tl.uint32)
-        negative = word.to(tl.uint32, bitcast=True)
-    tl.atomic_max(ends.to(signed, bitcast=True), word, mask=mask & (word >= 0), sem="relaxed")
-    tl.atomic_min(ends.to(unsigned, bitcast=True), negative, mask=mask & (word < 0), sem="relaxed")
+        signed = ends.to(tl.pointer_type(tl.int32), bitcast=True)
+        unsigned = ends.to(tl.pointer_type(tl.uint32), bitcast=True)
+        unsigned_word = word.to(tl.uint32, bitcast=True)
+    tl.atomic_max(signed, word, mask=mask & (word >= 0), sem="relaxed")
+    tl.atomic_min(unsigned, unsigned_word, mask=mask & (word < 0), sem="relaxed")
 
 
 @triton.jit(
@@ -201,7 +203,7 @@ def channel_ranges_kernel(
 ):
     COMPUTE: tl.constexpr = ends.dtype.element_ty
     plane = height * width
-    block, _, _, image, start, places = rule.share(images, channels, pairs, plane, images_each, parts, span)
+    block, _group, _chunk, image, start, places = rule.share(images, channels, pairs, plane, images_each, parts, span)
     c = tl.arange(0, TOGETHER)
     x += image.to(tl.int64) * stride_n + block.to(tl.int64) * stride_c
     here = block * TOGETHER + c < all_channels
@@ -209,7 +211,7 @@ def channel_ranges_kernel(
     hi = -lo
     done = 0
     while done < places:
-        i, _, offset = rule.pixels(
+        i, _j, offset = rule.pixels(
             done,
             places,
             start,
