@@ -12,9 +12,11 @@ import math
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -196,7 +198,14 @@ def test_all_phases_run_on_a_gpu(tmp_path):
     assert profiled.count("--section ") == 9
     assert f"--export {machine.results}/kernels {machine.folder}/python bench/profile_once.py" in profiled
     assert (machine.results / "kernels.csv").read_text() == "a,csv\n"
-    assert "Commit abc1234." in (machine.results / "summary.md").read_text()
+    summary = (machine.results / "summary.md").read_text()
+    for words in (
+        "A GPU, 9.0",
+        "Commit abc1234.",
+        "**The kernels agree with the reference.**",
+        "\n_C is loaded from x",
+    ):
+        assert words in summary
 
 
 @pytest.mark.parametrize(
@@ -240,27 +249,48 @@ def test_a_missing_module_is_named_and_the_gpus_is_built(tmp_path, modules):
     assert [name for name in _rows(machine.results) if name != "build"] == list(PHASES)
 
 
-def test_a_phase_ends_at_its_limit(tmp_path):
-    """The limits are the script's own, so a copy has shorter ones."""
-    copy = tmp_path / "bench" / SCRIPT.name
+def small_runs(folder: Path, python: str) -> tuple[list, dict[str, str], Path]:
+    """A command and its environment, of a copy of the script in which the small run has 4 s, and its results."""
+    copy = folder / "bench" / SCRIPT.name
     copy.parent.mkdir()
-    copy.write_text(
-        SCRIPT.read_text().replace("phase small-run 75", "phase small-run 11").replace("grace=5 ", "grace=1 ")
+    text = SCRIPT.read_text()
+    copy.write_text(text.replace("phase small-run 75", "phase small-run 4").replace("grace=5 ", "grace=1 "))
+    (folder / "tests").mkdir()
+    machine = Machine(folder)
+    machine.script("python", f'case "$*" in *small_run*) {python};; esac')
+    path = f"{machine.folder}{os.pathsep}{os.environ['PATH']}"
+    return (
+        ["bash", copy, machine.results],
+        {**os.environ, "PATH": path, "PY": f"{machine.folder}/python"},
+        machine.results,
     )
-    (tmp_path / "tests").mkdir()
-    machine = Machine(tmp_path)
-    machine.script("python", 'case "$*" in *small_run*) sleep 60;; esac')
-    env = {
-        **os.environ,
-        "PATH": f"{machine.folder}{os.pathsep}{os.environ['PATH']}",
-        "PY": str(machine.folder / "python"),
-    }
-    copy.write_text(copy.read_text().replace("small-run 11", "small-run 4"))
-    done = subprocess.run(["bash", copy, machine.results], env=env, capture_output=True, text=True, timeout=50)
-    rows = _rows(machine.results)
+
+
+@pytest.mark.parametrize("left", ["", "setsid sleep 60 & "], ids=["alone", "a process outlives it"])
+def test_a_phase_ends_at_its_limit(tmp_path, left):
+    command, env, results = small_runs(tmp_path, f"{left}sleep 60")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=50)
+    rows = _rows(results)
     assert rows["small-run"] == "124 (its time limit)", done.stdout
     assert rows["step"] == "0"
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=lambda by: by.name)
+def test_a_run_that_is_stopped_leaves_nothing_running(tmp_path, by):
+    command, env, results = small_runs(tmp_path, f"echo $$ >{tmp_path}/begun; exec sleep 60")
+    run = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    for _ in range(300):
+        if (tmp_path / "begun").exists() and (tmp_path / "begun").read_text():
+            break
+        time.sleep(0.1)
+    run.send_signal(by)
+    assert run.wait(10) == 128 + by
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "begun").read_text()), 0)
+    assert "device" in _rows(results)
+    assert "small-run" not in _rows(results)
+    assert "== stopped after" in (results / "log.txt").read_text()
 
 
 def test_dry_run(tmp_path):
