@@ -446,6 +446,13 @@ def test_study_compares_seed_by_seed(fashion, capsys):
     assert "95 % interval" in page
 
 
+def test_study_goes_on_without_scipy(fashion, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    arguments = [str(fashion), "--device", "cpu", "--results", str(fashion / "results"), "--seeds", "2"]
+    assert study_fashion.main([*arguments, "--epochs", "1", "--model", "small", "--batch-size", "20"]) == 0
+    assert "2 of 2 seeds. No interval: this needs scipy" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
