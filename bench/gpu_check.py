@@ -153,6 +153,10 @@ def _wait(process: subprocess.Popen, limit: float) -> int | None:
         return process.wait(limit)
     except subprocess.TimeoutExpired:
         pass
+    except BaseException:  # Ctrl-C ends this process alone: the command is in a session of its own
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
     for end in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(process.pid, end)
@@ -462,4 +466,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -158,7 +158,12 @@ def epochs_that_fit(seconds: float, seeds: int, of_an_epoch: dict[str, float]) -
 
 def page(found: dict) -> str:
     accuracies = {row: [run[row]["accuracy"] for run in found["runs"]] for row in ROWS}
-    difference = paired_difference("sgs", "sgd", accuracies["sgs"], accuracies["sgd"], found["test_images"])
+    try:
+        difference = paired_difference(
+            "sgs", "sgd", accuracies["sgs"], accuracies["sgd"], found["test_images"]
+        ).sentence()
+    except InputError as missing:  # a training on a lent GPU is worth more than its interval
+        difference = f"No interval: {missing}."
     rows = [
         [
             str(run["seed"]),
@@ -175,7 +180,7 @@ def page(found: dict) -> str:
         f"{found['options']['model']}, {found['epochs']} epochs, batches of {found['options']['batch_size']}, "
         f"{where}, torch {found['versions']['torch']}, commit {found['commit']}. `{found['command']}`",
         "",
-        f"{len(found['runs'])} of {found['seeds']} seeds. {difference.sentence()}",
+        f"{len(found['runs'])} of {found['seeds']} seeds. {difference}",
         "",
         *table(
             ["seed", *(f"{row}, %" for row in ROWS), *(f"{row}, s" for row in ROWS)], [*rows, ["mean", *means, "", ""]]

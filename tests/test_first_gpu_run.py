@@ -12,9 +12,11 @@ import math
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +122,7 @@ def test_the_limits_fit_into_the_deadline():
     deadline = int(re.search(r"^deadline=(\d+)", SCRIPT.read_text(), re.MULTILINE)[1])
     assert tuple(limits()) == PHASES
     export = int(re.search(r"timeout (\d+) \"\$ncu\" --import", SCRIPT.read_text())[1])
-    assert sum(limits().values()) + export <= deadline <= 490
+    assert sum(limits().values()) + export <= deadline <= 520
     page = (ROOT / "docs" / "howto" / "gpu.md").read_text()
     assert dict(re.findall(r"^\| ([\w-]+) \| (\d+) \| ", page, re.MULTILINE)) == {
         name: str(limit) for name, limit in limits().items()
@@ -196,7 +198,14 @@ def test_all_phases_run_on_a_gpu(tmp_path):
     assert profiled.count("--section ") == 9
     assert f"--export {machine.results}/kernels {machine.folder}/python bench/profile_once.py" in profiled
     assert (machine.results / "kernels.csv").read_text() == "a,csv\n"
-    assert "Commit abc1234." in (machine.results / "summary.md").read_text()
+    summary = (machine.results / "summary.md").read_text()
+    for words in (
+        "A GPU, 9.0",
+        "Commit abc1234.",
+        "**The kernels agree with the reference.**",
+        "\n_C is loaded from x",
+    ):
+        assert words in summary
 
 
 @pytest.mark.parametrize(
@@ -240,27 +249,77 @@ def test_a_missing_module_is_named_and_the_gpus_is_built(tmp_path, modules):
     assert [name for name in _rows(machine.results) if name != "build"] == list(PHASES)
 
 
-def test_a_phase_ends_at_its_limit(tmp_path):
-    """The limits are the script's own, so a copy has shorter ones."""
-    copy = tmp_path / "bench" / SCRIPT.name
+def small_runs(folder: Path, python: str) -> tuple[list, dict[str, str], Path]:
+    """A command and its environment, of a copy of the script in which the small run has 4 s, and its results."""
+    copy = folder / "bench" / SCRIPT.name
     copy.parent.mkdir()
-    copy.write_text(
-        SCRIPT.read_text().replace("phase small-run 75", "phase small-run 11").replace("grace=5 ", "grace=1 ")
+    text = SCRIPT.read_text()
+    copy.write_text(text.replace("phase small-run 75", "phase small-run 4").replace("grace=5 ", "grace=1 "))
+    (folder / "tests").mkdir()
+    machine = Machine(folder)
+    machine.script("python", f'case "$*" in {python};; esac')
+    path = f"{machine.folder}{os.pathsep}{os.environ['PATH']}"
+    return (
+        ["bash", copy, machine.results],
+        {**os.environ, "PATH": path, "PY": f"{machine.folder}/python"},
+        machine.results,
     )
-    (tmp_path / "tests").mkdir()
-    machine = Machine(tmp_path)
-    machine.script("python", 'case "$*" in *small_run*) sleep 60;; esac')
-    env = {
-        **os.environ,
-        "PATH": f"{machine.folder}{os.pathsep}{os.environ['PATH']}",
-        "PY": str(machine.folder / "python"),
-    }
-    copy.write_text(copy.read_text().replace("small-run 11", "small-run 4"))
-    done = subprocess.run(["bash", copy, machine.results], env=env, capture_output=True, text=True, timeout=50)
-    rows = _rows(machine.results)
+
+
+@pytest.mark.parametrize("left", ["", "setsid sleep 60 & "], ids=["alone", "a process outlives it"])
+def test_a_phase_ends_at_its_limit(tmp_path, left):
+    command, env, results = small_runs(tmp_path, f"*small_run*) {left}sleep 60")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=50)
+    rows = _rows(results)
     assert rows["small-run"] == "124 (its time limit)", done.stdout
     assert rows["step"] == "0"
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize(("status", "builds"), [(1, 0), (0, 1)], ids=["no time to load it", "it does not load"])
+def test_a_module_that_could_not_be_looked_at_is_not_built_anew(tmp_path, status, builds):
+    command, env, results = small_runs(tmp_path, f'*"gradrep_kernels env") exit {status}')
+    (tmp_path / "gradrep_kernels").mkdir()
+    (tmp_path / "gradrep_kernels" / "_C_cuda.abi3.so").touch()
+    subprocess.run(command, env=env, capture_output=True, timeout=50)
+    assert [name for name in _rows(results) if name == "build"] == ["build"] * builds
+
+
+def status_when_stopped(command: list, by: signal.Signals, begun: Path, env: dict[str, str] | None = None) -> int:
+    """The exit status. What writes its process id to `begun`, and then sleeps, is gone."""
+    run = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 100  # a busy machine takes 40 s to import torch
+    while time.monotonic() < end and not (begun.exists() and begun.read_text().strip()):
+        time.sleep(0.1)
+    run.send_signal(by)
+    status = run.wait(10)
+    for _ in range(50):  # init may still have to hear of it
+        try:
+            os.kill(int(begun.read_text()), 0)
+        except ProcessLookupError:
+            return status
+        time.sleep(0.1)
+    raise AssertionError("it still runs")
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=lambda by: by.name)
+def test_a_run_that_is_stopped_leaves_nothing_running(tmp_path, by):
+    command, env, results = small_runs(tmp_path, f"*small_run*) echo $$ >{tmp_path}/begun; exec sleep 60")
+    assert status_when_stopped(command, by, tmp_path / "begun", env) == 128 + by
+    assert "device" in _rows(results)
+    assert "small-run" not in _rows(results)
+    assert "== stopped after" in (results / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=lambda by: by.name)
+def test_a_gpu_check_that_is_stopped_leaves_nothing_running(tmp_path, by):
+    begun, test = tmp_path / "begun", tmp_path / "test_long.py"
+    lines = ["import os, time, pytest", "@pytest.mark.gpu", "def test_long():"]
+    lines += [f"    open({str(begun)!r}, 'w').write(str(os.getpid()))", "    time.sleep(60)", ""]
+    test.write_text("\n".join(lines))
+    options = ["--dry-run", "--results", tmp_path, "--only", "tests", "--test-args", test]
+    status = status_when_stopped([sys.executable, BENCH / "gpu_check.py", *options], by, begun)
+    assert status == (-by if by == signal.SIGINT else 128 + by)
 
 
 def test_dry_run(tmp_path):
@@ -385,6 +444,13 @@ def test_study_compares_seed_by_seed(fashion, capsys):
     assert page.strip() in capsys.readouterr().out
     assert "2 of 2 seeds. sgs" in page
     assert "95 % interval" in page
+
+
+def test_study_goes_on_without_scipy(fashion, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    arguments = [str(fashion), "--device", "cpu", "--results", str(fashion / "results"), "--seeds", "2"]
+    assert study_fashion.main([*arguments, "--epochs", "1", "--model", "small", "--batch-size", "20"]) == 0
+    assert "2 of 2 seeds. No interval: this needs scipy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
