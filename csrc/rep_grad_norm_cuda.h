@@ -1,7 +1,7 @@
 // √(Σ M ⊙ g²) in blocks of threads. No torch here (see cuda_blocks.h).
 //
-// Each chunk has a partial sum, and one block adds them all in double, in an order that shapes alone decide: the same
-// gradients give the same bits.
+// Each chunk has a partial sum, and one block adds them all in double, in an order that the shapes decide, and whether
+// gradients begin at a multiple of 16 bytes: the same gradients at the same places give the same bits.
 //
 // In float32 a thread adds at most 8 products of 3 roundings each in each of 4 sums, which 2 additions join, and 8 more
 // join those of the threads: 21 · 2^-24 of Σ, half of that after the root, and 2^-24 for the result. That is 7e-7 of

@@ -79,6 +79,8 @@ def gather(
 
     A gradient that is spread over the ranks unlike its parameter is brought to the parameter's placement. Where the
     step unscales gradients, `.grad` becomes that tensor, which has the same values.
+
+    Raises RuntimeError for a parameter's first step in a CUDA graph capture: each replay would be a first step.
     """
     gathered = Gathered()
     seen: set[Tensor] = set()
@@ -95,6 +97,11 @@ def gather(
             states = {kept.key: state.get(p, {}).get(kept.key) for kept in used}
             for kept in used:
                 if states[kept.key] is None:
+                    if capturing(p.device):
+                        raise RuntimeError(
+                            f"parameters need a {kept.key}, one of shape {list(p.shape)}, and in a CUDA graph capture "
+                            "every replay would start it anew: take one step before the capture"
+                        )
                     first, place = True, (p, kept.key)
                     if place not in gathered.new_states:  # a parameter that is listed twice has one array
                         gathered.new_states[place] = kept.new(p, grad)
@@ -152,9 +159,7 @@ def hyper_table(groups: ParamGroups, rule: UpdateRule) -> Tensor:
     there = torch.stack([numbers[n].detach().reshape(()).to(device) for n in places]).double().unbind()
     by_place = dict(zip(places, there))
     # A graph has constants of its own: those that are kept for later steps may be dropped before its replay.
-    constant = (
-        _constant.__wrapped__ if device.type == "cuda" and torch.cuda.is_current_stream_capturing() else _constant
-    )
+    constant = _constant.__wrapped__ if capturing(device) else _constant
     entries = [by_place[n] if n in by_place else constant(float(v), device) for n, v in enumerate(numbers)]
     return torch.stack(entries).reshape(-1, columns)
 
@@ -162,6 +167,11 @@ def hyper_table(groups: ParamGroups, rule: UpdateRule) -> Tensor:
 def places_on_device(numbers: Sequence[Any]) -> list[int]:
     """Which of the hyper-parameters only a device knows. Reading them would wait for it."""
     return [n for n, v in enumerate(numbers) if isinstance(v, Tensor) and not v.is_cpu]
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph captures what is done on a device now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=1024)

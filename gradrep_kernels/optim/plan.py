@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gradrep_kernels.dtensor import PLAIN
 from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.registry import OPS
-from gradrep_kernels.optim.gather import Gathered, places_on_device
+from gradrep_kernels.optim.gather import Gathered, capturing, places_on_device
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.norm import columns_of_parts
 from gradrep_kernels.optim.parameters import ParamGroups, parameters_of
@@ -42,7 +43,10 @@ class StepPlan:
         state: Mapping[Tensor, Any],
         multipliers: Multipliers,
     ) -> StepPlan | None:
-        """Make the plan of steps like the one that was gathered, or None where some parameter does not suit it."""
+        """Make the plan of steps like the one that was gathered, or None where some parameter does not suit it.
+
+        None is made in a CUDA graph capture: copies of multipliers would be filled at the graph's replays only.
+        """
         if len(gathered.arguments) != 1:
             return None
         (destination,) = gathered.arguments
@@ -54,7 +58,7 @@ class StepPlan:
             states = [kept for kept in row.states if kept is not None]
             if type(row.param) not in PLAIN or type(row.grad) is not Tensor or not planner.takes(*row[:2], states):
                 return None
-        if len({row.param.device for row in rows}) > 1:
+        if len({row.param.device for row in rows}) > 1 or capturing(rows[0].param.device):
             return None
         params, numbers = [row.param for row in rows], [row.group for row in rows]
         states, parts = (map(list, zip(*column)) for column in zip(*((row.states, row.multiplier) for row in rows)))
@@ -64,7 +68,8 @@ class StepPlan:
     def __init__(self, planner, handle, rows, rule, groups, state, multipliers):
         params = [row.param for row in rows]
         self._planner, self._handle, self._op, self._device = planner, handle, rule.op, params[0].device
-        weakref.finalize(self, planner.free, params[0], self._handle)  # not __del__: at exit the op is gone before it
+        # Not __del__: at exit the op is gone before it. Not a parameter: it may be where no kernel frees plans by then.
+        weakref.finalize(self, _free, planner, torch.empty(0, device=self._device), self._handle)
         self._params = params
         self._listed = parameters_of(groups)
         active = set(map(id, params))
@@ -145,6 +150,8 @@ class StepPlan:
         try:
             if not self._planner.step(self._handle, grads, hyper, on_device, places, grad_scale, found_inf):
                 return False
+        except NotImplementedError:  # gradients or numbers are on another device now, which has no op of plans
+            return False
         except (RuntimeError, TypeError):
             # Sparse and missing gradients are looked for only here: it would cost 2 µs a step.
             if any(g is None or g.layout != torch.strided for g in grads):
@@ -152,6 +159,11 @@ class StepPlan:
             raise
         torch.autograd.graph.increment_version(self._written if grad_scale is None else self._written + grads)
         return True
+
+
+def _free(planner: backends.Planner, somewhere: Tensor, handle: int) -> None:
+    with _disable_current_modes():  # the garbage collector comes at any time, while torch.compile traces too
+        planner.free(somewhere, handle)
 
 
 def _read(state: Mapping[Tensor, Any], key: str) -> list[Tensor | None]:

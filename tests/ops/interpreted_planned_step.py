@@ -151,6 +151,19 @@ def test_tables_are_made_once_for_each_place(uploads):
     assert len(uploads) == 8
 
 
+def test_a_rate_that_changes_with_each_step_waits_for_nothing(uploads, monkeypatch):
+    monkeypatch.setattr(staging, "REMEMBERED", 3)
+    planned, waits = Planned(Problem(SHAPES, hypers=TWO_GROUPS)), []
+    assert planned.step()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(True))
+    for _ in range(8):
+        planned.ours.hyper = planned.ours.hyper * 0.9
+        assert planned.step()
+    assert not waits
+    assert len(rep_sgd_step.hyper_tables) <= 3
+
+
 class Operations(TorchDispatchMode):
     """The operations that are a launch on a device."""
 

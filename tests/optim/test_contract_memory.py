@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import sys
 
 import pytest
 import torch
-from cases_optim import STEADY, Pair, assert_close, batch, net
+from cases_optim import STEADY, Pair, all_equal, assert_close, batch, net
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradrep_kernels.ops import backends
 
@@ -216,3 +219,47 @@ def test_the_plan_outlives_what_is_no_parameters_state(case, look):
     pair.train(STEADY)
     assert pair.opt._plan is plan
     assert (plan is not None) == planned(case)
+
+
+def test_tensors_on_a_device_that_takes_no_planned_steps(case):
+    """The plan refuses them, as a GPU's where kernels of plans are built for the CPU alone."""
+    pair = Pair(case).train(STEADY)
+    plan, groups = pair.opt._plan, pair.opt.param_groups
+    assert (plan is not None) == planned(case)
+    if plan is not None:
+        before = pair.weights()
+        groups[0]["lr"] = torch.tensor(0.1, device="meta")
+        assert plan.step(groups, pair.opt.state, (None, None)) is False
+        assert all_equal(before, pair.weights())
+
+
+class NothingPasses(TorchDispatchMode):
+    """As a mode of torch.compile, which does not know the ops of plans."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} in another's trace")
+
+
+def test_a_plan_is_freed_wherever_its_parameters_are_and_whatever_is_traced(case, monkeypatch):
+    """The garbage collector drops it at any time, and parameters move to devices that free no plans."""
+    planner = backends.planner(case.make.update_rule.op, "cpu")
+    if planner is None:
+        pytest.skip("this backend makes no plans")
+    freed, errors = [], []
+
+    def free(somewhere: torch.Tensor, handle: int) -> None:
+        planner.free(somewhere, handle)
+        freed.append(somewhere)
+
+    counting = dataclasses.replace(planner, free=free)
+    monkeypatch.setattr(backends, "planner", lambda op, device: counting)
+    monkeypatch.setattr(sys, "unraisablehook", errors.append)
+    monkeypatch.setattr(sys, "excepthook", lambda *error: errors.append(error))
+    pair = Pair(case).train(STEADY)
+    assert not freed
+    with NothingPasses():
+        pair.opt._plan = None
+    assert not errors
+    (somewhere,) = freed
+    assert somewhere.device.type == "cpu"
+    assert not any(somewhere is p for p in pair.ours.parameters())

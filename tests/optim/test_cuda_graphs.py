@@ -1,4 +1,4 @@
-"""Steps in CUDA graphs, and models on two kinds of device. These need a GPU."""
+"""Steps in CUDA graphs, and models on two kinds of device. All but the first two need a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,47 @@ import pytest
 import torch
 from cases_optim import STEADY, Pair, all_equal, assert_close, batch, overflow
 from implementations import on_gpu
+
+from gradrep_kernels.ops import backends
+from gradrep_kernels.optim import gather, plan
+
+
+@pytest.fixture
+def in_a_capture(monkeypatch):
+    """Tells the optimizer that a CUDA graph captures what it does, or (False) no longer."""
+
+    def tell(captures: bool) -> None:
+        for module in (gather, plan):
+            monkeypatch.setattr(module, "capturing", lambda device: captures)
+
+    return tell
+
+
+def test_no_array_is_made_in_a_capture(case, in_a_capture):
+    """Each replay would be a parameter's first step, and momentum would never be."""
+    pair = Pair(case)
+    before = pair.weights()
+    pair.set_grads(0)
+    in_a_capture(True)
+    with pytest.raises(RuntimeError, match="take one step before the capture"):
+        pair.opt.step()
+    assert all_equal(before, pair.weights())
+    assert not pair.opt.state
+    in_a_capture(False)
+    pair.train(1)
+    in_a_capture(True)
+    pair.train(1).assert_equal()
+
+
+def test_no_plan_is_made_in_a_capture(case, in_a_capture):
+    """Its copies of multipliers would be filled at the replays only, and steps outside read them before."""
+    pair = Pair(case).train(1)
+    in_a_capture(True)
+    pair.train(3)
+    assert pair.opt._plan is None
+    in_a_capture(False)
+    pair.train(1).assert_equal()
+    assert (pair.opt._plan is not None) == (backends.planner(case.make.update_rule.op, "cpu") is not None)
 
 
 def captured(pair: Pair) -> torch.cuda.CUDAGraph:

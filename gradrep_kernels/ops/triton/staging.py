@@ -98,10 +98,13 @@ def upload(table: Tensor, device: torch.device, wait: bool = False) -> Tensor:
     return send(_written(table, pinned(table.nbytes)), device, wait=False)
 
 
-def remember(memory: dict, key: Any, value: Any) -> None:
-    """Add an entry to a memory of at most REMEMBERED entries. A full one is emptied first."""
+def remember(memory: dict, key: Any, value: Any, wait: bool = True) -> None:
+    """Add an entry to a memory of at most REMEMBERED entries. A full one is emptied first.
+
+    wait=False is for tables that no stream reads but the one that they were made on.
+    """
     if len(memory) >= REMEMBERED:
-        if torch.cuda.is_initialized():
+        if wait and torch.cuda.is_initialized():
             torch.cuda.synchronize()  # kernels on any stream may still read the tables that are dropped here
         memory.clear()
     memory[key] = value

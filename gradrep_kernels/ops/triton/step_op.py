@@ -78,7 +78,7 @@ class StepOp:
     def plan_step(self, plan: int, *arguments: Any) -> bool:
         return self.planned[plan].take(*arguments)
 
-    def plan_free(self, param: Tensor, plan: int) -> None:
+    def plan_free(self, somewhere: Tensor, plan: int) -> None:
         del self.planned[plan]
 
     def launch(
@@ -145,7 +145,8 @@ class StepOp:
             return tables
         key = (source, device, dtype, staging.stream(device))
         if key not in self.hyper_tables:
-            staging.remember(self.hyper_tables, key, [staging.upload(table, device) for table in make()])
+            # Read by one stream, in its order. A rate that changes with each step fills this memory.
+            staging.remember(self.hyper_tables, key, [staging.upload(table, device) for table in make()], wait=False)
         call.hyper[device, dtype] = source, self.hyper_tables[key]
         return self.hyper_tables[key]
 
