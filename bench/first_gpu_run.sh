@@ -132,8 +132,10 @@ phase device 60 "$python" -m gradrep_kernels env
 about=$(sed '1,2d;$d' "$log")
 seen=$status
 has() { # MODULE
-  grep -q "$1 is loaded from" "$log" || { [ "$seen" != 0 ] && compgen -G "gradrep_kernels/$1.*" >/dev/null; }
+  grep -qE "$1 is (loaded from|built)" "$log" || { [ "$seen" != 0 ] && compgen -G "gradrep_kernels/$1.*" >/dev/null; }
 }
+[ -n "$dry" ] || ! lacking=$(grep -oE "torch (sees no GPU|is not a CUDA build) here" "$log") ||
+  say "!! ${lacking%%$'\n'*}: no kernel can run"
 for module in _C _C_cuda; do
   [ -z "$dry" ] || [ "$module" = _C ] || continue
   has "$module" || say "!! gradrep_kernels.$module IS MISSING HERE: see the line 'compiled'"

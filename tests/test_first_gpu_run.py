@@ -302,6 +302,16 @@ def status_when_stopped(command: list, by: signal.Signals, begun: Path, env: dic
     raise AssertionError("it still runs")
 
 
+def test_a_torch_that_sees_no_gpu_is_told_and_nothing_is_built_for_it(tmp_path):
+    says = "echo '_C is loaded from x. _C_cuda is built (y), but torch sees no GPU here'"
+    command, env, results = small_runs(tmp_path, f'*"gradrep_kernels env") {says};; *small_run*) exit 1')
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=50)
+    assert "!! torch sees no GPU here: no kernel can run" in done.stdout
+    assert "MISSING" not in done.stdout
+    assert "build" not in _rows(results)
+    assert done.returncode == 1
+
+
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=lambda by: by.name)
 def test_a_run_that_is_stopped_leaves_nothing_running(tmp_path, by):
     command, env, results = small_runs(tmp_path, f"*small_run*) echo $$ >{tmp_path}/begun; exec sleep 60")
