@@ -148,7 +148,7 @@ def plan_ops(step: Op) -> tuple[Op, Op, Op]:
         ),
         Op(
             f"{name}_free",
-            "(Tensor somewhere, int plan) -> ()",
-            "frees a plan. `somewhere`, any tensor, says on which device",
+            "(Tensor param, int plan) -> ()",
+            "frees a plan. `param`, any tensor, says on which device",
         ),
     )

@@ -148,7 +148,10 @@ class RepOptimizer(Optimizer):
     # ---- the step
 
     def step(self, closure: Callable[[], Any] | None = None):
-        """Update every parameter that has a gradient, once. Returns what `closure` returns."""
+        """Update every parameter that has a gradient, once. Returns what `closure` returns.
+
+        Raises RuntimeError where an array, such as a momentum buffer, would be made in a CUDA graph capture.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -92,6 +92,22 @@ def test_cuda_graph_follows_a_tensor_lr(case):
         replay(pair, graph, steps=2)
 
 
+@on_gpu
+def test_two_captures_before_there_is_a_plan(case):
+    """The multipliers are read from copies. Those of the second graph are its own."""
+    if not case.is_served_by_kernels("cuda"):
+        pytest.skip("the reference reads hyper-parameters on the host")
+    pair = Pair(case)
+    pair.ours.cuda()
+    pair.train(2)  # the next step would make the plan
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            pair.opt.step()
+    for graph in reversed(graphs):
+        replay(pair, graph)
+
+
 class WholeStep:
     """Forward, backward and step of a Pair on the GPU, in one graph.
 

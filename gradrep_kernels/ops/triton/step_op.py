@@ -78,7 +78,7 @@ class StepOp:
     def plan_step(self, plan: int, *arguments: Any) -> bool:
         return self.planned[plan].take(*arguments)
 
-    def plan_free(self, somewhere: Tensor, plan: int) -> None:
+    def plan_free(self, param: Tensor, plan: int) -> None:
         del self.planned[plan]
 
     def launch(
