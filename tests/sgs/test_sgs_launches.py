@@ -253,6 +253,19 @@ def test_many_tensors_travel_as_one(monkeypatch):
     assert all(a is b for a, b in zip(on_host(parts), parts, strict=True))
 
 
+@pytest.mark.parametrize("capturing", [False, True])
+def test_memory_is_pinned_for_a_gpu_and_in_no_capture(monkeypatch, capturing):
+    """Without a GPU: memory is not pinned and goes nowhere."""
+    empty, asked = torch.empty, []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch, "empty", lambda n, pin_memory, **named: asked.append(pin_memory) or empty(n, **named))
+    monkeypatch.setattr(torch.Tensor, "to", lambda flat, device, non_blocking: flat)
+    parts = [torch.arange(5), torch.ones(3)]
+    there = on_device(parts, torch.device("cuda", 0))
+    assert all(torch.equal(a, b) for a, b in zip(there, parts, strict=True))
+    assert asked == [not capturing]
+
+
 class OfADevice(Calls):
     """Takes a tensor, and all that is computed from it, for those of a device, and notes what waits for them."""
 
