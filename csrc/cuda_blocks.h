@@ -144,8 +144,12 @@ struct PairWork {
       return static_cast<double>((others * n + blocks_at_once - 1) / blocks_at_once) * cost(n);
     };
     int64_t best = std::min(parts, std::max(least, fit / 2));
+    double least_time = time(best);
     for (int64_t n = best + 1; n <= most; ++n)
-      if (time(n) < time(best)) best = n;
+      if (const double its = time(n); its < least_time) {
+        best = n;
+        least_time = its;
+      }
     return best;
   }
   int64_t blocks() const { return channel_blocks * groups * slabs; }

@@ -8,7 +8,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <map>
 #include <string>
+#include <tuple>
 
 namespace gradrep {
 
@@ -41,13 +43,18 @@ class Launcher {
   }
 
  protected:
-  // Blocks of a kernel that run at once, each with so much shared memory.
+  // Blocks of a kernel that run at once, each with so much shared memory. The driver is asked once in a thread, and the
+  // kernel may have the most from then on: a lower limit would fail the launches of other threads.
   template <typename Kernel>
   int64_t blocks_at_once(Kernel* kernel, int64_t shared) const {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    thread_local std::map<std::tuple<Kernel*, int64_t, int64_t>, int64_t> known;
+    const std::tuple key{kernel, int64_t{x_.get_device_index()}, shared};
+    if (const auto found = known.find(key); found != known.end()) return found->second;
+    STD_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared())));
     int blocks = 0;
     STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared));
-    return int64_t{blocks} * attribute(cudaDevAttrMultiProcessorCount);
+    return known[key] = int64_t{blocks} * attribute(cudaDevAttrMultiProcessorCount);
   }
 
   template <typename Work>

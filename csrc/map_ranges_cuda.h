@@ -14,14 +14,18 @@ namespace gradrep {
 
 template <typename T>
 constexpr T kNothing = -std::numeric_limits<T>::infinity();
+template <typename T>
+constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
 
 // The bits of a number, as a whole number that CUDA has atomics for: -0.0 as those of +0.0, NaN as the last of all.
 template <typename T>
 using Word = std::conditional_t<sizeof(T) == 8, long long, int32_t>;
+template <typename T>
+constexpr Word<T> kLastWord = std::numeric_limits<Word<T>>::max();
 
 template <typename T>
 GRADREP_HD GRADREP_INLINE Word<T> word_of(T v) {
-  v = v != v ? std::numeric_limits<T>::quiet_NaN() : v + T(0);
+  v = v != v ? kNaN<T> : v + T(0);
   Word<T> word;
   memcpy(&word, &v, sizeof word);
   return word;
@@ -30,7 +34,7 @@ GRADREP_HD GRADREP_INLINE Word<T> word_of(T v) {
 // Words in the order of their numbers, for the block's own ends; the same again turns them back.
 template <typename T>
 GRADREP_HD GRADREP_INLINE Word<T> ordered(Word<T> word) {
-  return word < 0 ? word ^ std::numeric_limits<Word<T>>::max() : word;
+  return word < 0 ? word ^ kLastWord<T> : word;
 }
 
 template <typename T>

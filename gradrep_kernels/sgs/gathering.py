@@ -98,7 +98,8 @@ class Ranges:
     def __init__(self, layers: Collection[Layer]):
         self._layers = layers
         self._ends, self._n = Arrays(-torch.inf), Arrays(0)
-        self._pairs: dict[Layer, list[int]] = {}  # of each displacement, in the maps whose pairs all count
+        # Of each displacement, for each map whose pairs all count. Threads of nn.DataParallel append at the same time.
+        self._pairs: dict[Layer, list[list[int]]] = {}
 
     def __setstate__(self, state: dict) -> None:
         """Restore a copy or a pickle. Those of earlier versions hold (ranges, n) by layer."""
@@ -115,8 +116,8 @@ class Ranges:
         if remove_near:
             n = self._n.of(layer, x.device, torch.int64, _n_shape, self._layers)
         else:
-            n, pairs = None, number_of_pairs(x.shape, displacements, padding)
-            self._pairs[layer] = [a + b for a, b in zip(pairs, self._pairs.get(layer, [0] * len(pairs)))]
+            n = None
+            self._pairs.setdefault(layer, []).append(number_of_pairs(x.shape, displacements, padding))
         implementation("pair_ranges_", x.device.type)(ends, n, x, displacements, padding, remove_near)
 
     def ends(self, layers: Iterable[Layer], device: torch.device) -> Tensor:
@@ -136,9 +137,13 @@ class Ranges:
     def n(self, layer: Layer) -> Tensor:
         """Return how many pairs there are  # [C, D] int64, on the CPU where their number follows from shapes"""
         channels, displacements = layer.statistics_shape
-        n = torch.tensor(self._pairs.get(layer, [0] * displacements), device="cpu").repeat(channels, 1)
-        for part in self._n.all_of(layer):
-            n = part + n.to(part.device)
+        parts = self._n.all_of(layer)
+        if layer in self._pairs or not parts:
+            pairs = torch.tensor(self._pairs.get(layer, [[0] * displacements]), device="cpu")
+            parts.append(pairs.sum(0).repeat(channels, 1))
+        n, *others = parts
+        for part in others:
+            n = n + part.to(n.device)
         return n
 
 

@@ -29,7 +29,9 @@ def on_device(parts: list[Tensor], device: torch.device) -> list[Tensor]:
     if device.type == "cpu" or not parts:
         return parts
     ends = list(itertools.accumulate(-(-part.nbytes // LINE) * LINE for part in parts))
-    flat = torch.empty(ends[-1], dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+    # A graph would copy from pinned memory at each replay, when it holds something else: torch refuses any other.
+    pinned = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    flat = torch.empty(ends[-1], dtype=torch.uint8, device="cpu", pin_memory=pinned)
     for part, own in zip(parts, _parts(flat, parts, ends)):
         own.copy_(part)
     return _parts(flat.to(device, non_blocking=True), parts, ends)

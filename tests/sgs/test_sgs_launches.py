@@ -7,8 +7,11 @@ there, or a wait. Tests on a GPU ask the driver.
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -173,6 +176,49 @@ def test_copies_between_a_forward_and_its_step_go_on_alone():
     assert all(torch.equal(found[name], g) for name, g in sgs.scalings.items())
 
 
+# ---- numbers of pairs
+
+
+@pytest.fixture
+def ranges():
+    """Those of one layer, [2, 4]."""
+    conv = nn.Conv2d(2, 2, 3)
+    return gathering.Ranges([gathering.Layer(conv.weight, {"0": conv})])
+
+
+def test_pairs_that_a_device_counts_stay_there(ranges):
+    """Zeros of the host that are added to them would be sent for each layer, and waited for."""
+    (layer,) = ranges._layers
+    counted = torch.zeros(2, 4, dtype=torch.int64, device="meta")
+    ranges._n.adopt(layer, counted)
+    assert ranges.n(layer) is counted
+
+
+def test_maps_whose_pairs_all_count_and_others_pool(ranges):
+    (layer,) = ranges._layers
+    x, displacements = torch.tensor([[0.0, 1], [1, 1]]).expand(3, 2, 2, 2), [0, 1, 1, -1, 1, 0, 1, 1]
+    assert ranges.n(layer).tolist() == [[0, 0, 0, 0]] * 2
+    for remove_near in (False, True, False):
+        ranges.add(layer, x, displacements, [0, 0], remove_near)
+    assert ranges.n(layer).tolist() == [[3 * n for n in (2 + 1 + 2, 1 + 1 + 1, 2 + 1 + 2, 1 + 0 + 1)]] * 2
+
+
+def test_threads_add_at_the_same_time(ranges, monkeypatch):
+    """nn.DataParallel has one for each GPU."""
+    (layer,) = ranges._layers
+    monkeypatch.setattr(gathering, "implementation", lambda *_: lambda *_: None)
+    interval, x = sys.getswitchinterval(), torch.ones(1, 2, 2, 2)
+    add = functools.partial(ranges.add, layer, x, [0, 1, 1, -1, 1, 0, 1, 1], [0, 0], False)
+    add()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: add(), range(4000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert ranges.n(layer)[0].tolist() == [2 * 4001, 4001, 2 * 4001, 4001]
+
+
 # ---- transfers
 
 
@@ -205,6 +251,19 @@ def test_many_tensors_travel_as_one(monkeypatch):
         assert (arrived.device.type, arrived.shape, arrived.dtype) == ("meta", part.shape, part.dtype)
     assert on_device(parts, torch.device("cpu")) is parts
     assert all(a is b for a, b in zip(on_host(parts), parts, strict=True))
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_memory_is_pinned_for_a_gpu_and_in_no_capture(monkeypatch, capturing):
+    """Without a GPU: memory is not pinned and goes nowhere."""
+    empty, asked = torch.empty, []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch, "empty", lambda n, pin_memory, **named: asked.append(pin_memory) or empty(n, **named))
+    monkeypatch.setattr(torch.Tensor, "to", lambda flat, device, non_blocking: flat)
+    parts = [torch.arange(5), torch.ones(3)]
+    there = on_device(parts, torch.device("cuda", 0))
+    assert all(torch.equal(a, b) for a, b in zip(there, parts, strict=True))
+    assert asked == [not capturing]
 
 
 class OfADevice(Calls):

@@ -196,10 +196,14 @@ def _innermost_loops(sass: str) -> tuple[Counter[str], ...]:
 
 
 def compile_cuda(folder: Path, targets: tuple[str, ...]) -> tuple[list[str], dict[tuple[str, str], Compiled]]:
-    """Compile all .cu files as the build does: the objects, and (mangled name of a kernel, target) -> its code."""
+    """Compile all .cu files as the build does: the objects, and (mangled name of a kernel, target) -> its code.
+
+    A warning is an error.
+    """
     numbers = [f"{target[3:-1]}.{target[-1]}" for target in targets]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(numbers) + "+PTX")
+        patch.setenv("NVCC_APPEND_FLAGS", "-Werror all-warnings")
         objects = setup_py().cuda_objects(cpp_extension, folder)
     found = {}
     for made in objects:
