@@ -206,5 +206,5 @@ else
 fi
 
 say "== the whole: $SECONDS s"
-say "!! $verdict"
+say "== $verdict"
 [ -z "${tests_failed:-}" ] && [ "$small_run" = 0 ]
