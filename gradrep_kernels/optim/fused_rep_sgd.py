@@ -56,6 +56,9 @@ class FusedRepSGD(RepOptimizer, SGD):
     one. Where torch.compile traces the step, and with differentiable=True, torch's functional SGD takes M ⊙ g and
     rounds as it does.
 
+    On a GPU a step waits for nothing once the arrays exist. Take three steps before a CUDA graph captures one. A replay
+    repeats the learning rate of the capture, unless that is a tensor on the GPU, and the multipliers of the capture.
+
     Once its steps repeat, the optimizer keeps extra references to the parameters, and torch.utils.swap_tensors refuses
     such tensors. With torch.__future__.set_swap_module_params_on_conversion(True), convert the model before training.
 

@@ -36,7 +36,7 @@ SCHEMAS = {  # code of others calls the ops by these; the first six follow from 
     "int[] groups) -> int",
     "rep_sgd_plan_step": "(int plan, Tensor[] grads, float[] hyper, Tensor[] on_device, int[] places, "
     "Tensor? grad_scale, Tensor? found_inf) -> bool",
-    "rep_sgd_plan_free": "(Tensor somewhere, int plan) -> ()",
+    "rep_sgd_plan_free": "(Tensor param, int plan) -> ()",
 }
 
 

@@ -181,6 +181,7 @@ def assert_same_bits(actual: Problem, expected: Problem):
             a = a.cpu()
             assert a.stride() == b.stride()
             # NaN payloads are the processor's own affair
-            assert torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)), (
+            others = {"nan": 12345.0, "posinf": torch.inf, "neginf": -torch.inf}
+            assert torch.equal(a.nan_to_num(**others), b.nan_to_num(**others)), (
                 f"{name}[{n}] of shape {tuple(b.shape)}: {(a != b).sum()} elements differ"
             )
