@@ -292,9 +292,9 @@ def test_updates_from_training_batches_are_timed_from_an_update_on(setup):
     before = controller.steps
     assert gather.clock(gather.run, 1) > 0
     assert controller.steps == before + 1  # the update before the clock is read
-    assert len(controller._ranges._by_layer) == 13
-    assert all((table > 0).any() for table in controller._tables._by_layer.values())
-    assert len(controller._tables._by_layer) == 13
+    assert len(controller._ranges._pairs) == 13
+    tables = [controller._tables._arrays.all_of(layer) for layer in controller._ranges._pairs]
+    assert all((table > 0).any() for (table,) in tables)
 
 
 def test_every_row_has_its_words():
