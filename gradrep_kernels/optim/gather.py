@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradrep_kernels.captures import capturing
 from gradrep_kernels.dtensor import local
 from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.registry import OPS
@@ -167,11 +168,6 @@ def hyper_table(groups: ParamGroups, rule: UpdateRule) -> Tensor:
 def places_on_device(numbers: Sequence[Any]) -> list[int]:
     """Which of the hyper-parameters only a device knows. Reading them would wait for it."""
     return [n for n, v in enumerate(numbers) if isinstance(v, Tensor) and not v.is_cpu]
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph captures what is done on a device now."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=1024)

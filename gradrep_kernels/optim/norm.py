@@ -35,9 +35,12 @@ def _norm_here(params: Sequence[Tensor], multipliers: Multipliers) -> Tensor:
     """That of parameters on one device, for DTensors over this rank's shards."""
     grads = [p.grad.coalesce().values() if p.grad.is_sparse else local(aligned_grad(p)) for p in params]
     parts = columns_of_parts(params, multipliers)
-    if are_plain(grads):
-        return backends.implementation("rep_grad_norm", grads[0].device.type)(grads, *parts)
-    return rep_grad_norm(grads, *parts)
+    return norm_by_kernels(grads, parts) if are_plain(grads) else rep_grad_norm(grads, *parts)
+
+
+def norm_by_kernels(grads: list[Tensor], parts: Sequence[list[Tensor | None]]) -> Tensor:
+    """That of plain gradients on one device. `parts` are the columns of scales and identities."""
+    return backends.implementation("rep_grad_norm", grads[0].device.type)(grads, *parts)
 
 
 def columns_of_parts(params: Sequence[Tensor], multipliers: Multipliers) -> list[list[Tensor | None]]:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from gradrep_kernels.captures import capturing
 from gradrep_kernels.dtensor import PLAIN
 from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.registry import OPS
-from gradrep_kernels.optim.gather import Gathered, capturing, places_on_device
+from gradrep_kernels.optim.gather import Gathered, places_on_device
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.norm import columns_of_parts
 from gradrep_kernels.optim.parameters import ParamGroups, parameters_of

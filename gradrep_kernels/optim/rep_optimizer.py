@@ -14,13 +14,12 @@ from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _glob
 from gradrep_kernels.dtensor import is_dtensor, local
 from gradrep_kernels.grad_mult import GradMult, awaits_grad_mult
 from gradrep_kernels.messages import first_few, warn_outside
-from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.reference.multiply import compute_dtype, multiply
 from gradrep_kernels.optim import checkpoint
 from gradrep_kernels.optim.eager import eager, keep_out_of_graphs
 from gradrep_kernels.optim.gather import Gathered, gather, hyper_table, take_steps
 from gradrep_kernels.optim.multipliers import GradMults, Multipliers, as_grad_mult
-from gradrep_kernels.optim.norm import gradient_norm, scale_in_place
+from gradrep_kernels.optim.norm import gradient_norm, norm_by_kernels, scale_in_place
 from gradrep_kernels.optim.parameters import (
     described,
     in_place,
@@ -295,7 +294,7 @@ class RepOptimizer(Optimizer):
         planned = None if self._plan is None else self._plan.gradients(self.param_groups, self.state)
         if planned is not None:
             grads, parts = planned
-            norm = backends.implementation("rep_grad_norm", grads[0].device.type)(grads, *parts)
+            norm = norm_by_kernels(grads, parts)
         else:
             params = [p for p in dict.fromkeys(parameters_of(self.param_groups)) if p.grad is not None]
             if not params:

@@ -7,6 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from gradrep_kernels.captures import capturing
+
 LINE = 128
 """Bytes of the largest cache line. Tensors that share memory begin at multiples of it, which suits every kernel."""
 
@@ -30,7 +32,7 @@ def on_device(parts: list[Tensor], device: torch.device) -> list[Tensor]:
         return parts
     ends = list(itertools.accumulate(-(-part.nbytes // LINE) * LINE for part in parts))
     # A graph would copy from pinned memory at each replay, when it holds something else: torch refuses any other.
-    pinned = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    pinned = device.type == "cuda" and not capturing(device)
     flat = torch.empty(ends[-1], dtype=torch.uint8, device="cpu", pin_memory=pinned)
     for part, own in zip(parts, _parts(flat, parts, ends)):
         own.copy_(part)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradrep_kernels.captures import capturing
+
 ROOM = 2**20
 """Bytes that are pinned for captures, at least. A table of pointers takes 56 per parameter, 3 KB for RepOpt-VGG-B1."""
 
@@ -19,10 +21,6 @@ captured: list[Any] = []
 
 def on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
-
-
-def capturing(device: torch.device) -> bool:
-    return on_gpu(device) and torch.cuda.is_current_stream_capturing()
 
 
 def stream(device: torch.device) -> int:
