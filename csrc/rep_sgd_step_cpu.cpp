@@ -13,5 +13,6 @@ STABLE_TORCH_LIBRARY_IMPL(gradrep_kernels, CPU, m) {
   m.impl("rep_sgd_step", TORCH_BOX(&gradrep::rep_sgd_step<gradrep::SgdPlan>));
   m.impl("rep_sgd_plan", TORCH_BOX(&gradrep::rep_sgd_plan<gradrep::SgdPlan>));
   m.impl("rep_sgd_plan_step", TORCH_BOX(&gradrep::take_planned_step));
+  m.impl("rep_sgd_plan_norm", TORCH_BOX(&gradrep::take_planned_norm));
   m.impl("rep_sgd_plan_free", TORCH_BOX(&gradrep::free_planned_step));
 }

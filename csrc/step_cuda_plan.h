@@ -22,9 +22,9 @@ class CudaStepPlan : public PlannedStep {
 
   // Without `first_steps` the plan is made for many steps, none of which is the first of a parameter.
   CudaStepPlan(const std::vector<Tensor>& params, const States& states, const GradMults& multipliers,
-               const std::vector<int64_t>& groups, const std::vector<bool>* first_steps) {
+               const std::vector<int64_t>& groups, const std::vector<bool>* first_steps, const TailColumns& tail) {
     tensors_.reserve(params.size());
-    Tensors::each(Update::kOp, params, states, multipliers.size(), groups, first_steps,
+    Tensors::each(Update::kOp, params, states, multipliers.size(), groups, first_steps, tail,
                   [&](Tensors tensors, size_t) { tensors_.push_back(std::move(tensors)); });
     if (tensors_.empty()) return;
     const Launcher launch(tensors_[0].param);
@@ -43,13 +43,14 @@ class CudaStepPlan : public PlannedStep {
     each_dtype([](auto& launches) { launches.each([](auto& work) { work.take_chunks(); }); });
   }
 
-  bool step(const std::vector<Tensor>& grads, const HyperTable& table, const std::optional<Tensor>& grad_scale,
-            const std::optional<Tensor>& found_inf) override {
-    if (grads.size() != tensors_.size()) return false;
+  bool step(const std::vector<Tensor>& grads, const HyperTable& table, const StepOptions& options) override {
+    const auto &grad_scale = options.grad_scale, &found_inf = options.found_inf;
+    if (grads.size() != tensors_.size() || options.clip || options.norm) return false;
     if (tensors_.empty()) return true;
-    const int64_t groups = static_cast<int64_t>(table.numbers.size()) / kColumns;
+    const int64_t groups = static_cast<int64_t>(table.tail_at) / kColumns;
     for (size_t k = 0; k < tensors_.size(); ++k) {
       Tensors& row = tensors_[k];
+      if (row.average || table.stochastic() || row.has_narrow_states()) return false;
       if (row.group < 0 || row.group >= groups) return false;
       const int used = Hyper(table.numbers.data() + row.group * kColumns).states();
       if (!row.look(grads[k], used, grad_scale.has_value(), moved_, moved_)) return false;
@@ -77,6 +78,8 @@ class CudaStepPlan : public PlannedStep {
     });
     return true;
   }
+
+  bool norm(const std::vector<Tensor>&, const Tensor&) override { return false; }
 
  private:
   using Hyper = typename Update::Hyper;

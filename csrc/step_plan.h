@@ -31,9 +31,9 @@ class StepPlan : public PlannedStep {
 
   // Without `first_steps` the plan is made for many steps, none of which is the first of a parameter.
   StepPlan(const std::vector<Tensor>& params, const States& states, const typename Update::Multipliers& multipliers,
-           const std::vector<int64_t>& groups, const std::vector<bool>* first_steps) {
+           const std::vector<int64_t>& groups, const std::vector<bool>* first_steps, const TailColumns& tail) {
     rows_.reserve(params.size());
-    Tensors::each(Update::kOp, params, states, multipliers.size(), groups, first_steps, [&](Tensors tensors, size_t k) {
+    const auto add = [&](Tensors tensors, size_t k) {
       Row row(std::move(tensors));
       if (row.dtype == aoti_torch_dtype_float64())
         row.mult64 = multipliers.template of<double>(k, row.sizes, row.strides);
@@ -51,15 +51,17 @@ class StepPlan : public PlannedStep {
         total_ += end - begin;
       }
       rows_.push_back(std::move(row));
-    });
+    };
+    Tensors::each(Update::kOp, params, states, multipliers.size(), groups, first_steps, tail, add);
   }
 
-  bool step(const std::vector<Tensor>& grads, const HyperTable& table, const std::optional<Tensor>& grad_scale,
-            const std::optional<Tensor>& found_inf) override {
-    if (grads.size() != rows_.size() || !table.on_device.empty()) return false;
-    const int64_t groups = static_cast<int64_t>(table.numbers.size()) / Hyper::kColumns;
+  bool step(const std::vector<Tensor>& grads, const HyperTable& table, const StepOptions& options) override {
+    const auto &grad_scale = options.grad_scale, &found_inf = options.found_inf;
+    if (grads.size() != rows_.size() || !table.on_device.empty() || options.clip || options.norm) return false;
+    const int64_t groups = static_cast<int64_t>(table.tail_at) / Hyper::kColumns;
     for (size_t k = 0; k < rows_.size(); ++k) {
       Row& row = rows_[k];
+      if (row.average || table.stochastic() || row.has_narrow_states()) return false;
       if (row.group < 0 || row.group >= groups) return false;
       const int used = hyper_of(table, row).states();
       bool grad_moved = false;  // with a grad_scale the gradients are written, and they may lie elsewhere in each step
@@ -88,6 +90,8 @@ class StepPlan : public PlannedStep {
         0, threads, 1, [&](int64_t from, int64_t to) { run(share_begin(from, threads), share_begin(to, threads)); });
     return true;
   }
+
+  bool norm(const std::vector<Tensor>&, const Tensor&) override { return false; }
 
  private:
   static constexpr int64_t kPiece = 32768;  // elements of one piece of work

@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,8 +313,9 @@ class Planner:
 
     make: Callable[..., int]
     step: Callable[..., bool]
+    norm: Callable[[int, list[Tensor], Tensor], bool]
     free: Callable[[Tensor, int], None]
-    takes: Callable[[Tensor, Tensor, Sequence[Tensor]], bool]  # parameter, gradient, states
+    takes: Callable[..., bool]  # see ops/cpp/step.py
 
 
 def planner(op: str, device: str) -> Planner | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, NamedTuple, get_origin
 
 from torch import Tensor
 
@@ -17,12 +17,32 @@ _TYPES = {
     Tensor | None: "Tensor?",
     list[Tensor]: "Tensor[]",
     list[Tensor | None]: "Tensor?[]",
+    list[Tensor | None] | None: "Tensor?[]?",
     list[bool]: "bool[]",
     list[int]: "int[]",
+    list[int] | None: "int[]?",
     bool: "bool",
     int: "int",
     float: "float",
 }
+
+
+OPTIONAL = ("grad_scale", "found_inf", "clip", "averages", "numbers", "elements", "tail")
+"""The arguments that every step has and any call may leave out: see reference/step_tail.py."""
+
+
+class StepCall(NamedTuple):
+    """The arguments of a step, by their meaning."""
+
+    columns: Sequence[list]  # see StepRule
+    hyper: Tensor
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    clip: Tensor | None
+    averages: Sequence[Tensor | None] | None
+    numbers: Sequence[int] | None
+    elements: Sequence[Tensor | None] | None
+    tail: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -30,7 +50,7 @@ class StepRule:
     """The meaning of a step op's arguments.
 
     They are, in this order: columns with one entry for each parameter (params, grads, the states, the parts of the
-    multipliers, first_steps, groups), then `hyper`, `grad_scale` and `found_inf`.
+    multipliers, first_steps, groups), then `hyper`, and then those of OPTIONAL.
     """
 
     states: tuple[str, ...]  # the columns with the optimizer's arrays
@@ -44,18 +64,16 @@ class StepRule:
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        return (*self.columns, "hyper", "grad_scale", "found_inf")
+        return (*self.columns, "hyper", *OPTIONAL)
 
-    def dealt(self, given: Sequence[Any], named: dict[str, Any]) -> tuple[Sequence[list], Tensor, Any, Any]:
-        """Deal the arguments of a call, of which any may be named: (columns, hyper, grad_scale, found_inf)."""
+    def dealt(self, given: Sequence[Any], named: dict[str, Any]) -> StepCall:
+        """Deal the arguments of a call, of which any may be named."""
         names = self.arguments
-        if named or len(given) != len(names):
-            values = {"grad_scale": None, "found_inf": None, **dict(zip(names, given)), **named}
-            twice = named.keys() & set(names[: len(given)])
-            if len(given) > len(names) or twice or values.keys() != set(names):
-                raise TypeError(f"a step takes {', '.join(names)}; got {len(given)} arguments and {list(named)}")
-            given = [values[name] for name in names]
-        return given[:-3], *given[-3:]
+        values = {**dict.fromkeys(OPTIONAL), **dict(zip(names, given)), **named}
+        twice = named.keys() & set(names[: len(given)])
+        if len(given) > len(names) or twice or values.keys() != set(names):
+            raise TypeError(f"a step takes {', '.join(names)}; got {len(given)} arguments and {list(named)}")
+        return StepCall([values[name] for name in self.columns], values["hyper"], *(values[name] for name in OPTIONAL))
 
     def taken_apart(self, columns: Sequence[Any]) -> tuple[Any, Any, Sequence[Any], Sequence[Any], Any, Any]:
         """Take the columns, or one parameter's row of them, apart.
@@ -128,23 +146,36 @@ def _argument(parameter: inspect.Parameter, mark: str | None) -> str:
     return f"{text} {parameter.name}{default}"
 
 
-def plan_ops(step: Op) -> tuple[Op, Op, Op]:
-    """The ops that make, run and free a plan of `step`: the same update, told only once what does not change.
+def plan_ops(step: Op) -> tuple[Op, Op, Op, Op]:
+    """The ops of a plan of `step`: the same update, told only once what does not change.
 
     A backend makes no plan, and returns 0, where its kernels do not take every parameter.
 
-    `hyper` is the table as one list of numbers. Those that lie on the device are in `on_device`, at `places` of it.
+    `hyper` is the table as one list of numbers, `tail` that of the tail. Those that lie on the device are in
+    `on_device`, at `places` of both lists put together. With a `norm` the gradients are clipped: it receives
+    √(Σ M ⊙ g²) of what they are after unscaling, and the step multiplies them by min(1, max_norm / (norm + 1e-6)), in
+    the dtype of `norm`, and does not write them.
     """
     name = step.name.removesuffix("_step") + "_plan"
     states = "".join(f"Tensor?[] {column}, " for column in step.step.states)
     multipliers = "".join(f"Tensor?[] {column}, " for column in step.step.multipliers)
     return (
-        Op(name, f"(Tensor[] params, {states}{multipliers}int[] groups) -> int", f"makes a plan of {step.name}"),
+        Op(
+            name,
+            f"(Tensor[] params, {states}{multipliers}int[] groups, Tensor?[]? averages=None, int[]? numbers=None, "
+            "Tensor?[]? elements=None) -> int",
+            f"makes a plan of {step.name}",
+        ),
         Op(
             f"{name}_step",
-            "(int plan, Tensor[] grads, float[] hyper, Tensor[] on_device, int[] places, "
-            "Tensor? grad_scale, Tensor? found_inf) -> bool",
+            "(int plan, Tensor[] grads, float[] hyper, Tensor[] on_device, int[] places, Tensor? grad_scale, "
+            "Tensor? found_inf, float[] tail=[], float max_norm=0., Tensor(a!)? norm=None) -> bool",
             "takes the planned step; False, and nothing done, where a tensor is not what it was",
+        ),
+        Op(
+            f"{name}_norm",
+            "(int plan, Tensor[] grads, Tensor(a!) norm) -> bool",
+            "the gradient norm of planned steps; False, and nothing done, where a tensor is not what it was",
         ),
         Op(
             f"{name}_free",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from operator import attrgetter, methodcaller
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ from gradrep_kernels.ops.reference.multiply import compute_dtype
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import are_plain, in_place
 from gradrep_kernels.optim.sharding import aligned_grad, norm_over_shards
-
-_facts = (attrgetter("layout"), attrgetter("device"), attrgetter("dtype"), methodcaller("is_complex"))
 
 
 def gradient_norm(params: Sequence[Tensor], multipliers: Multipliers) -> Tensor:
@@ -50,37 +47,16 @@ def columns_of_parts(params: Sequence[Tensor], multipliers: Multipliers) -> list
 
 
 def scale_in_place(grads: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply gradients by one number, in a few launches for each device and dtype.  # factor []
+    """Multiply gradients by one number, in a few launches for each device.  # factor []
 
-    They are rounded as by `in_place`.
+    They are rounded as by `in_place`. Plain gradients stay unwritten where the number is 1.
     """
-    kinds = list(zip(map(type, grads), *(map(fact, grads) for fact in _facts)))
-    for kind in dict.fromkeys(kinds):
-        _, layout, device, dtype, is_complex = kind
-        alike = list(grads) if len(set(kinds)) == 1 else [g for g, its in zip(grads, kinds) if its == kind]
-        by = factor.to(device, compute_dtype(dtype).to_real())
-        if kind[0] is not Tensor or layout != torch.strided or is_complex:
-            for g in alike:
-                in_place(g, lambda values, by=by: values.mul_(by))
-        elif by.dtype == dtype:
-            torch._foreach_mul_(alike, by)
+    plain: dict[torch.device, list[Tensor]] = {}
+    for g in grads:
+        if type(g) is Tensor and g.layout == torch.strided and not g.is_complex():
+            plain.setdefault(g.device, []).append(g)
         else:
-            for some in _runs(alike):
-                values = [torch.empty_like(g, dtype=by.dtype) for g in some]
-                torch._foreach_copy_(values, some)
-                torch._foreach_mul_(values, by)
-                torch._foreach_copy_(some, values)
-
-
-def _runs(tensors: Sequence[Tensor], elements: int = 2**24) -> Iterator[list[Tensor]]:
-    """Split a list into runs of about so many elements, which bounds the memory of temporary copies."""
-    run: list[Tensor] = []
-    left = elements
-    for t in tensors:
-        if run and t.numel() > left:
-            yield run
-            run, left = [], elements
-        run.append(t)
-        left -= t.numel()
-    if run:
-        yield run
+            by = factor.to(g.device, compute_dtype(g.dtype).to_real())
+            in_place(g, lambda values, by=by: values.mul_(by))
+    for device, alike in plain.items():
+        backends.implementation("scale_gradients_", device.type)(alike, factor.to(device))

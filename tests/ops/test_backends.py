@@ -23,7 +23,9 @@ COMPUTING = {name: op for name, op in registry.OPS.items() if op.reference is no
 SCHEMAS = {  # code of others calls the ops by these; the first six follow from the references' signatures
     "rep_sgd_step": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor?[] scales, "
     "Tensor?[] identities, bool[] first_steps, int[] groups, Tensor hyper, Tensor? grad_scale=None, "
-    "Tensor? found_inf=None) -> ()",
+    "Tensor? found_inf=None, Tensor? clip=None, Tensor?(c!)[]? averages=None, int[]? numbers=None, "
+    "Tensor?[]? elements=None, Tensor? tail=None) -> ()",
+    "scale_gradients_": "(Tensor(a!)[] grads, Tensor factor) -> ()",
     "rep_grad_norm": "(Tensor[] grads, Tensor?[] scales, Tensor?[] identities) -> Tensor",
     "pair_ranges": "(Tensor x, int[] displacements, int[2] padding, bool remove_near) -> (Tensor ranges, Tensor n)",
     "pair_ranges_": "(Tensor(a!) ends, Tensor(b!)? n, Tensor x, int[] displacements, int[2] padding, "
@@ -33,9 +35,10 @@ SCHEMAS = {  # code of others calls the ops by these; the first six follow from 
     "joint_histogram_": "(Tensor(a!) counts, Tensor x, int[] displacements, Tensor ranges, Tensor bins, "
     "int[2] padding, bool remove_near) -> ()",
     "rep_sgd_plan": "(Tensor[] params, Tensor?[] momentum_buffers, Tensor?[] scales, Tensor?[] identities, "
-    "int[] groups) -> int",
+    "int[] groups, Tensor?[]? averages=None, int[]? numbers=None, Tensor?[]? elements=None) -> int",
     "rep_sgd_plan_step": "(int plan, Tensor[] grads, float[] hyper, Tensor[] on_device, int[] places, "
-    "Tensor? grad_scale, Tensor? found_inf) -> bool",
+    "Tensor? grad_scale, Tensor? found_inf, float[] tail=[], float max_norm=0., Tensor(a!)? norm=None) -> bool",
+    "rep_sgd_plan_norm": "(int plan, Tensor[] grads, Tensor(a!) norm) -> bool",
     "rep_sgd_plan_free": "(Tensor param, int plan) -> ()",
 }
 
@@ -61,7 +64,7 @@ def test_the_ops_of_a_plan_follow_their_step():
     plans = []
     for step in (row for row in registry.OPS.values() if row.step is not None):
         plan = [row.name for row in plan_ops(step)]
-        assert names[names.index(step.name) + 1 :][:3] == plan
+        assert names[names.index(step.name) + 1 :][:4] == plan
         plans += plan
     assert plans == [name for name in names if name not in COMPUTING]
 

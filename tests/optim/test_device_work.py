@@ -14,6 +14,7 @@ from implementations import on_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradrep_kernels import FusedRepSGD
+from gradrep_kernels.ops.reference import scale_gradients
 from gradrep_kernels.optim import gather, norm, parameters
 from gradrep_kernels.optim.gather import hyper_table
 
@@ -99,12 +100,13 @@ def test_clipping_scales_all_gradients_in_a_few_launches(dtype, launches):
         factor = torch.tensor(0.5)
         with Calls() as calls:
             norm.scale_in_place(grads, factor)
+        calls.counted.pop("_local_scalar_dense", None)  # a factor on the CPU is read, since 1 writes nothing
         assert sum(calls.counted.values()) == launches
 
 
 def test_temporary_copies_are_of_a_part_of_the_gradients():
     tensors = [torch.empty(n) for n in (3, 4, 3, 20, 0, 1, 9, 1)]
-    runs = list(norm._runs(tensors, 10))
+    runs = list(scale_gradients._runs(tensors, 10))
     assert [[t.numel() for t in run] for run in runs] == [[3, 4, 3], [20], [0, 1, 9], [1]]
 
 

@@ -93,11 +93,11 @@ void second_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vec
                  std::vector<std::optional<Tensor>> identities, std::vector<bool> first_steps,
                  std::vector<int64_t> groups, Tensor hyper, std::optional<Tensor> grad_scale,
                  std::optional<Tensor> found_inf) {
-  const HyperTable table = hyper_table("second_step", hyper, SecondUpdate::Hyper::kColumns);
+  const HyperTable table = hyper_table("second_step", hyper, SecondUpdate::Hyper::kColumns, {});
   using Plan = CudaStepPlan<SecondUpdate, Emulator>;
   Plan plan(params, {std::vector<std::optional<Tensor>>(fast.begin(), fast.end()), {slow.begin(), slow.end()}},
-            {std::move(scales), std::move(identities)}, groups, &first_steps);
-  STD_TORCH_CHECK(plan.step(grads, table, grad_scale, found_inf), "second_step: the tensors must be alike");
+            {std::move(scales), std::move(identities)}, groups, &first_steps, {});
+  STD_TORCH_CHECK(plan.step(grads, table, {grad_scale, found_inf, {}, {}, 0}), "second_step: the tensors must be alike");
 }
 
 }  // namespace
@@ -119,5 +119,6 @@ STABLE_TORCH_LIBRARY_IMPL(gradrep_emulated, CPU, m) {
   m.impl("rep_sgd_step", TORCH_BOX(&rep_sgd_step<SgdPlan>));
   m.impl("rep_sgd_plan", TORCH_BOX(&rep_sgd_plan<SgdPlan>));
   m.impl("rep_sgd_plan_step", TORCH_BOX(&take_planned_step));
+  m.impl("rep_sgd_plan_norm", TORCH_BOX(&take_planned_norm));
   m.impl("rep_sgd_plan_free", TORCH_BOX(&free_planned_step));
 }

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradrep_kernels.ops.reference.multiply import compute_dtype, multiply
+from gradrep_kernels.ops.reference.step_tail import Tail, incoming, one_each, store_state, update_average
 from gradrep_kernels.ops.registry import OPS, register
 from gradrep_kernels.ops.schema import Op, StepRule, op
 from gradrep_kernels.optim.rep_optimizer import RepOptimizer
@@ -70,7 +71,7 @@ HYPER = ("lr", "momentum", "weight_decay", "maximize")
 
 @op(
     "one Signum update of all parameters of all groups, with M ⊙ g in place of g",
-    writes=("params", "exp_avgs"),
+    writes=("params", "exp_avgs", "averages"),
     step=StepRule(("exp_avgs",), ("scales", "identities"), HYPER, keeps_state=lambda hyper: [True] * len(hyper)),
 )
 @torch.no_grad()
@@ -85,22 +86,27 @@ def rep_signum_step(
     hyper: Tensor,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    clip: Tensor | None = None,
+    averages: list[Tensor | None] | None = None,
+    numbers: list[int] | None = None,
+    elements: list[Tensor | None] | None = None,
+    tail: Tensor | None = None,
 ) -> None:
     """Update `params` and `exp_avgs` in place. The arguments are those of rep_sgd_step."""
     if found_inf is not None and found_inf.item() != 0:
         return
-    rows = hyper.tolist()
-    for p, grad, v, scale, identity, group in zip(params, grads, exp_avgs, scales, identities, groups):
+    rows, tail = hyper.tolist(), Tail.of(tail)
+    columns = (params, grads, exp_avgs, scales, identities, groups)
+    more = one_each(len(params), averages, numbers, elements)
+    for p, grad, v, scale, identity, group, moving, number, element in zip(*columns, *more):
         lr, momentum, weight_decay, maximize = rows[group]
         dtype = compute_dtype(p.dtype)
-        w, g = p.to(dtype), grad.to(dtype)
-        if grad_scale is not None:
-            g = g / grad_scale.to(device=g.device, dtype=dtype)
-            grad.copy_(g)
+        w, g = p.to(dtype), incoming(grad, dtype, grad_scale, clip)
         g = multiply(-g if maximize else g, scale, identity, dtype)
         average = v.to(dtype) * momentum + g * (1 - momentum)
-        v.copy_(average)
+        store_state(v, average, tail, number, element)
         p.copy_(w - (average / (1 + average.abs()) + w * weight_decay) * lr)
+        update_average(moving, p, tail)
 
 
 def _functional_signum(optimizer: Signum, group: dict[str, Any], multiplied: Callable[[Tensor, Tensor], Tensor]):

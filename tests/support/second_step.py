@@ -39,6 +39,11 @@ def reference(
     hyper: Tensor,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    clip: Tensor | None = None,
+    averages: list[Tensor | None] | None = None,
+    numbers: list[int] | None = None,
+    elements: list[Tensor | None] | None = None,
+    tail: Tensor | None = None,
 ) -> None:
     """hyper: [G, 3] = lr and both decays"""
     rows = zip(params, grads, fast, slow, scales, identities, first_steps, groups)

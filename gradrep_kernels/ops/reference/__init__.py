@@ -4,5 +4,14 @@ from gradrep_kernels.ops.reference.joint_histogram import joint_histogram, joint
 from gradrep_kernels.ops.reference.pair_ranges import pair_ranges, pair_ranges_
 from gradrep_kernels.ops.reference.rep_grad_norm import rep_grad_norm
 from gradrep_kernels.ops.reference.rep_sgd_step import rep_sgd_step
+from gradrep_kernels.ops.reference.scale_gradients import scale_gradients_
 
-__all__ = ["joint_histogram", "joint_histogram_", "pair_ranges", "pair_ranges_", "rep_grad_norm", "rep_sgd_step"]
+__all__ = [
+    "joint_histogram",
+    "joint_histogram_",
+    "pair_ranges",
+    "pair_ranges_",
+    "rep_grad_norm",
+    "rep_sgd_step",
+    "scale_gradients_",
+]

@@ -16,7 +16,13 @@ from gradrep_kernels.ops.triton.joint_histogram import joint_histogram, joint_hi
 from gradrep_kernels.ops.triton.launching import INTERPRETED
 from gradrep_kernels.ops.triton.pair_ranges import pair_ranges, pair_ranges_
 from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm
-from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_plan, rep_sgd_plan_free, rep_sgd_plan_step, rep_sgd_step
+from gradrep_kernels.ops.triton.rep_sgd_step import (
+    rep_sgd_plan,
+    rep_sgd_plan_free,
+    rep_sgd_plan_norm,
+    rep_sgd_plan_step,
+    rep_sgd_step,
+)
 
 __all__ = [
     "INTERPRETED",
@@ -27,6 +33,7 @@ __all__ = [
     "rep_grad_norm",
     "rep_sgd_plan",
     "rep_sgd_plan_free",
+    "rep_sgd_plan_norm",
     "rep_sgd_plan_step",
     "rep_sgd_step",
     "supports",

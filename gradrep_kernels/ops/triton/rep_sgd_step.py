@@ -63,4 +63,5 @@ def pack(hyper: Tensor, dtype: torch.dtype) -> Tensor:
 
 rep_sgd_step = StepOp(reference.rep_sgd_step, rep_sgd_step_kernel, pack)
 
-rep_sgd_plan, rep_sgd_plan_step, rep_sgd_plan_free = rep_sgd_step.plan, rep_sgd_step.plan_step, rep_sgd_step.plan_free
+rep_sgd_plan, rep_sgd_plan_step = rep_sgd_step.plan, rep_sgd_step.plan_step
+rep_sgd_plan_norm, rep_sgd_plan_free = rep_sgd_step.plan_norm, rep_sgd_step.plan_free

@@ -48,7 +48,11 @@ class StepOp:
 
     @torch.no_grad()
     def __call__(self, *arguments: Any, **named: Any) -> None:
-        columns, hyper, grad_scale, found_inf = self.rule.dealt(arguments, named)
+        dealt = self.rule.dealt(arguments, named)
+        columns, hyper, grad_scale, found_inf, *tail = dealt
+        if any(argument is not None for argument in tail):
+            self.reference(*columns, hyper, grad_scale, found_inf, *tail)
+            return
         params, grads, states, (scales, identities), first_steps, groups = self.rule.taken_apart(columns)
         if not params:
             return
@@ -62,12 +66,21 @@ class StepOp:
         if call.pointers is not None:
             self.launch(call, tuple(hyper.flatten().tolist()) if on_host else hyper, grad_scale, found_inf)
 
-    def plan(self, params: list[Tensor], *columns: list) -> int:
+    def plan(
+        self,
+        params: list[Tensor],
+        *columns: list,
+        averages: list[Tensor | None] | None = None,
+        numbers: list[int] | None = None,
+        elements: list[Tensor | None] | None = None,
+    ) -> int:
         """Plan the steps of these parameters. Returns the plan's number, or 0 where the kernels do not take them all.
 
         `columns` are the states (None where a group has none), scales, identities and groups.
         """
         *states, scales, identities, groups = columns
+        if any(argument is not None for argument in (averages, numbers, elements)):
+            return 0
         made = PlannedStep.of(self, params, states, (scales, identities), groups)
         if made is None:
             return 0
@@ -77,6 +90,9 @@ class StepOp:
 
     def plan_step(self, plan: int, *arguments: Any) -> bool:
         return self.planned[plan].take(*arguments)
+
+    def plan_norm(self, plan: int, grads: list[Tensor], norm: Tensor) -> bool:
+        return False
 
     def plan_free(self, param: Tensor, plan: int) -> None:
         del self.planned[plan]
