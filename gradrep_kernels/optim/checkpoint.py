@@ -15,6 +15,7 @@ from gradrep_kernels.messages import first_few
 from gradrep_kernels.ops.reference.multiply import compute_dtype
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, described, names_of, parameters_of
+from gradrep_kernels.optim.tail import AVERAGE
 from gradrep_kernels.optim.update_rule import State
 from gradrep_kernels.wrappers import saved_name
 
@@ -76,6 +77,7 @@ class Loading:
         self._verdict = Verdict()
         self._restored: list[tuple[Tensor, GradMult]] = []
         self._others: list[str] = []  # names of parameters that get the states of others
+        self._averages: str | None = None  # what is to be said of averages of the weights
 
     def judge(self, optimizer: Optimizer, hooked: dict[str, Any]) -> None:
         """As the last pre-hook: raise ValueError, before anything is changed, where Grad Mults differ."""
@@ -99,8 +101,9 @@ class Loading:
                 # torch takes the names over from the checkpoint. Parameters that stand in another order would then
                 # bear each other's names.
                 group["param_names"] = own
-        states = optimizer.update_rule.states
-        keep_wide_states(self._hooked["state"], self._hooked["param_groups"], optimizer, states)
+        states = (*optimizer.update_rule.states, AVERAGE)
+        keep_dtypes(self._hooked["state"], self._hooked["param_groups"], optimizer, states)
+        self._averages = _about_averages(optimizer)
         for param, mult in self._restored:
             self._set(param, mult)
         refresh_fingerprints(optimizer.param_groups, self._live)
@@ -120,7 +123,18 @@ class Loading:
                 f"those of other parameters: {first_few(self._others, between=', ')}. A load_state_dict pre-hook can "
                 "move them by name"
             )
-        return messages
+        return messages if self._averages is None else [*messages, self._averages]
+
+
+def _about_averages(optimizer: Any) -> str | None:
+    """What to tell a user of whom only one, checkpoint or optimizer, has averages of the weights."""
+    stepped = [entry for p in parameters_of(optimizer.param_groups) if (entry := optimizer.state.get(p))]
+    has = any(AVERAGE.key in entry for entry in stepped)
+    if has and optimizer.ema_decay is None:
+        return "the checkpoint has averages of the weights, and this optimizer no ema_decay: they stay as they are"
+    if stepped and not has and optimizer.ema_decay is not None:
+        return "the checkpoint has no averages of the weights: they begin anew with the next step"
+    return None
 
 
 def _dicts_copied(value: Any, levels: int) -> Any:
@@ -282,13 +296,13 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def keep_wide_states(
+def keep_dtypes(
     saved: Mapping[int, Any], saved_groups: list[dict[str, Any]], optimizer: Any, states: tuple[State, ...]
 ) -> None:
-    """Give states back the precision that torch's load_state_dict takes from them.
+    """Give states the dtype that they have here, where torch's load_state_dict gave them that of their parameter.
 
-    It casts them to the dtype of their parameter. The momentum of bf16 weights with float32 gradients is float32, and a
-    resumed run must go on with its bits.
+    The momentum of bf16 weights with float32 gradients is float32, and a resumed run must go on with its bits. So must
+    one whose momentum is bfloat16. Momentum of a run without momentum_dtype is rounded to the nearest for one with it.
     """
     for n, p in zip(_ids(saved_groups), parameters_of(optimizer.param_groups)):
         entry, loaded = saved.get(n), optimizer.state.get(p)
@@ -296,7 +310,10 @@ def keep_wide_states(
             continue
         for state in states:
             value, cast = entry.get(state.key), loaded.get(state.key)
-            if isinstance(value, Tensor) and isinstance(cast, Tensor) and value.dtype != cast.dtype:
-                new = state.dtype(p.dtype, getattr(p, "grad_dtype", None) or p.dtype)
-                if value.dtype in (new, compute_dtype(p.dtype)):
-                    loaded[state.key] = value.to(cast.device)
+            if not isinstance(value, Tensor) or not isinstance(cast, Tensor):
+                continue
+            new = state.dtype(p.dtype, getattr(p, "grad_dtype", None) or p.dtype)
+            if optimizer.update_rule.stochastic and state is not AVERAGE:
+                loaded[state.key] = value.to(cast.device, new)
+            elif value.dtype != cast.dtype and value.dtype in (new, compute_dtype(p.dtype)):
+                loaded[state.key] = value.to(cast.device)

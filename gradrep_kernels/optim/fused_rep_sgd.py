@@ -11,6 +11,7 @@ from torch.optim.sgd import SGD, sgd
 
 from gradrep_kernels.optim.multipliers import GradMults
 from gradrep_kernels.optim.rep_optimizer import RepOptimizer
+from gradrep_kernels.optim.tail import EmaDecay
 from gradrep_kernels.optim.update_rule import State, UpdateRule
 
 _OPTIONS = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
@@ -50,7 +51,18 @@ class FusedRepSGD(RepOptimizer, SGD):
         fused: True asks for in-kernel gradient unscaling under torch.amp.GradScaler. It selects nothing else and is
             never saved: the fused kernels are used whenever they can be.
         grad_mults: {parameter: GradMult | Tensor that broadcasts to it}. None: plain SGD.
+        max_grad_norm: The step multiplies gradients by min(1, max_grad_norm / (norm + 1e-6)), where norm = √(Σ M ⊙ g²)
+            over all parameters, after unscaling. `.last_grad_norm` is the norm. A non-finite norm makes the weights
+            non-finite, as torch.nn.utils.clip_grad_norm_ does, unless a GradScaler skips the step.
+        ema_decay: A number in [0, 1], a one-element tensor, or a function of the step's number, which is 1 at first.
+            After the update the step moves averages of the weights by e ← e + (1 − ema_decay) (W − e). They are float32
+            (float64 of float64 weights), and begin as the weight after a parameter's first step, as those of
+            torch.optim.swa_utils.AveragedModel do. See `ema`, `swap_ema`, `ema_state_dict`.
+        momentum_dtype: torch.bfloat16 keeps momentum in half the bytes. It is rounded by random bits that depend on
+            nothing but `rounding_seed`, the step's number, the parameter's position and the element
+            (ops/reference/rounding_rule.py), so that the mean of many roundings is the exact value.
 
+    Steps are counted where `ema_decay` or `momentum_dtype` need it. Those that a GradScaler skips on a GPU count too.
     A step never changes `.grad`, except that with fused=True it unscales under GradScaler, as torch's fused optimizers
     do. bf16 and fp16 are computed in float32 and rounded once per stored tensor. Products and sums are rounded one by
     one. Where torch.compile traces the step, and with differentiable=True, torch's functional SGD takes M ⊙ g and
@@ -95,7 +107,12 @@ class FusedRepSGD(RepOptimizer, SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         grad_mults: GradMults | None = None,
+        max_grad_norm: float | None = None,
+        ema_decay: EmaDecay | None = None,
+        momentum_dtype: torch.dtype | None = None,
     ):
+        if momentum_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"momentum_dtype must be None or torch.bfloat16, got {momentum_dtype!r}")
         super().__init__(
             params,
             lr,
@@ -108,4 +125,12 @@ class FusedRepSGD(RepOptimizer, SGD):
             differentiable=differentiable,
             fused=fused,
             grad_mults=grad_mults,
+            max_grad_norm=max_grad_norm,
+            ema_decay=ema_decay,
+            state_dtype=momentum_dtype,
         )
+
+    @property
+    def momentum_dtype(self) -> torch.dtype | None:
+        """The dtype of the momentum buffers. None: that of parameter and gradient."""
+        return self.state_dtype

@@ -16,7 +16,8 @@ from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, are_plain
-from gradrep_kernels.optim.sharding import aligned_grad
+from gradrep_kernels.optim.sharding import aligned_grad, element_numbers_of
+from gradrep_kernels.optim.tail import AVERAGE
 from gradrep_kernels.optim.update_rule import UpdateRule
 
 
@@ -37,6 +38,9 @@ class Row(NamedTuple):
     first_step: bool
     group: int
     shards: list[Tensor]  # parameter, gradient, states as this rank holds them; the parameter for an unused state
+    average: Tensor | None  # as the optimizer has it
+    number: int  # its position in the optimizer
+    elements: Tensor | None  # where the shard lies in the whole parameter (rounding_rule.element_numbers)
 
 
 @dataclass
@@ -53,9 +57,14 @@ class StepArguments:
         rows = ((*row.shards, *row.multiplier, row.first_step, row.group) for row in self.rows)
         return [list(column) for column in zip(*rows)]
 
+    def tail_columns(self) -> tuple[list, list, list]:
+        """Return the op's columns that belong to the tail: averages, numbers, elements."""
+        averages = [None if row.average is None else local(row.average) for row in self.rows]
+        return averages, [row.number for row in self.rows], [row.elements for row in self.rows]
+
     def written(self, unscaled: bool) -> list[Tensor]:
         """The tensors that a step changes, gradients included where it unscales them."""
-        states = [state for row in self.rows for state in row.states if state is not None]
+        states = [state for row in self.rows for state in (*row.states, row.average) if state is not None]
         return [row.param for row in self.rows] + states + ([row.shards[1] for row in self.rows] if unscaled else [])
 
 
@@ -66,43 +75,61 @@ class Gathered:
     arguments: dict[Destination, StepArguments] = field(default_factory=dict)
     sparse: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)  # group, parameter
     new_states: dict[tuple[Tensor, str], Tensor] = field(default_factory=dict)  # parameter and key: its first array
+    without_average: dict[Tensor, None] = field(default_factory=dict)  # parameters whose average begins with this step
 
     @property
     def is_steady(self) -> bool:
         """Whether the next step may be like this one."""
-        return not self.sparse and not self.new_states
+        return not self.sparse and not self.new_states and not self.without_average
+
+    def average_later(self, p: Tensor) -> None:
+        """Leave the average of a parameter to a row of it that comes after those so far."""
+        for arguments in self.arguments.values():
+            arguments.rows = [row._replace(average=None) if row.param is p else row for row in arguments.rows]
+
+    def rows(self) -> list[Row]:
+        return [row for arguments in self.arguments.values() for row in arguments.rows]
 
 
 def gather(
-    groups: ParamGroups, state: Mapping[Tensor, Any], rule: UpdateRule, multipliers: Multipliers, unscales: bool
+    groups: ParamGroups,
+    state: Mapping[Tensor, Any],
+    rule: UpdateRule,
+    multipliers: Multipliers,
+    unscales: bool,
+    averages: bool,
 ) -> Gathered:
     """Collect the parameters that have a gradient, by destination.
 
     A gradient that is spread over the ranks unlike its parameter is brought to the parameter's placement. Where the
-    step unscales gradients, `.grad` becomes that tensor, which has the same values.
+    step unscales gradients, `.grad` becomes that tensor, which has the same values. With `averages` each parameter has
+    one, from its first step on.
 
     Raises RuntimeError for a parameter's first step in a CUDA graph capture: each replay would be a first step.
     """
     gathered = Gathered()
     seen: set[Tensor] = set()
     no_parts = (None,) * len(OPS[rule.op].step.multipliers)
+    position = -1
     for number, group in enumerate(groups):
         used = [kept for kept in rule.states if kept.used(group)]
         for p in group["params"]:
+            position += 1
             if p.grad is None:
                 continue
+            own = state.get(p, {})
+            average = own.get(AVERAGE.key) if averages else None
+            if averages and average is None:
+                _refuse_in_capture(p, AVERAGE.key)
+                gathered.without_average[p] = None
             if p.grad.layout != torch.strided:
                 gathered.sparse.append((group, p))
                 continue
             grad, first = aligned_grad(p), False
-            states = {kept.key: state.get(p, {}).get(kept.key) for kept in used}
+            states = {kept.key: own.get(kept.key) for kept in used}
             for kept in used:
                 if states[kept.key] is None:
-                    if capturing(p.device):
-                        raise RuntimeError(
-                            f"parameters need a {kept.key}, one of shape {list(p.shape)}, and in a CUDA graph capture "
-                            "every replay would start it anew: take one step before the capture"
-                        )
+                    _refuse_in_capture(p, kept.key)
                     first, place = True, (p, kept.key)
                     if place not in gathered.new_states:  # a parameter that is listed twice has one array
                         gathered.new_states[place] = kept.new(p, grad)
@@ -114,31 +141,47 @@ def gather(
             shard = local(p)
             shards = [shard, local(grad), *(shard if array is None else local(array) for array in kept_arrays)]
             parts = no_parts if mult is None else mult.parts()
-            row = Row(p, grad, kept_arrays, parts, first, number, shards)
+            elements = element_numbers_of(p) if rule.stochastic else None
+            row = Row(p, grad, kept_arrays, parts, first, number, shards, average, position, elements)
             # A parameter that is listed twice is stepped twice, one after the other, which only the reference does.
             plain = p not in seen and are_plain(shards)
+            if p in seen:
+                gathered.average_later(p)
             seen.add(p)
             gathered.arguments.setdefault(Destination(p.device.type, plain), StepArguments()).rows.append(row)
     return gathered
 
 
+def _refuse_in_capture(p: Tensor, key: str) -> None:
+    if capturing(p.device):
+        raise RuntimeError(
+            f"parameters need a {key}, one of shape {list(p.shape)}, and in a CUDA graph capture every replay would "
+            "start it anew: take one step before the capture"
+        )
+
+
 def take_steps(
-    gathered: Gathered, rule: UpdateRule, hyper: Tensor, scaler: tuple[Tensor | None, Tensor | None]
+    gathered: Gathered,
+    rule: UpdateRule,
+    hyper: Tensor,
+    numbers: tuple[Tensor | None, Tensor | None, Tensor | None],
+    tail: Tensor | None,
 ) -> None:
     """Call the step op for each destination, and move the version counters, which kernels do not.
 
-    `scaler` is (grad_scale, found_inf).
+    `numbers` are (grad_scale, found_inf, clip).
     """
     for destination, arguments in gathered.arguments.items():
-        numbers = scaler
+        there = numbers
         if destination.plain:
             step = backends.implementation(rule.op, destination.device)
-            numbers = [None if t is None else _on(t, destination.device) for t in scaler]
+            there = [None if t is None else _on(t, destination.device) for t in numbers]
         else:
             step = OPS[rule.op].reference
-        table = hyper.cpu() if destination == ("cpu", True) else hyper
-        step(*arguments.columns(), table, *numbers)
-        torch.autograd.graph.increment_version(arguments.written(unscaled=scaler[0] is not None))
+        tables = [t.cpu() if t is not None and destination == ("cpu", True) else t for t in (hyper, tail)]
+        more = (None, None, None) if tail is None else arguments.tail_columns()
+        step(*arguments.columns(), tables[0], *there, *more, tables[1])
+        torch.autograd.graph.increment_version(arguments.written(unscaled=numbers[0] is not None))
 
 
 def _on(t: Tensor, device: str) -> Tensor:
@@ -148,21 +191,27 @@ def _on(t: Tensor, device: str) -> Tensor:
 def hyper_table(groups: ParamGroups, rule: UpdateRule) -> Tensor:
     """Read the table of hyper-parameters from the groups, at every step, since schedulers change them  # [G, H] float64
 
+    It lies where `table_of` says.
+    """
+    return table_of([v for group in groups for v in rule.hyper_row(group)]).reshape(-1, len(OPS[rule.op].step.hyper))
+
+
+def table_of(numbers: Sequence[Any]) -> Tensor:
+    """Put numbers and one-element tensors into one tensor  # [n] float64
+
     It lies on the CPU, or, where an entry is a tensor on another device, there: reading that tensor would wait for the
     device, which a CUDA graph does not allow.
     """
-    numbers, columns = [v for group in groups for v in rule.hyper_row(group)], len(OPS[rule.op].step.hyper)
     places = places_on_device(numbers)
     if not places:
-        return torch.tensor([float(v) for v in numbers], dtype=torch.float64, device="cpu").reshape(-1, columns)
+        return torch.tensor([float(v) for v in numbers], dtype=torch.float64, device="cpu")
     device = numbers[places[0]].device
     # Two launches and one conversion, however many numbers lie there.
     there = torch.stack([numbers[n].detach().reshape(()).to(device) for n in places]).double().unbind()
     by_place = dict(zip(places, there))
     # A graph has constants of its own: those that are kept for later steps may be dropped before its replay.
     constant = _constant.__wrapped__ if capturing(device) else _constant
-    entries = [by_place[n] if n in by_place else constant(float(v), device) for n, v in enumerate(numbers)]
-    return torch.stack(entries).reshape(-1, columns)
+    return torch.stack([by_place[n] if n in by_place else constant(float(v), device) for n, v in enumerate(numbers)])
 
 
 def places_on_device(numbers: Sequence[Any]) -> list[int]:

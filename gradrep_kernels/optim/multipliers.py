@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gradrep_kernels.dtensor import is_dtensor
-from gradrep_kernels.grad_mult import GradMult
+from gradrep_kernels.grad_mult import GradMult, awaits_grad_mult
+from gradrep_kernels.messages import first_few, warn_outside
+from gradrep_kernels.optim.parameters import ParamGroups, described, parameters_of
 from gradrep_kernels.optim.sharding import part_on
 
 # A Mapping's keys have one type: one of Tensors is not one of Parameters, which `csla.grad_mults` gives.
@@ -112,6 +114,29 @@ class Multipliers:
         """Derive a number from the caller's factors of a parameter group. It is 0 where the group has none."""
         sums = [self._factors[p].checksum if p in self._factors else 0 for p in params]
         return zlib.crc32(repr(sums).encode()) if any(sums) else 0
+
+
+def refuse_strays(multipliers: Multipliers, groups: ParamGroups) -> None:
+    """Raise RuntimeError where trained parameters with Grad Mults are in no group."""
+    strays = multipliers.strays(parameters_of(groups))
+    if strays:
+        raise RuntimeError(
+            f"parameters with Grad Mults are no longer in param_groups: {len(strays)}, one of shape "
+            f"{list(strays[0].shape)}. If something replaced them (wrapping the model after the optimizer was made), "
+            "set the Grad Mults again on the new ones; else set_grad_mult(old, None)"
+        )
+
+
+def warn_of_forgotten(multipliers: Multipliers, groups: ParamGroups) -> None:
+    """Warn where weights were re-initialised for Grad Mults, and none of them has one."""
+    waiting = [(n, p) for n, p in enumerate(parameters_of(groups)) if awaits_grad_mult(p)]
+    if waiting and all(multipliers.caller(p) is None for _, p in waiting):
+        names = [described(groups, n) for n, _ in waiting]
+        warn_outside(
+            "weights were re-initialised for Grad Mults, but this optimizer has none for them: "
+            f"{first_few(names, between=', ')}. It wants grad_mults=gr.csla.grad_mults(model, scales); grad_mults={{}} "
+            "says that none is meant"
+        )
 
 
 def as_grad_mult(mult: GradMult | Tensor, shape: torch.Size) -> GradMult:

@@ -12,27 +12,50 @@ from gradrep_kernels.dtensor import is_dtensor, local
 from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.reference import rep_grad_norm
 from gradrep_kernels.ops.reference.multiply import compute_dtype
+from gradrep_kernels.optim.gather import Gathered
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import are_plain, in_place
 from gradrep_kernels.optim.sharding import aligned_grad, norm_over_shards
 
 
-def gradient_norm(params: Sequence[Tensor], multipliers: Multipliers) -> Tensor:
-    """√(Σ M ⊙ g²) of parameters that have a gradient, over all devices and shards  # []"""
-    places: dict[Any, list[Tensor]] = {}
-    for p in params:
-        places.setdefault((p.device_mesh, p.placements) if is_dtensor(p) else p.device, []).append(p)
-    norms = [norm_over_shards(_norm_here(there, multipliers), there[0]) for there in places.values()]
+def gradient_norm(
+    params: Sequence[Tensor], grads: Sequence[Tensor], parts: Sequence[Sequence[Tensor | None]]
+) -> Tensor:
+    """√(Σ M ⊙ g²) over all devices and shards  # []
+
+    Args:
+        params: one at least; they tell how gradients are spread over devices and ranks
+        grads:  as this rank holds them (`gradient_here`)
+        parts:  the columns of scales and identities
+    """
+    places: dict[Any, list[int]] = {}
+    for n, p in enumerate(params):
+        places.setdefault((p.device_mesh, p.placements) if is_dtensor(p) else p.device, []).append(n)
+    norms = []
+    for there in places.values():
+        own, *own_parts = ([column[n] for n in there] for column in (grads, *parts))
+        norm = norm_by_kernels(own, own_parts) if are_plain(own) else rep_grad_norm(own, *own_parts)
+        norms.append(norm_over_shards(norm, params[there[0]]))
     if len(norms) == 1:
         return norms[0]
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
 
 
-def _norm_here(params: Sequence[Tensor], multipliers: Multipliers) -> Tensor:
-    """That of parameters on one device, for DTensors over this rank's shards."""
-    grads = [p.grad.coalesce().values() if p.grad.is_sparse else local(aligned_grad(p)) for p in params]
-    parts = columns_of_parts(params, multipliers)
-    return norm_by_kernels(grads, parts) if are_plain(grads) else rep_grad_norm(grads, *parts)
+def norm_of_step(work: Gathered, multipliers: Multipliers, grad_scale: Tensor | None) -> Tensor:
+    """√(Σ M ⊙ g²) of a gathered step, of what gradients are after unscaling  # []"""
+    rows = {row.param: row for row in work.rows()}  # a parameter that is listed twice counts once
+    sparse = [p for _, p in work.sparse]
+    params = [*rows, *sparse]
+    if not params:
+        return torch.zeros(())
+    grads = [*(row.shards[1] for row in rows.values()), *map(gradient_here, sparse)]
+    norm = gradient_norm(params, grads, columns_of_parts(params, multipliers))
+    return norm if grad_scale is None else norm / grad_scale.to(norm.device, norm.dtype)
+
+
+def gradient_here(p: Tensor) -> Tensor:
+    """The gradient of `p` as this rank holds it, or the values of a sparse one."""
+    return p.grad.coalesce().values() if p.grad.is_sparse else local(aligned_grad(p))
 
 
 def norm_by_kernels(grads: list[Tensor], parts: Sequence[list[Tensor | None]]) -> Tensor:

@@ -23,8 +23,8 @@ from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim.gather import Gathered, places_on_device
 from gradrep_kernels.optim.multipliers import Multipliers
-from gradrep_kernels.optim.norm import columns_of_parts
 from gradrep_kernels.optim.parameters import ParamGroups, parameters_of
+from gradrep_kernels.optim.tail import AVERAGE, Tail
 from gradrep_kernels.optim.update_rule import UpdateRule
 
 _params, _grad, _layout, _device = itemgetter("params"), *map(attrgetter, ("grad", "layout", "device"))
@@ -43,8 +43,11 @@ class StepPlan:
         groups: ParamGroups,
         state: Mapping[Tensor, Any],
         multipliers: Multipliers,
+        tail: Tail,
     ) -> StepPlan | None:
         """Make the plan of steps like the one that was gathered, or None where some parameter does not suit it.
+
+        It holds as long as the options of `tail` do.
 
         None is made in a CUDA graph capture: copies of multipliers would be filled at the graph's replays only.
         """
@@ -57,16 +60,26 @@ class StepPlan:
         rows = gathered.arguments[destination].rows
         for row in rows:
             states = [kept for kept in row.states if kept is not None]
-            if type(row.param) not in PLAIN or type(row.grad) is not Tensor or not planner.takes(*row[:2], states):
+            if type(row.param) not in PLAIN or type(row.grad) is not Tensor:
+                return None
+            if not planner.takes(*row[:2], states, row.average, row.elements, rule.stochastic):
                 return None
         if len({row.param.device for row in rows}) > 1 or capturing(rows[0].param.device):
             return None
         params, numbers = [row.param for row in rows], [row.group for row in rows]
         states, parts = (map(list, zip(*column)) for column in zip(*((row.states, row.multiplier) for row in rows)))
-        handle = planner.make(params, *states, *parts, numbers)
-        return cls(planner, handle, rows, rule, groups, state, multipliers) if handle else None
+        averages, positions = [row.average for row in rows], [row.number for row in rows]
+        handle = planner.make(
+            params,
+            *states,
+            *parts,
+            numbers,
+            averages=averages if any(average is not None for average in averages) else None,
+            numbers=positions if rule.stochastic else None,
+        )
+        return cls(planner, handle, rows, rule, groups, state, multipliers, tail) if handle else None
 
-    def __init__(self, planner, handle, rows, rule, groups, state, multipliers):
+    def __init__(self, planner, handle, rows, rule, groups, state, multipliers, tail):
         params = [row.param for row in rows]
         self._planner, self._handle, self._op, self._device = planner, handle, rule.op, params[0].device
         # Not __del__: at exit the op is gone before it. Not a parameter: it may be where no kernel frees plans by then.
@@ -75,13 +88,17 @@ class StepPlan:
         self._listed = parameters_of(groups)
         active = set(map(id, params))
         self._idle = [p for p in self._listed if id(p) not in active]
-        self._written = params + [kept for row in rows for kept in row.states if kept is not None]
+        self._written = params + [kept for row in rows for kept in (*row.states, row.average) if kept is not None]
+        self._tail = tail if tail.is_used else None
+        self._norm_dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
         self._multipliers, self._version = multipliers, multipliers.version
-        self._parts: list[list[Tensor | None]] | None = None
         self._group_sizes = [len(group["params"]) for group in groups]
         self._state, self._keys = state, list(state)
         # For each kind of state: how to read it off an entry of `state`, and what was read.
-        self._kept = [(key, itemgetter(key), _read(state, key)) for key in (kept.key for kept in rule.states)]
+        averages = [AVERAGE] if any(row.average is not None for row in rows) else []
+        self._kept = [
+            (key, itemgetter(key), _read(state, key)) for key in (kept.key for kept in (*rule.states, *averages))
+        ]
         self._hyper = rule.hyper or itemgetter(*OPS[rule.op].step.hyper)
 
     def _holds(self, groups: ParamGroups, state: Mapping[Tensor, Any]) -> bool:
@@ -117,21 +134,18 @@ class StepPlan:
         # Maps, not comprehensions, over parameters: the interpreter's work does not grow with their number.
         return list(map(_grad, self._params))
 
-    def gradients(
-        self, groups: ParamGroups, state: Mapping[Tensor, Any]
-    ) -> tuple[list[Tensor], list[list[Tensor | None]]] | None:
-        """All gradients, and the columns of scales and identities that belong to them.
-
-        None where the plan no longer holds, or some gradient is not a plain strided tensor on the plan's device.
-        """
+    def norm(self, groups: ParamGroups, state: Mapping[Tensor, Any]) -> tuple[Tensor, list[Tensor]] | None:
+        """The norm of all gradients, and these. None where the plan no longer holds, or takes no such gradients."""
         grads = self._gradients(groups, state)
         if grads is None or set(map(type, grads)) != {Tensor}:
             return None
         if set(zip(map(_layout, grads), map(_device, grads))) != {(torch.strided, self._device)}:
             return None
-        if self._parts is None:
-            self._parts = columns_of_parts(self._params, self._multipliers)
-        return grads, self._parts
+        norm = self._new_norm()
+        return (norm, grads) if self._planner.norm(self._handle, grads, norm) else None
+
+    def _new_norm(self) -> Tensor:
+        return torch.empty((), dtype=self._norm_dtype, device=self._device)
 
     def step(self, groups: ParamGroups, state: Mapping[Tensor, Any], scaler: Scaler) -> bool:
         """Take the step. Returns False, with nothing done, where the plan no longer holds."""
@@ -144,12 +158,24 @@ class StepPlan:
         if found_inf is not None:
             found_inf = found_inf.to(self._device, torch.float32)
         hyper = list(chain.from_iterable(map(self._hyper, groups)))
-        places = [] if _NUMBERS.issuperset(map(type, hyper)) else places_on_device(hyper)
-        on_device = [hyper[n] for n in places]
-        for n in places:
-            hyper[n] = 0.0
+        tail, norm, numbers = self._tail, None, ()
+        if tail is not None:
+            numbers = tail.numbers(self._device)
+            if tail.max_grad_norm is not None:
+                norm = self._new_norm()
+        places, on_device = [], []
+        if not _NUMBERS.issuperset(map(type, chain(hyper, numbers))):
+            both = [*hyper, *numbers]
+            places = places_on_device(both)
+            on_device = [both[n] for n in places]
+            for n in places:
+                both[n] = 0.0
+            hyper, numbers = both[: len(hyper)], both[len(hyper) :]
+        arguments = (self._handle, grads, hyper, on_device, places, grad_scale, found_inf)
+        if tail is not None:
+            arguments += (numbers, tail.max_grad_norm or 0.0, norm)
         try:
-            if not self._planner.step(self._handle, grads, hyper, on_device, places, grad_scale, found_inf):
+            if not self._planner.step(*arguments):
                 return False
         except NotImplementedError:  # gradients or numbers are on another device now, which has no op of plans
             return False
@@ -159,6 +185,8 @@ class StepPlan:
                 return False
             raise
         torch.autograd.graph.increment_version(self._written if grad_scale is None else self._written + grads)
+        if tail is not None:
+            tail.took(self._device, norm)
         return True
 
 

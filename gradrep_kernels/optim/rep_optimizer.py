@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from gradrep_kernels.dtensor import is_dtensor, local
-from gradrep_kernels.grad_mult import GradMult, awaits_grad_mult
-from gradrep_kernels.messages import first_few, warn_outside
+from gradrep_kernels.dtensor import is_dtensor
+from gradrep_kernels.grad_mult import GradMult
+from gradrep_kernels.ops.reference import step_tail
 from gradrep_kernels.ops.reference.multiply import compute_dtype, multiply
 from gradrep_kernels.optim import checkpoint
 from gradrep_kernels.optim.eager import eager, keep_out_of_graphs
-from gradrep_kernels.optim.gather import Gathered, gather, hyper_table, take_steps
-from gradrep_kernels.optim.multipliers import GradMults, Multipliers, as_grad_mult
-from gradrep_kernels.optim.norm import gradient_norm, norm_by_kernels, scale_in_place
+from gradrep_kernels.optim.gather import Gathered, gather, hyper_table, table_of, take_steps
+from gradrep_kernels.optim.multipliers import GradMults, Multipliers, as_grad_mult, refuse_strays, warn_of_forgotten
+from gradrep_kernels.optim.norm import norm_of_step
 from gradrep_kernels.optim.parameters import (
     described,
     in_place,
@@ -29,10 +29,19 @@ from gradrep_kernels.optim.parameters import (
     position_of,
 )
 from gradrep_kernels.optim.plan import Scaler, StepPlan
+from gradrep_kernels.optim.step_end import StepEnd
+from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, Tail, clip_factor, first_average
 from gradrep_kernels.optim.update_rule import UpdateRule
 
+_NOT_OF_A_GROUP = {
+    "grad_mults": "call set_grad_mult",
+    "max_grad_norm": "set the optimizer's attribute",
+    "ema_decay": "set the optimizer's attribute",
+    "momentum_dtype": "give it to the constructor",
+}
 
-class RepOptimizer(Optimizer):
+
+class RepOptimizer(StepEnd):
     """An optimizer whose gradients are multiplied by constants, in one pass with its update.
 
     A leaf inherits from this class and from torch's optimizer of the same rule, in this order. It declares its
@@ -43,6 +52,8 @@ class RepOptimizer(Optimizer):
         grad_mults:            {parameter: GradMult | Tensor that broadcasts to it}. None: none.
         fused:                 True asks for in-kernel gradient unscaling under torch.amp.GradScaler. It selects nothing
                                else and is never saved.
+        max_grad_norm, ema_decay: see FusedRepSGD.
+        state_dtype:           None, or torch.bfloat16 for the states of the rule, with stochastic rounding.
 
     A multiplier of a frozen parameter that is in no group is kept. It takes effect when the parameter joins.
 
@@ -51,6 +62,7 @@ class RepOptimizer(Optimizer):
     """
 
     update_rule: ClassVar[UpdateRule]
+    _swapped: bool
 
     def __init__(
         self,
@@ -58,6 +70,9 @@ class RepOptimizer(Optimizer):
         *args: Any,
         grad_mults: GradMults | None = None,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        ema_decay: EmaDecay | None = None,
+        state_dtype: torch.dtype | None = None,
         **options: Any,
     ):
         if fused and options.get("differentiable"):
@@ -74,6 +89,9 @@ class RepOptimizer(Optimizer):
         self.update_rule.check()
         self._multipliers = Multipliers()
         self._none_is_meant = grad_mults is not None
+        self._tail = Tail(max_grad_norm, ema_decay, state_dtype)
+        self._tail.check(options.get("differentiable", False))
+        self._take_rule()
         self._forget_plan()
         super().__init__(params, *args, **options)
         keep_out_of_graphs(type(self))
@@ -143,6 +161,7 @@ class RepOptimizer(Optimizer):
 
     def _refresh_fingerprints(self) -> None:
         checkpoint.refresh_fingerprints(self.param_groups, self._multipliers)
+        self._tail.save(self.param_groups)
 
     # ---- the step
 
@@ -151,6 +170,8 @@ class RepOptimizer(Optimizer):
 
         Raises RuntimeError where an array, such as a momentum buffer, would be made in a CUDA graph capture.
         """
+        if self._swapped:
+            raise RuntimeError("a step inside swap_ema would train the averages: leave its block first")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -166,8 +187,9 @@ class RepOptimizer(Optimizer):
         return loss
 
     def _can_compile(self) -> bool:
-        # torch's functional optimizers neither unscale nor skip on overflow, nor do they know multipliers of shards.
-        if getattr(self, "found_inf", None) is not None:
+        # torch's functional optimizers neither unscale, skip on overflow, clip, average nor round by random bits. They
+        # do not know multipliers of shards either.
+        if getattr(self, "found_inf", None) is not None or self._tail.is_used:
             return False
         return not any(is_dtensor(p) for p in parameters_of(self.param_groups))
 
@@ -202,22 +224,43 @@ class RepOptimizer(Optimizer):
     def _gathered_step(self) -> None:
         grad_scale, found_inf = self._scaler()
         self._plan = None
-        self._refuse_strays()
-        self._warn_of_forgotten()
-        rule, groups = self.update_rule, self.param_groups
-        work = gather(groups, self.state, rule, self._multipliers, unscales=grad_scale is not None)
+        refuse_strays(self._multipliers, self.param_groups)
+        if not self._none_is_meant:
+            self._none_is_meant = True
+            warn_of_forgotten(self._multipliers, self.param_groups)
+        rule, groups, options = self.update_rule, self.param_groups, self._tail
+        device = next((p.device for p in parameters_of(groups) if p.grad is not None), torch.device("cpu"))
+        numbers = options.numbers(device)
+        work = gather(
+            groups, self.state, rule, self._multipliers, unscales=grad_scale is not None, averages=options.averages
+        )
         for group, p in work.sparse:
             self._refuse_sparse(group, p)
+        norm = clip = None
+        if options.max_grad_norm is not None:
+            norm = norm_of_step(work, self._multipliers, grad_scale)
+            clip = clip_factor(norm, options.max_grad_norm)
         if found_inf is not None and not work.is_steady and found_inf.item() != 0:
+            options.took(device, norm)
             return  # a skipped step must not leave a state behind
-        take_steps(work, rule, hyper_table(groups, rule), (grad_scale, found_inf))
+        tail = table_of(numbers) if numbers else None
+        take_steps(work, rule, hyper_table(groups, rule), (grad_scale, found_inf, clip), tail)
         for (p, key), state in work.new_states.items():
             self.state[p][key] = state
         for group, p in work.sparse:
             if grad_scale is not None:
                 in_place(p.grad, lambda grad: grad.div_(grad_scale))
-            rule.functional(self, {**group, "params": [p]}, self._multiplied)
+            rule.functional(self, {**group, "params": [p]}, functools.partial(self._multiplied, clip=clip))
+            if options.averages and p not in work.without_average:
+                step_tail.update_average(self.state[p][AVERAGE.key], p, step_tail.Tail.of(tail))
+        for p in work.without_average:
+            self.state[p][AVERAGE.key] = first_average(p)
+        options.took(device, norm)
         self._plan_next(work)
+
+    def _take_rule(self) -> None:
+        if self._tail.state_dtype is not None:
+            self.update_rule = type(self).update_rule.in_bfloat16()
 
     def _forget_plan(self) -> None:
         self._plan: StepPlan | None = None
@@ -236,29 +279,8 @@ class RepOptimizer(Optimizer):
         )
         self._last_step, last_step = this_step, self._last_step
         if this_step == last_step:
-            self._plan = StepPlan.of(work, self.update_rule, self.param_groups, self.state, self._multipliers)
-
-    def _refuse_strays(self) -> None:
-        strays = self._multipliers.strays(parameters_of(self.param_groups))
-        if strays:
-            raise RuntimeError(
-                f"parameters with Grad Mults are no longer in param_groups: {len(strays)}, one of shape "
-                f"{list(strays[0].shape)}. If something replaced them (wrapping the model after the optimizer was "
-                "made), set the Grad Mults again on the new ones; else set_grad_mult(old, None)"
-            )
-
-    def _warn_of_forgotten(self) -> None:
-        """Warn once where weights were re-initialised for Grad Mults, and none of them has one."""
-        if self._none_is_meant:
-            return
-        self._none_is_meant = True
-        waiting = [(n, p) for n, p in enumerate(parameters_of(self.param_groups)) if awaits_grad_mult(p)]
-        if waiting and all(self._multipliers.caller(p) is None for _, p in waiting):
-            names = [described(self.param_groups, n) for n, _ in waiting]
-            warn_outside(
-                "weights were re-initialised for Grad Mults, but this optimizer has none for them: "
-                f"{first_few(names, between=', ')}. It wants grad_mults=gr.csla.grad_mults(model, scales); "
-                "grad_mults={} says that none is meant"
+            self._plan = StepPlan.of(
+                work, self.update_rule, self.param_groups, self.state, self._multipliers, self._tail
             )
 
     def _refuse_sparse(self, group: dict[str, Any], p: Tensor) -> None:
@@ -270,63 +292,35 @@ class RepOptimizer(Optimizer):
         name = described(self.param_groups, position_of(self.param_groups, p))
         raise ValueError(f"{name}: {what} cannot be applied to a gradient of layout {p.grad.layout}")
 
-    def _multiplied(self, p: Tensor, grad: Tensor) -> Tensor:
-        """M ⊙ grad for torch's functional optimizers."""
+    def _multiplied(self, p: Tensor, grad: Tensor, clip: Tensor | None = None) -> Tensor:
+        """M ⊙ grad for torch's functional optimizers. `clip` is multiplied first."""
+        if clip is not None:
+            grad = grad.clone()
+            in_place(grad, lambda values: values.mul_(clip.to(values.device, values.dtype.to_real())))
         mult = self._multipliers.total(p)
         if mult is None:
             return grad
         g = grad.to(compute_dtype(grad.dtype))  # many real multipliers would underflow in fp16
         return multiply(g, *mult.parts(), g.real.dtype if g.is_complex() else g.dtype).to(grad.dtype)
 
-    # ---- clipping
-
-    @eager
-    @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> Tensor:
-        """Clip by √(Σ M ⊙ g²), the gradient norm of the CSLA model, which keeps CSLA = GR exactly.
-
-        `torch.nn.utils.clip_grad_norm_` does not: it is 10 % off on RepOpt-VGG-B1's scales, 20-27 % on L1's.
-        Scales all gradients in place by min(1, max_norm / (norm + 1e-6)), as torch's does, and returns the norm  # []
-
-        Raises RuntimeError where the norm is NaN or inf and error_if_nonfinite is True.
-        """
-        max_norm = float(max_norm)
-        planned = None if self._plan is None else self._plan.gradients(self.param_groups, self.state)
-        if planned is not None:
-            grads, parts = planned
-            norm = norm_by_kernels(grads, parts)
-        else:
-            params = [p for p in dict.fromkeys(parameters_of(self.param_groups)) if p.grad is not None]
-            if not params:
-                return torch.zeros(())
-            for p in params:
-                if p.grad.layout != torch.strided and self._multipliers.total(p) is not None:
-                    self._refuse_layout(p, "a Grad Mult")
-            norm, grads = gradient_norm(params, self._multipliers), [local(p.grad) for p in params]
-        if error_if_nonfinite and not bool(torch.isfinite(norm)):
-            raise RuntimeError(
-                f"the gradient norm is {float(norm)}, so it cannot be clipped; "
-                "error_if_nonfinite=False scales the gradients by it anyway"
-            )
-        scale_in_place(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
-        return norm
-
     # ---- saving, copying, loading
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if isinstance(param_group, dict) and "grad_mults" in param_group:
-            # ZeroRedundancyOptimizer puts all its keyword arguments there, on every rank.
-            raise ValueError(
-                "grad_mults is not an option of a parameter group: call set_grad_mult, "
-                "under ZeroRedundancyOptimizer that of its .optim"
-            )
+        for option, instead in _NOT_OF_A_GROUP.items() if isinstance(param_group, dict) else ():
+            if option in param_group:
+                # ZeroRedundancyOptimizer puts all its keyword arguments there, on every rank.
+                raise ValueError(
+                    f"{option} is not an option of a parameter group: {instead}, under ZeroRedundancyOptimizer that of "
+                    "its .optim"
+                )
         with names_for_all(self.param_groups, param_group):
             super().add_param_group(param_group)
         added = self.param_groups[-1]
         added.update({"fused": None, checkpoint.FINGERPRINT: self._multipliers.fingerprint(added["params"])})
+        self._tail.save([added])
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"_multipliers": self._multipliers}
+        kept = {"_multipliers": self._multipliers, "_tail": self._tail}
         if getattr(self, "_step_supports_amp_scaling", False):
             kept["_step_supports_amp_scaling"] = True
         return {**super().__getstate__(), **kept}
@@ -338,6 +332,9 @@ class RepOptimizer(Optimizer):
         self.__dict__.setdefault("_none_is_meant", True)  # the original was asked
         if "_multipliers" not in self.__dict__:  # a pickled torch optimizer's state
             self._multipliers = Multipliers()
+        if "_tail" not in state:  # of a checkpoint, or a pickle of torch's optimizer
+            self.__dict__.setdefault("_tail", Tail()).restore(self.param_groups)
+        self._take_rule()
         for group in self.param_groups:
             group["fused"] = None  # of a checkpoint of torch's with fused=True: not ours to take over
         self._refresh_fingerprints()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradrep_kernels.dtensor import is_dtensor, local
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops.reference.multiply import compute_dtype
+from gradrep_kernels.ops.reference.rounding_rule import element_numbers
 
 
 def aligned_grad(p: Tensor) -> Tensor:
@@ -68,6 +70,35 @@ def part_on(p: Tensor, mult: GradMult) -> GradMult:
     dense = scale.to(dtype).expand(local(p).shape).clone(memory_format=torch.contiguous_format)
     dense[o, i, y, x] += identity[o].to(dtype)
     return GradMult.of_parts(dense, None)
+
+
+_numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> (placements, its element numbers)
+
+
+def element_numbers_of(p: Tensor) -> Tensor | None:
+    """Which elements of the whole parameter this rank holds, as `rounding_rule.element_numbers` takes it.
+
+    None for a plain tensor, which is the whole. A run of the whole, such as FSDP2's rows, is told by its first number
+    # [1] int64 on the CPU. Any other shard has the number of each element, 8 bytes of memory for each.
+    """
+    if not is_dtensor(p):
+        return None
+    placements, numbers = _numbers.get(p, (None, None))
+    if placements != p.placements:
+        numbers = _element_numbers(p)
+        _numbers[p] = p.placements, numbers
+    return numbers
+
+
+def _element_numbers(p: Tensor) -> Tensor:
+    shard, numbers, inside = local(p), torch.zeros((), dtype=torch.int64), 1
+    for dim in sorted(range(p.dim()), key=lambda d: p.stride(d)):  # from the innermost in memory
+        along = [-1 if d == dim else 1 for d in range(p.dim())]
+        numbers = numbers + (_held(p, dim).cpu() * inside).view(along)
+        inside *= p.shape[dim]
+    first = numbers.reshape(-1)[:1] if shard.numel() else torch.zeros(1, dtype=torch.int64)
+    run = element_numbers(shard, first).cpu()
+    return first.clone() if torch.equal(run, numbers.expand(shard.shape)) else numbers.to(shard.device)
 
 
 def _held(p: Tensor, dim: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,12 @@ class UpdateRule:
     # A group's row of the table of hyper-parameters: numbers or one-element tensors. None: the group's entries under
     # the names of the op's columns. An optimizer whose groups hold a pair (betas) unpacks it here.
     hyper: Callable[[dict[str, Any]], Sequence[Any]] | None = None
+    stochastic: bool = False  # whether states in bfloat16 are rounded by random bits (ops/reference/rounding_rule.py)
+
+    def in_bfloat16(self) -> UpdateRule:
+        """The same rule with its states stored in bfloat16, and rounded by random bits."""
+        states = tuple(replace(state, dtype=lambda param, grad: torch.bfloat16) for state in self.states)
+        return replace(self, states=states, stochastic=True)
 
     def check(self) -> None:
         """Raise ValueError unless the rule has as many states as its op."""
