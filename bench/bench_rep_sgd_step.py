@@ -128,8 +128,8 @@ def _host_ways(tensors: Tensors, calls: int) -> list[Candidate]:
     return [
         *(Candidate(name, steps(backend), share=calls, optional=True) for backend, name in BY_BACKEND.items()),
         Candidate(FUSED, fused.step, calls=calls),
-        Candidate(GRAPH_OURS, _graph_of(ours.step), calls=calls, optional=True),
-        Candidate(GRAPH_FUSED, _graph_of(fused.step), calls=calls, optional=True),
+        Candidate(GRAPH_OURS, graph_of(ours.step), calls=calls, optional=True),
+        Candidate(GRAPH_FUSED, graph_of(fused.step), calls=calls, optional=True),
     ]
 
 
@@ -141,9 +141,12 @@ def test_host_cost_on_gpu(benchmark, setup: Setup, results: Results, count: int)
     timed = compare(benchmark, setup, _host_ways(tensors, 5 if setup.quick else 20), clock=host_clock)
     results.add(f"{count} x 1000 in 2 groups, host time of a step on a GPU", timed)
     _judge_host(results, timed, count)
-    what = f"kernels that an eager step launches, {count} tensors in 2 groups"
-    target = Target("G0", what, "launches", less_is_better=True)
     step = tensors.optimizer(gr.FusedRepSGD, 2, grad_mults=tensors.grad_mults).step
+    count_launches(results, f"kernels that an eager step launches, {count} tensors in 2 groups", step)
+
+
+def count_launches(results: Results, what: str, step: Callable[[], object]) -> None:
+    target = Target("G0", what, "launches", less_is_better=True)
     try:
         for _ in range(3):  # until the optimizer has made its plan
             step()
@@ -214,7 +217,7 @@ def _compiled(tensors: Tensors, masks: list[torch.Tensor]) -> Candidate:
     return Candidate(COMPILED, run, optional=True)
 
 
-def _graph_of(step: Callable[[], object]) -> Callable[[], object]:
+def graph_of(step: Callable[[], object]) -> Callable[[], object]:
     """`step` captured in a CUDA graph at the first call."""
     graphs: list[torch.cuda.CUDAGraph] = []
 
@@ -235,12 +238,16 @@ def _graph_of(step: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
+def copy_of(moved: int, device: torch.device) -> Candidate:
+    source = torch.empty(moved // 2, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return Candidate(COPY, lambda: target.copy_(source), bytes=moved)
+
+
 def _limit(setup: Setup, numel: int) -> Candidate:
     """How fast this machine moves as many bytes with nothing to compute."""
     if setup.device.type == "cuda":
-        source = torch.empty(numel * BYTES // 2, dtype=torch.int8, device=setup.device)
-        target = torch.empty_like(source)
-        return Candidate(COPY, lambda: target.copy_(source), bytes=numel * BYTES)
+        return copy_of(numel * BYTES, setup.device)
     floats = min(PROBE_FLOATS, 1 << 20) if setup.quick else PROBE_FLOATS
     p, g, v = (torch.zeros(floats) for _ in range(3))
 
@@ -270,8 +277,8 @@ def _steps(setup: Setup, tensors: Tensors) -> list[Candidate]:
             for name, step in ((OURS, ours.step), (FUSED, fused.step))
         ]
         ways += [  # last: a capture that fails may leave the allocator in disorder
-            Candidate(GRAPH_OURS, _graph_of(ours.step), optional=True, **moved),
-            Candidate(GRAPH_FUSED, _graph_of(fused.step), optional=True, **moved),
+            Candidate(GRAPH_OURS, graph_of(ours.step), optional=True, **moved),
+            Candidate(GRAPH_FUSED, graph_of(fused.step), optional=True, **moved),
         ]
     return ways
 
@@ -305,7 +312,7 @@ def _rivals(tensors: Tensors, compiled: bool) -> list[Candidate]:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", ["ResNet-18", "ResNet-50", "RepOpt-VGG-B1"])
 def test_step(benchmark, setup: Setup, results: Results, name: str, layout: str, threads: int):
-    tensors = _tensors(setup, name, layout)
+    tensors = tensors_of(setup, name, layout)
     timed = compare(benchmark, setup, _steps(setup, tensors), threads=threads, settle=True)
     where = f"{name}, {layout}"
     results.add(f"{where}, {thread_count(threads)}" if setup.device.type == "cpu" else where, timed)
@@ -316,7 +323,7 @@ def test_step(benchmark, setup: Setup, results: Results, name: str, layout: str,
 
 @pytest.mark.parametrize("name", JUDGED)
 def test_rivals(benchmark, setup: Setup, results: Results, max_threads: int, name: str):
-    tensors = _tensors(setup, name, "contiguous")
+    tensors = tensors_of(setup, name, "contiguous")
     torch._dynamo.reset()  # Inductor bakes the number of threads into what it compiles
     timed = compare(benchmark, setup, _rivals(tensors, compiled=not setup.quick), threads=max_threads, settle=True)
     on_gpu = setup.device.type == "cuda"
@@ -341,7 +348,7 @@ def test_rivals(benchmark, setup: Setup, results: Results, max_threads: int, nam
         )
 
 
-def _tensors(setup: Setup, name: str, layout: str) -> Tensors:
+def tensors_of(setup: Setup, name: str, layout: str) -> Tensors:
     if setup.quick and name != "ResNet-18":
         pytest.skip("not in the quick form: RepOpt-VGG-B1 takes 0.8 GB")
     if name == "ResNet-50" and layout == "channels_last":
@@ -351,7 +358,7 @@ def _tensors(setup: Setup, name: str, layout: str) -> Tensors:
 
 def _judge_cpu(results: Results, timed: Comparison, name: str, layout: str, threads: int) -> None:
     shares = {way: timed.rate_ratio(way, PROBE).median for way in (OURS, FUSED)}
-    bound = f"{shares[OURS]:.0%} of the stream probe, {_rate(timed, PROBE):.0f} GB/s"
+    bound = f"{shares[OURS]:.0%} of the stream probe, {rate(timed, PROBE):.0f} GB/s"
     where = f"{name}, {thread_count(threads)}"
     if layout == "contiguous":
         at_least, aim = VS_FUSED.get(threads, (None, None))
@@ -366,7 +373,7 @@ def _judge_cpu(results: Results, timed: Comparison, name: str, layout: str, thre
 def _judge_gpu(results: Results, timed: Comparison, name: str, layout: str, threads: int) -> None:
     judged = name == "RepOpt-VGG-B1" and layout == "contiguous"
     share = timed.rate_ratio(OURS, COPY)
-    bound = f"{share.median:.0%} of the copy rate, {_rate(timed, COPY):.0f} GB/s"
+    bound = f"{share.median:.0%} of the copy rate, {rate(timed, COPY):.0f} GB/s"
     why_not = "; ".join(timed.skipped.values())
 
     def show(what: str, unit: str, figure: Figure | None, bounds: tuple = (None, None), less: bool = False) -> None:
@@ -382,6 +389,6 @@ def _judge_gpu(results: Results, timed: Comparison, name: str, layout: str, thre
     show("back to back by the wall clock: time over that on the GPU alone", "x", waits, less=True)
 
 
-def _rate(timed: Comparison, name: str) -> float:
+def rate(timed: Comparison, name: str) -> float:
     time: Figure = timed.time(name)
     return timed.candidates[name].bytes / time.median / 1e9

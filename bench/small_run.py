@@ -34,7 +34,7 @@ TOLERANCE = {
 Case = tuple[str, Tensor, Tensor, float]  # what, found, expected, tolerance
 
 
-def _optimizer(device: str, dtype: torch.dtype) -> gr.FusedRepSGD:
+def _optimizer(device: str, dtype: torch.dtype, **options) -> gr.FusedRepSGD:
     generator = torch.Generator().manual_seed(1)
 
     def new(n: int) -> Tensor:
@@ -53,7 +53,15 @@ def _optimizer(device: str, dtype: torch.dtype) -> gr.FusedRepSGD:
         elif n in DENSE:
             mults[p] = gr.GradMult(torch.rand(shape, generator=generator))
     groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.01, "nesterov": True}]
-    return gr.FusedRepSGD(groups, lr=0.1, momentum=0.9, weight_decay=1e-3, grad_mults=mults)
+    return gr.FusedRepSGD(groups, lr=0.1, momentum=0.9, weight_decay=1e-3, grad_mults=mults, **options)
+
+
+def _parameters(optimizer: gr.FusedRepSGD) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().double().cpu().flatten() for t in tensors])
 
 
 def _both(device: str, backend: str) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -68,12 +76,29 @@ def steps(device: str, backend: str) -> Iterator[Case]:
             with gr.use_backend(name):
                 for _ in range(5):  # the last with a plan
                     optimizer.step()
-            ends.append(
-                torch.cat(
-                    [p.detach().double().cpu().flatten() for group in optimizer.param_groups for p in group["params"]]
-                )
-            )
+            ends.append(_flat(_parameters(optimizer)))
         yield str(dtype), *ends, tolerance
+
+
+def tails(device: str, backend: str) -> Iterator[Case]:
+    """Clipping, averages and momentum in bfloat16 at once. The norm of a GPU rounds otherwise than the reference's."""
+    for dtype, tolerance in TOLERANCE.items():
+        found: dict[str, list[Tensor]] = {"weights": [], "averages": [], "momentum": [], "norm": []}
+        for where, name in _both(device, backend):
+            options = {"max_grad_norm": 20.0, "ema_decay": 0.9, "momentum_dtype": torch.bfloat16}
+            optimizer = _optimizer(where, dtype, **options)
+            with gr.use_backend(name):
+                for _ in range(5):
+                    optimizer.step()
+            params = _parameters(optimizer)
+            found["weights"].append(_flat(params))
+            found["averages"].append(_flat([optimizer.ema(p) for p in params]))
+            found["momentum"].append(_flat([optimizer.state[p]["momentum_buffer"] for p in params]))
+            found["norm"].append(_flat([optimizer.last_grad_norm]))
+        # One unit in the last place of a momentum in bfloat16, which a bit of the norm may turn: 2**-8 of at most 4.
+        allowed = {"momentum": max(tolerance, 2**-6), "norm": 1e-3}
+        for what, ends in found.items():
+            yield f"{what}, {dtype}", *ends, allowed.get(what, max(tolerance, 2**-8))
 
 
 def norms(device: str, backend: str) -> Iterator[Case]:
@@ -82,6 +107,19 @@ def norms(device: str, backend: str) -> Iterator[Case]:
         with gr.use_backend(name):
             found.append(_optimizer(where, torch.float32).clip_grad_norm_(1e9))
     yield "float32", *found, 1e-3  # of about 150
+
+
+def scalings(device: str, backend: str) -> Iterator[Case]:
+    """Gradients that are clipped, and others that a limit above their norm leaves alone."""
+    for dtype, tolerance in TOLERANCE.items():
+        for max_norm in (1.0, 1e9):
+            found = []
+            for where, name in _both(device, backend):
+                optimizer = _optimizer(where, dtype)
+                with gr.use_backend(name):
+                    optimizer.clip_grad_norm_(max_norm)
+                found.append(_flat([p.grad for p in _parameters(optimizer)]))
+            yield f"{dtype}, limit {max_norm:g}", *found, tolerance
 
 
 def counts(device: str, backend: str) -> Iterator[Case]:
@@ -128,9 +166,11 @@ def run(device: str, only: str | None = None, needs: Sequence[str] = ()) -> int:
         return 1
     needed = {
         steps: {"rep_sgd_step"},
+        tails: {"rep_sgd_step", "rep_grad_norm"},
         norms: {"rep_grad_norm"},
+        scalings: {"rep_grad_norm", "scale_gradients_"},
         counts: {"pair_ranges", "joint_histogram"},
-        updates: {"pair_ranges", *(op for op in report if op.endswith("_"))},  # what adds to a table
+        updates: {"pair_ranges", "pair_ranges_", "joint_histogram_"},
     }
     for backend in BACKENDS[device] if only is None else (only,):
         unavailable = {op: row[backend] for op, row in report.items() if row[backend] != "available"}
