@@ -13,7 +13,7 @@ from gradrep_kernels.optim import param_groups
 from gradrep_kernels.recipes.data import Data
 from gradrep_kernels.recipes.loader import derived_seed
 from gradrep_kernels.recipes.options import MODELS, Options
-from gradrep_kernels.recipes.table import SGD, OptimizerKind, Recipe
+from gradrep_kernels.recipes.table import FUSED_REP_SGD, SGD, OptimizerKind, Recipe
 from gradrep_kernels.sgs import SpatialGradientScaling
 
 __all__ = ["Trainee", "build", "multiplier_bytes", "plain_model", "search_model"]
@@ -25,13 +25,14 @@ _INITIALISATION = 1  # a purpose for derived_seed
 class Trainee:
     """A network with its optimizer and, in some recipes, spatial gradient scaling.
 
-    `lr` is the learning rate at the end of the warm-up.
+    `lr` is the learning rate at the end of the warm-up. `averages`: whether the optimizer keeps moving averages.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     lr: float
     sgs: SpatialGradientScaling | None = None
+    averages: bool = False
 
 
 def plain_model(options: Options, data: Data, seed: int) -> nn.Module:
@@ -63,19 +64,22 @@ def build(recipe: Recipe, options: Options, data: Data, searched: csla.Scales | 
     grad_mults = csla.grad_mults(model, scales) if recipe.grad_mults else None
     if recipe.reinitialize and not recipe.grad_mults:
         grad_mults = {}  # The row that shows what is lost without them.
-    optimizer = _optimizer(recipe.optimizer, model, options, lr, grad_mults)
+    kind = FUSED_REP_SGD if options.beyond_torch else recipe.optimizer
+    trainee = Trainee(
+        model, _optimizer(kind, model, options, lr, grad_mults), lr, averages=options.ema_decay is not None
+    )
     if not recipe.sgs:
-        return Trainee(model, optimizer, lr)
-    sgs = SpatialGradientScaling(
+        return trainee
+    trainee.sgs = SpatialGradientScaling(
         model,
-        optimizer,
+        trainee.optimizer,
         k=options.sgs_k,
         every=options.sgs_every,
         warmup=options.sgs_warmup,
         batches=options.sgs_batches,
         remove_near=options.remove_near,
     )
-    return Trainee(model, optimizer, lr, sgs)
+    return trainee
 
 
 def _optimizer(
@@ -85,7 +89,7 @@ def _optimizer(
     lr: float,
     grad_mults: dict[nn.Parameter, GradMult] | None = None,
 ) -> torch.optim.Optimizer:
-    settings = {"lr": lr, **{name: getattr(options, name) for name in kind.options}}
+    settings = {"lr": lr, **{name: setting(options) for name, setting in kind.settings.items()}}
     if grad_mults is not None:
         settings["grad_mults"] = grad_mults
     return kind.make(param_groups(model, options.weight_decay), **settings)

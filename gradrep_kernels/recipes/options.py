@@ -161,6 +161,15 @@ class Options:
         default_help=f"that of --lr if it is one, else {_SEARCH_RATE}",
     )  # fmt: skip
     momentum: float = option("of SGD", 0.9, _BELOW_1)
+    momentum_dtype: str | None = option(
+        "in which each training, but not the Hyper-Search, keeps its momentum: bfloat16, in half the bytes",
+        reader=one_of(("bfloat16",)), default_help="that of the weights", commands=TRAIN, metavar="DTYPE",
+    )  # fmt: skip
+    ema_decay: float | None = option(
+        "decay of moving averages of the weights in each training, but not in the Hyper-Search: accuracies are then "
+        "theirs, and those of the weights are told beside them",
+        check=_BELOW_1, default_help="no averages", commands=TRAIN,
+    )  # fmt: skip
     weight_decay: float = option("of convolutions, linear weights and identity scales", 5e-4, at_least(0), folder=4e-5)
     warmup: int = option("epochs of linear warm-up", 5, at_least(0), digits=1)
     label_smoothing: float = option("of the cross-entropy", 0.0, _BELOW_1, folder=0.1)
@@ -204,6 +213,11 @@ class Options:
     def rows(self) -> list[Recipe]:
         """The rows of the table to train, none for a Hyper-Search alone."""
         return chosen_rows(self.recipe, self.ablate)
+
+    @property
+    def beyond_torch(self) -> bool:
+        """Whether all rows need an optimizer that can do more than torch's own."""
+        return self.ema_decay is not None or self.momentum_dtype is not None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values by name."""

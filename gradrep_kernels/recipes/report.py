@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from gradrep_kernels.csla import Equivalence, Scales
-from gradrep_kernels.recipes import files, plots
+from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.cores import processor
 from gradrep_kernels.recipes.data import Data
 from gradrep_kernels.recipes.environment import versions
 from gradrep_kernels.recipes.intervals import Difference, paired_difference
 from gradrep_kernels.recipes.options import Options
+from gradrep_kernels.recipes.pictures import draw_pictures
 from gradrep_kernels.recipes.table import Recipe
 
 __all__ = ["closing_lines", "scales_line", "table", "write_report"]
@@ -64,7 +65,7 @@ def write_report(
     differences = _differences(rows, summary["recipes"], description["test"])
     summary["compared"] = [dataclasses.asdict(difference) for difference in differences if difference.seeds > 1]
     summary["statements"] = [*(difference.sentence() for difference in differences), *_costs(summary["recipes"])]
-    pictures = _pictures(folder, summary, chosen, seeds, scales, initial)
+    pictures = draw_pictures(folder, summary, chosen, seeds, scales, initial)
     files.write_text(folder / "summary.md", _markdown(summary, pictures))
     files.write_json(folder / "summary.json", summary)
     return summary
@@ -92,6 +93,8 @@ def _figures(
         "sgs_seconds_per_epoch": None,
         "sgs_updates": None,
     }
+    if "weights_test_accuracy" in epochs[-1]:  # the others are those of averages
+        figures["weights_test_accuracy"] = _accuracies(runs, "weights_test_accuracy")
     if row.sgs:
         figures["sgs_seconds_per_epoch"] = statistics.fmean(record["sgs_seconds"] for record in epochs)
         figures["sgs_updates"] = sum(record["sgs_updated"] for record in runs[0]["epochs"])
@@ -99,8 +102,8 @@ def _figures(
     return figures
 
 
-def _accuracies(runs: Sequence[Mapping[str, Any]]) -> list[float]:
-    return [training["epochs"][-1]["test_accuracy"] for training in runs]
+def _accuracies(runs: Sequence[Mapping[str, Any]], of: str = "test_accuracy") -> list[float]:
+    return [training["epochs"][-1][of] for training in runs]
 
 
 def _of_rate(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def _of_rate(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _differences(
     rows: Sequence[Recipe], recipes: Mapping[str, Mapping[str, Any]], test_images: int
 ) -> list[Difference]:
-    return [
+    between_rows = [
         paired_difference(
             row.name, other, recipes[row.name]["test_accuracy"], recipes[other]["test_accuracy"], test_images
         )
@@ -122,6 +125,14 @@ def _differences(
         for other in row.compared_with
         if row.name in recipes and other in recipes
     ]
+    of_averages = [
+        paired_difference(
+            f"{name} (averages)", "its weights", figures["test_accuracy"], figures["weights_test_accuracy"], test_images
+        )
+        for name, figures in recipes.items()
+        if "weights_test_accuracy" in figures
+    ]
+    return between_rows + of_averages
 
 
 def _costs(recipes: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -280,9 +291,12 @@ def _markdown(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
 
 def _recipes_section(summary: Mapping[str, Any]) -> list[str]:
     seeds, options = ", ".join(map(str, summary["seeds"])), summary["options"]
-    spread = "."
+    spread = "." if options["ema_decay"] is None else ", of moving averages of the weights."
     if len(summary["seeds"]) > 1:
-        spread = " (± standard deviation). *Minus sgd* is the mean difference over the same seeds, ± its 95 % interval."
+        spread = (
+            f" (± standard deviation){spread} "
+            "*Minus sgd* is the mean difference over the same seeds, ± its 95 % interval."
+        )
     return [
         *_markdown_table(_cells(summary)),
         "",
@@ -358,42 +372,3 @@ def _scales_section(summary: Mapping[str, Any]) -> list[str]:
         for branch, figures in branches.items():
             cells.append([layer, branch, *(f"{figures[key]:.3f}" for key in columns), f"{figures['moved']:.1%}"])
     return [*lines, *_markdown_table(cells, left=2), "", "Moved: mean of |α − α₀| / |α₀| over the channels.", ""]
-
-
-def _pictures(
-    folder: Path,
-    summary: Mapping[str, Any],
-    trainings: Mapping[str, list[dict[str, Any]]],
-    seeds: Sequence[int],
-    scales: Scales | None,
-    initial: Scales | None,
-) -> dict[str, str]:
-    """Draw the pictures into `folder` and return {file name: caption}."""
-    captions: dict[str, str] = {}
-    if trainings:
-        plots.accuracy_against_cost(folder / "cost.png", summary["recipes"])
-        captions["cost.png"] = (
-            "Test accuracy against the time of a training step. Small points are seeds, large ones their means, bars "
-            "95 % intervals of the mean"
-        )
-        epochs = {name: [training["epochs"] for training in runs] for name, runs in trainings.items()}
-        plots.curves(folder / "curves.png", epochs)
-        captions["curves.png"] = (
-            "Training loss and test accuracy: mean over the seeds, and one standard deviation either side"
-        )
-    for name, runs in trainings.items():
-        scalings = runs[0].get("scalings")
-        if scalings and scalings["start"]:
-            file_name = f"spatial_scaling_{name.replace('+', '_')}.png"
-            plots.spatial_scalings(folder / file_name, scalings["start"], scalings["end"])
-            captions[file_name] = (
-                f"G of the first, middle and last layer under {name}, seed {seeds[0]}, "
-                "after its first update and at the end"
-            )
-    if scales is not None:
-        plots.scales_over_depth(folder / "scales.png", scales, initial)
-        captions["scales.png"] = (
-            "Mean scales over depth with the standard deviation over channels; curves join layers with a shortcut; "
-            "dashed: initial values"
-        )
-    return captions

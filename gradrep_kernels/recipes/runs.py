@@ -150,7 +150,8 @@ def _created(folder: Path, options: Options, data: Data, scales: csla.Scales | N
 def _check_backend(options: Options) -> None:
     """Raise InputError where GRADREP_BACKEND names no backend, or one that cannot serve these options."""
     try:
-        if backends.forced() == "auto" or all(row.optimizer is SGD and not row.sgs for row in options.rows):
+        needed = options.beyond_torch or any(row.optimizer is not SGD or row.sgs for row in options.rows)
+        if backends.forced() == "auto" or not needed:
             return
         for op in registry.OPS.values():
             if op.reference is not None:

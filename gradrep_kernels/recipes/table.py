@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,20 +18,39 @@ from gradrep_kernels import csla, models
 from gradrep_kernels.optim import FusedRepSGD
 from gradrep_kernels.recipes.scale_sources import CHANNEL_MEAN, INITIAL, ONES, SEARCHED, ScaleSource
 
-__all__ = ["ABLATIONS", "RECIPES", "SGD", "Ablation", "OptimizerKind", "Recipe", "ablated", "chosen_rows"]
+__all__ = [
+    "ABLATIONS",
+    "FUSED_REP_SGD",
+    "RECIPES",
+    "SGD",
+    "Ablation",
+    "OptimizerKind",
+    "Recipe",
+    "ablated",
+    "chosen_rows",
+]
 
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """An optimizer class and the names of the options that are its keyword arguments beside `lr`."""
+    """An optimizer class, and its keyword arguments beside `lr` as functions of the options."""
 
     make: Callable[..., torch.optim.Optimizer]
-    options: tuple[str, ...]
+    settings: Mapping[str, Callable[[Any], Any]] = field(hash=False)
 
 
 # Recipes without a multiplier use torch's own optimizer, so that the table compares with what one would use otherwise.
-SGD = OptimizerKind(torch.optim.SGD, ("momentum",))
-FUSED_REP_SGD = OptimizerKind(FusedRepSGD, ("momentum",))
+SGD = OptimizerKind(torch.optim.SGD, {"momentum": attrgetter("momentum")})
+FUSED_REP_SGD = OptimizerKind(
+    FusedRepSGD,
+    {
+        "momentum": attrgetter("momentum"),
+        # By the norm of the CSLA model's gradients, so that the rows stay comparable.
+        "max_grad_norm": attrgetter("clip_norm"),
+        "ema_decay": attrgetter("ema_decay"),
+        "momentum_dtype": lambda options: options.momentum_dtype and getattr(torch, options.momentum_dtype),
+    },
+)
 
 
 def _plain(model: nn.Module, scales: csla.Scales | None) -> nn.Module:

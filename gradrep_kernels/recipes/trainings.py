@@ -7,6 +7,7 @@ are there.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from gradrep_kernels.recipes.build import Trainee, build, multiplier_bytes, sear
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.options import Options
 from gradrep_kernels.recipes.runs import SCALES
-from gradrep_kernels.recipes.training import accuracy, repeatable, train_epoch
+from gradrep_kernels.recipes.training import accuracies, averaged, repeatable, train_epoch
 from gradrep_kernels.recipes.validation import split_data
 from gradrep_kernels.recipes.workers import Listener
 
@@ -95,7 +96,7 @@ def _train(folder: Path, options: Options, training: Training, listener: Listene
         record = train_epoch(trainee, data, options, training.seed, len(epochs), training.epochs, listener.batch)
         due = (len(epochs) + 1) % options.evaluate_every == 0 or len(epochs) + 1 == training.epochs
         if due or record["train_loss"] is None:
-            record["test_accuracy"] = accuracy(trainee.model, data, data.test, options.device)
+            record |= accuracies(trainee, data, data.test, options, training.seed, "test_accuracy")
         epochs.append(record)
         if trainee.sgs is not None:
             if record["sgs_updated"] and current["first_scalings"] is None:
@@ -112,9 +113,10 @@ def _train(folder: Path, options: Options, training: Training, listener: Listene
         "multiplier_bytes": multiplier_bytes(trainee),
     }
     if len(validation):
-        figures["validation_accuracy"] = accuracy(trainee.model, data, validation, options.device)
+        figures |= accuracies(trainee, data, validation, options, training.seed, "validation_accuracy")
     if training.recipe is not None:
-        _keep_weights(folder, training.name, trainee)
+        with averaged(trainee, data, options, training.seed) if trainee.averages else contextlib.nullcontext():
+            _keep_weights(folder, training.name, trainee)
     elif not _diverged(epochs) and not _keep_scales(folder, trainee):
         figures["diverged"] = len(epochs)
     if trainee.sgs is not None:
