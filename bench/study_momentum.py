@@ -24,7 +24,6 @@ import torch
 from harness import ROOT, commit, machine, versions
 from report import table
 
-from gradrep_kernels.ops import backends
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.build import build
 from gradrep_kernels.recipes.data import Data, Images, load_data
@@ -90,8 +89,8 @@ def page(found: dict) -> str:
         *(f"- {statement}" for statement in statements(found)),
         "",
         *table(head, [*rows, ["mean", *means]]),
-        f"{found['machine']['cpu']}, torch {found['versions']['torch']}, commit {found['commit']}, "
-        f"step by {found['served_by']}. `{found['command']}`",
+        f"{found['machine']['cpu']}, torch {found['versions']['torch']}, commit {found['commit']}. "
+        f"`{found['command']}`",
         "",
     ]
     return "\n".join(lines)
@@ -99,11 +98,9 @@ def page(found: dict) -> str:
 
 def study(options: Options, data: Data, results: Path, command: str) -> dict:
     """Train both ways with each seed, and write what they give."""
-    rows = backends.report((torch.device(options.device).type,))
     where = machine(torch.device(options.device))
     found: dict = {
         "command": command, "commit": commit(), "versions": versions(), "machine": where,
-        "served_by": next(row["serves"] for row in rows if row["op"] == "rep_sgd_step"),
         "options": {**options.to_json(), "data": data.name}, "data": data.name, "row": ROW.name,
         "train_images": len(data.train), "test_images": len(data.test), "runs": [],
     }  # fmt: skip

@@ -53,6 +53,8 @@ def test_options_json_keeps_its_form():
         "validation": 0.0,
         "search_lr": 0.1,
         "momentum": 0.9,
+        "momentum_dtype": None,
+        "ema_decay": None,
         "weight_decay": 0.0005,
         "warmup": 5,
         "label_smoothing": 0.0,
