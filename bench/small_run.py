@@ -104,8 +104,14 @@ def tails(device: str, backend: str) -> Iterator[Case]:
 def norms(device: str, backend: str) -> Iterator[Case]:
     found = []
     for where, name in _both(device, backend):
+        optimizer = _optimizer(where, torch.float32)
+        params = _parameters(optimizer)
+        mults = [optimizer.grad_mult(p) for p in params]
+        parts = [(None, None) if mult is None else mult.parts() for mult in mults]
+        columns = ([part if part is None else part.to(where) for part in column] for column in zip(*parts))
         with gr.use_backend(name):
-            found.append(_optimizer(where, torch.float32).clip_grad_norm_(1e9))
+            norm = backends.implementation("rep_grad_norm", torch.device(where).type)
+            found.append(norm([p.grad for p in params], *columns))
     yield "float32", *found, 1e-3  # of about 150
 
 

@@ -31,12 +31,12 @@ from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.intervals import paired_difference
 from gradrep_kernels.recipes.options import Options, resolve
 from gradrep_kernels.recipes.table import ablated
-from gradrep_kernels.recipes.training import accuracies, repeatable, train_epoch
+from gradrep_kernels.recipes.training import accuracies, accuracy, repeatable, train_epoch
 
 ROW = ablated("hs-init")
 WAYS = {"float32": None, "bfloat16": "bfloat16"}  # momentum_dtype by name
 DIGITS = {"data": "digits", "model": "deep", "lr": "0.1"}
-WEIGHTS, AVERAGES = "weights_accuracy", "accuracy"  # of what, and its name in a run
+WEIGHTS, AVERAGES, STALE = "weights_accuracy", "accuracy", "accuracy_with_statistics_of_weights"  # names in a run
 FASHION = {"model": "small", "lr": "0.1", "augment": ("flip", "crop"), "batch_size": 64, "warmup": 1, "epochs": 3}
 
 
@@ -48,6 +48,8 @@ def train(options: Options, data: Data, seed: int) -> dict[str, float | None]:
         for n in range(options.epochs):
             record = train_epoch(trainee, data, options, seed, n, options.epochs, lambda: None)
         found = accuracies(trainee, data, data.test, options, seed, "accuracy")
+        with trainee.optimizer.swap_ema():
+            found[STALE] = accuracy(trainee.model, data, data.test, options.device)
     return {**found, "train_loss": record["train_loss"], "seconds": time.monotonic() - start}
 
 
@@ -67,6 +69,7 @@ def statements(found: dict) -> list[str]:
         ("momentum in bfloat16", "float32, by the weights", ("bfloat16", WEIGHTS), ("float32", WEIGHTS)),
         ("momentum in bfloat16", "float32, by the averages", ("bfloat16", AVERAGES), ("float32", AVERAGES)),
         ("averages", "weights, momentum in float32", ("float32", AVERAGES), ("float32", WEIGHTS)),
+        ("averages with norm statistics of the weights", "of their own", ("float32", STALE), ("float32", AVERAGES)),
     ]
     images = found["test_images"]
     return [paired_difference(row, other, of(*a), of(*b), images).sentence() for row, other, a, b in compared]
@@ -74,8 +77,8 @@ def statements(found: dict) -> list[str]:
 
 def page(found: dict) -> str:
     options, runs = found["options"], found["runs"]
-    columns = [(way, what) for what in (WEIGHTS, AVERAGES) for way in WAYS]
-    words = {WEIGHTS: "weights", AVERAGES: "averages"}
+    columns = [(way, what) for what in (WEIGHTS, AVERAGES) for way in WAYS] + [("float32", STALE)]
+    words = {WEIGHTS: "weights", AVERAGES: "averages", STALE: "averages, statistics of the weights"}
     head = ["seed", *(f"{words[what]}, {way}, %" for way, what in columns)]
     rows = [[str(run["seed"]), *(f"{100 * run[way][what]:.2f}" for way, what in columns)] for run in runs]
     means = [f"{100 * statistics.fmean(run[way][what] for run in runs):.2f}" for way, what in columns]
