@@ -33,11 +33,13 @@ from gradrep_kernels.optim.step_end import StepEnd
 from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, Tail, clip_factor, first_average
 from gradrep_kernels.optim.update_rule import UpdateRule
 
+# ZeroRedundancyOptimizer puts all its keyword arguments into the groups, on every rank.
 _NOT_OF_A_GROUP = {
-    "grad_mults": "call set_grad_mult",
-    "max_grad_norm": "set the optimizer's attribute",
-    "ema_decay": "set the optimizer's attribute",
-    "momentum_dtype": "give it to the constructor",
+    "grad_mults": "call set_grad_mult, under ZeroRedundancyOptimizer that of its .optim",
+    "max_grad_norm": "set it as an attribute. Under ZeroRedundancyOptimizer a rank's step does not see all gradients: "
+    "clip before the step",
+    "ema_decay": "set it as an attribute, under ZeroRedundancyOptimizer that of its .optim",
+    "momentum_dtype": "give it to the constructor. Under ZeroRedundancyOptimizer it cannot be had",
 }
 
 
@@ -308,11 +310,7 @@ class RepOptimizer(StepEnd):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         for option, instead in _NOT_OF_A_GROUP.items() if isinstance(param_group, dict) else ():
             if option in param_group:
-                # ZeroRedundancyOptimizer puts all its keyword arguments there, on every rank.
-                raise ValueError(
-                    f"{option} is not an option of a parameter group: {instead}, under ZeroRedundancyOptimizer that of "
-                    "its .optim"
-                )
+                raise ValueError(f"{option} is not an option of a parameter group: {instead}")
         with names_for_all(self.param_groups, param_group):
             super().add_param_group(param_group)
         added = self.param_groups[-1]

@@ -135,6 +135,11 @@ class SpatialGradientScaling:
         self._scaler: GradientScaling | UpdateScaling | None = None
         if apply_to == "update" or not hasattr(optimizer, "set_spatial_scaling"):
             self._scaler = UpdateScaling() if apply_to == "update" else GradientScaling()
+        if apply_to == "update" and getattr(optimizer, "ema_decay", None) is not None:
+            raise ValueError(
+                "apply_to='update' changes weights after the step, which has averaged them by then: use "
+                "apply_to='gradient', or an optimizer without ema_decay"
+            )
         self.optimizer = optimizer
         if self._is_scaled_by_another():
             raise ValueError("optimizer is scaled by another SpatialGradientScaling already; call its remove() first")

@@ -22,6 +22,8 @@ from cases_optim import CASES, SGD, OptimizerCase, assert_close, batch, dense, m
 from torch import nn
 
 from gradrep_kernels import FusedRepSGD, GradMult
+from gradrep_kernels.ops.reference.rounding_rule import element_numbers
+from gradrep_kernels.optim.sharding import element_numbers_of
 
 dist = pytest.importorskip("torch.distributed")
 pytestmark = pytest.mark.skipif(
@@ -32,6 +34,7 @@ OPTIONS = {"lr": 0.05, **SGD.hyper}
 STEPS, MORE = 3, 3  # before and after a checkpoint
 IMAGES = 12  # shared out evenly among two, three and four ranks
 MAX_NORM = 0.3  # clips
+TAIL = {"max_grad_norm": MAX_NORM, "ema_decay": 0.8}
 
 
 def data(step: int) -> torch.Tensor:
@@ -57,10 +60,10 @@ def train(model, optimizer, steps, images=mine, clip=None) -> list[torch.Tensor]
     return norms
 
 
-def one_process(steps=range(STEPS), clip=False, scaling=None, case: OptimizerCase = SGD):
+def one_process(steps=range(STEPS), clip=False, scaling=None, case: OptimizerCase = SGD, **options):
     """What all others must end with: (model, optimizer, norms)."""
     model = net(torch.float64)
-    optimizer = case.make(model.parameters(), lr=0.05, **case.hyper, grad_mults=mults(model))
+    optimizer = case.make(model.parameters(), lr=0.05, **case.hyper, **options, grad_mults=mults(model))
     if scaling is not None:
         optimizer.set_spatial_scaling(model[2].weight, scaling)
     norms = train(model, optimizer, steps, data, optimizer.clip_grad_norm_ if clip else None)
@@ -159,6 +162,9 @@ def check_zero_redundancy_optimizer_refuses_grad_mults_on_every_rank():
     model = net()
     with pytest.raises(ValueError, match=r"call set_grad_mult, under ZeroRedundancyOptimizer that of its \.optim"):
         ZeroRedundancyOptimizer(model.parameters(), FusedRepSGD, lr=0.1, grad_mults=mults(model))
+    for option in ({"max_grad_norm": 1.0}, {"ema_decay": 0.9}, {"momentum_dtype": torch.bfloat16}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} is not an option of a parameter group"):
+            ZeroRedundancyOptimizer(model.parameters(), FusedRepSGD, lr=0.1, **option)
 
 
 # ---- fully sharded
@@ -211,6 +217,44 @@ def fsdp(dim: int, case: OptimizerCase) -> None:
     assert [g["grad_mults_fingerprint"] for g in optimizer.param_groups] == [
         g["grad_mults_fingerprint"] for g in plain.param_groups
     ]
+
+
+def tail_of(case: OptimizerCase) -> dict:
+    return {**TAIL, "momentum_dtype": torch.bfloat16} if case is SGD else TAIL
+
+
+def assert_same_tail(model, optimizer, expected, plain, case: OptimizerCase = SGD) -> None:
+    """Weights, averages and the norm agree, and momentum in bfloat16 has the same bits however it is sharded."""
+    assert_same(model, expected)
+    assert_close(optimizer.last_grad_norm, plain.last_grad_norm)
+    for p, q in zip(model.parameters(), expected.parameters()):
+        assert_close(whole(optimizer.ema(p)), plain.ema(q))
+        for key in case.states:
+            ours, theirs = whole(optimizer.state[p][key]), plain.state[q][key]
+            assert torch.equal(ours, theirs) if case is SGD else assert_close(ours, theirs) is None
+    assert (
+        optimizer.state_dict()["param_groups"][0]["step_count"] == plain.state_dict()["param_groups"][0]["step_count"]
+    )
+
+
+def check_the_end_of_a_step():
+    """Under FSDP2 along both dimensions and under DDP: one norm over all ranks, averages of shards, the same bits."""
+    for case in CASES:
+        expected, plain, _ = one_process(case=case, **tail_of(case))
+        for dim in (0, 1):
+            model, optimizer = sharded(dim, case=case, **tail_of(case))
+            train(model, optimizer, range(STEPS))
+            assert_same_tail(model, optimizer, expected, plain, case)
+        averages = optimizer.ema_state_dict(model)
+        with optimizer.swap_ema():
+            for (name, p), q in zip(model.named_parameters(), expected.parameters()):
+                assert_close(whole(p.detach()), plain.ema(q))
+                assert_close(whole(averages[name]), plain.ema(q))
+        assert_same(model, expected)
+        model = net(torch.float64)
+        optimizer = case.make(model.parameters(), lr=0.05, **case.hyper, **tail_of(case), grad_mults=mults(model))
+        train(nn.parallel.DistributedDataParallel(model), optimizer, range(STEPS))
+        assert_same_tail(model, optimizer, expected, plain, case)
 
 
 def check_fsdp2_uneven_shards():
@@ -296,10 +340,14 @@ SHAPES = [(6, 6, 3, 3), (7, 5, 3, 3), (4, 11, 3, 5), (9, 1, 3, 3), (2, 3, 1, 1),
 
 def placed(shape, mesh, placements):
     """A convolution's weight and one twin, each with the gradients of one step; one step each must give the same."""
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
     g = torch.Generator().manual_seed(sum(shape))
     weight, grad = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(2))
+    p = distribute_tensor(weight, mesh, placements)
+    numbers = element_numbers(p.to_local(), element_numbers_of(p))
+    every = DTensor.from_local(numbers, mesh, placements, shape=p.shape, stride=p.stride()).full_tensor()
+    assert torch.equal(every.reshape(-1), torch.arange(weight.numel()))
     scales = [
         torch.rand(size, generator=g) + 0.5
         for size in ((shape[0], 1, *shape[2:]), shape[2:], shape, (shape[1], 1, 1), ())
@@ -439,6 +487,9 @@ def check_checkpoint_saved(folder):
         model, optimizer = sharded()
         train(model, optimizer, range(STEPS))
         dcp_save(f"{folder}/ours{flat:d}", model, optimizer, flat)
+        model, optimizer = sharded(**tail_of(SGD))
+        train(model, optimizer, range(STEPS))
+        dcp_save(f"{folder}/tail{flat:d}", model, optimizer, flat)
         model, _ = sharded()
         sgd = torch.optim.SGD(model.parameters(), **OPTIONS)
         train(model, sgd, range(STEPS))
@@ -454,6 +505,20 @@ def go_on(folder, model, optimizer, flat, images) -> None:
 def check_checkpoint_loaded_on_another_number_of_ranks(folder):
     for flat in (False, True):
         go_on(folder, *sharded(), flat, mine)
+
+
+def go_on_with_the_tail(folder, model, optimizer, flat, images) -> None:
+    dcp_load(f"{folder}/tail{flat:d}", model, optimizer, flat)
+    assert {state["momentum_buffer"].dtype for state in optimizer.state.values()} == {torch.bfloat16}
+    train(model, optimizer, range(STEPS, STEPS + MORE), images)
+    expected, plain, _ = one_process(range(STEPS + MORE), **tail_of(SGD))
+    assert_same_tail(model, optimizer, expected, plain)
+
+
+def check_the_end_of_a_step_goes_on_on_another_number_of_ranks(folder):
+    for flat in (False, True):
+        go_on_with_the_tail(folder, *sharded(**tail_of(SGD)), flat, mine)
+    go_on_with_the_tail(folder, *sharded(1, **tail_of(SGD)), False, mine)
 
 
 def check_checkpoint_along_another_dimension(folder):
@@ -491,6 +556,7 @@ EVERYWHERE = [
     check_zero_redundancy_optimizer,
     check_zero_redundancy_optimizer_with_bucket_views,
     check_zero_redundancy_optimizer_refuses_grad_mults_on_every_rank,
+    check_the_end_of_a_step,
     check_fsdp2_uneven_shards,
     check_fsdp2_sharded_along_dimension_1,
     check_tensor_parallel_colwise_and_rowwise,
@@ -499,6 +565,7 @@ EVERYWHERE = [
 ]
 LOADS = [
     check_checkpoint_loaded_on_another_number_of_ranks,
+    check_the_end_of_a_step_goes_on_on_another_number_of_ranks,
     check_checkpoint_along_another_dimension,
     check_checkpoint_without_its_multipliers_is_refused,
     check_checkpoint_of_torch_sgd,
@@ -592,3 +659,6 @@ def test_checkpoint_of_two_ranks_in_one_process(failures):
     for flat in (False, True):
         model = net(torch.float64)
         go_on(failures.folder, model, FusedRepSGD(model.parameters(), **OPTIONS, grad_mults=mults(model)), flat, data)
+        model = net(torch.float64)
+        optimizer = FusedRepSGD(model.parameters(), **OPTIONS, **tail_of(SGD), grad_mults=mults(model))
+        go_on_with_the_tail(failures.folder, model, optimizer, flat, data)
