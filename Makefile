@@ -60,7 +60,7 @@ types: $(STAMP)
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
-# docs/figures.md and README's six figures, from bench/results.
+# docs/figures.md and README's figures, from bench/results.
 figures: $(STAMP)
 	$(PYTHON) bench/ledger.py
 

@@ -34,6 +34,9 @@ WAYS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD(foreach=True)": partial(torch.optim.SGD, foreach=True),
     "FusedRepSGD(fused=True)": partial(gr.FusedRepSGD, fused=True),
     "FusedRepSGD()": gr.FusedRepSGD,
+    "FusedRepSGD(fused=True), clipping and averaging": partial(
+        gr.FusedRepSGD, fused=True, max_grad_norm=1e6, ema_decay=0.9
+    ),
 }
 JUDGE = partial(torch.optim.SGD, foreach=False)
 STEPS, LATER = 8, 4  # batches, and the number of the one that overflows late
@@ -55,7 +58,7 @@ def _batches(device: torch.device) -> list[tuple[Tensor, Tensor]]:
 
 
 def _train(make: Callable, device: torch.device, overflows: int | None, left_out: int | None = None) -> list[Tensor]:
-    """The weights after a training with mixed precision, with an overflow in one batch or without that batch."""
+    """Weights and averages after a training in mixed precision, with an overflow in a batch or without that batch."""
     model = _network(device)
     optimizer = make(model.parameters(), lr=0.01, momentum=0.9)
     scales = [TOO_HIGH if n == overflows else FITTING for n in range(STEPS + 1)]
@@ -73,14 +76,15 @@ def _train(make: Callable, device: torch.device, overflows: int | None, left_out
         if n == overflows and not skipped:
             raise RuntimeError(f"the step of batch {n} was not skipped: a scale of {TOO_HIGH:g} did not overflow")
         scaler.update(scales[n + 1])
-    return [p.detach() for p in model.parameters()]
+    averages = [optimizer.ema(p) for p in model.parameters()] if getattr(optimizer, "ema_decay", None) else []
+    return [*(p.detach() for p in model.parameters()), *averages]
 
 
 def after_overflow(make: Callable, device: torch.device, batch: int) -> str:
     """What becomes of the weights when the gradients of one batch overflow."""
     found, expected = _train(make, device, overflows=batch), _train(make, device, overflows=None, left_out=batch)
     if not all(w.isfinite().all() for w in found):
-        return BROKEN if all(w.isnan().all() for w in found) else "NaN in some weights"
+        return BROKEN if all(w.isnan().all() for w in found) else "NaN in some weights or averages"
     off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected))
     return AS_WITHOUT if off == 0 else f"off by {number(off)} of the greatest weight"
 
@@ -151,7 +155,9 @@ def page(runs: Sequence[dict]) -> str:
         for way in WAYS:
             versions: dict[str, list[str]] = {}
             for run in runs:
-                outcome = run["outcomes"][situation][way]
+                outcome = run["outcomes"][situation].get(way)
+                if outcome is None:  # a run before there was this optimizer
+                    continue
                 where = run["torch"] if run["device"] == "cpu" else f"{run['torch']} {run['device']}"
                 versions.setdefault(outcome, []).append(where)
             for outcome, which in versions.items():

@@ -35,6 +35,7 @@ from gradrep_kernels.recipes.training import accuracies, accuracy, repeatable, t
 
 ROW = ablated("hs-init")
 WAYS = {"float32": None, "bfloat16": "bfloat16"}  # momentum_dtype by name
+TITLES = {"digits": "Digits", "fashion": "Fashion-MNIST"}
 DIGITS = {"data": "digits", "model": "deep", "lr": "0.1"}
 WEIGHTS, AVERAGES, STALE = "weights_accuracy", "accuracy", "accuracy_with_statistics_of_weights"  # names in a run
 FASHION = {"model": "small", "lr": "0.1", "augment": ("flip", "crop"), "batch_size": 64, "warmup": 1, "epochs": 3}
@@ -83,7 +84,7 @@ def page(found: dict) -> str:
     rows = [[str(run["seed"]), *(f"{100 * run[way][what]:.2f}" for way, what in columns)] for run in runs]
     means = [f"{100 * statistics.fmean(run[way][what] for run in runs):.2f}" for way, what in columns]
     lines = [
-        f"## {found['data']}",
+        f"### {TITLES[found['data']]}",
         "",
         f"{options['model']}, {found['train_images']} training and {found['test_images']} test images, "
         f"{options['epochs']} epochs in batches of {options['batch_size']}, learning rate {options['lr'][0]:g}, "

@@ -81,6 +81,14 @@ def test_own_loop_goes_on_where_it_was_stopped(digits, start, tmp_path):
     assert len(saved["optimizer"]["grad_mults"]) == 4
 
 
+def test_averages_are_ahead_of_the_weights(digits, start):
+    said = start("ema.py", "--epochs", 2).splitlines()
+    accuracies = [[float(part.split()[1]) for part in line.split(": ")[1].split(", ")[1:]] for line in said]
+    assert len(accuracies) == 2
+    assert all(averages > weights + 5 for weights, averages in accuracies)
+    assert accuracies[-1][1] > 90
+
+
 def test_sgs_with_any_optimizer(digits, start):
     said = start("sgs_any_optimizer.py")
     figures = [float(line.split()[-2]) for line in said.splitlines() if line.endswith("%")]
