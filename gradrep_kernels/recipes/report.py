@@ -216,6 +216,11 @@ def _cells(summary: Mapping[str, Any]) -> list[list[str]]:
         ]
         cells.append(row)
     cells += [[name, "", "the Hyper-Search diverged", *[""] * 5] for name in summary["not_trained"]]
+    of_weights = [figures.get("weights_test_accuracy") for figures in summary["recipes"].values()]
+    if any(of_weights):  # the others are those of averages
+        shown = [f"{100 * statistics.fmean(accuracies):.2f}" for accuracies in of_weights]
+        column = ["of the weights, %", *shown, *[""] * len(summary["not_trained"])]
+        cells = [[*row[:3], cell, *row[3:]] for row, cell in zip(cells, column)]
     return cells
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from cases_recipes import tensors, train, train_arguments
 
+import gradrep_kernels as gr
 from gradrep_kernels.cli import main
 from gradrep_kernels.recipes import job, speed, trainings
-from gradrep_kernels.recipes.training import train_epoch
+from gradrep_kernels.recipes.training import accuracy, train_epoch
 from gradrep_kernels.recipes.trainings import do_training
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -160,3 +161,26 @@ def test_a_damaged_part_is_named(source, tmp_path, capsys):
     damaged.with_suffix(".pt").unlink()
     assert main(arguments) == 0
     assert tensors(tmp_path / "a" / "weights" / "sgd-seed0.pt")
+
+
+def test_a_job_with_averages_tells_and_keeps_them(source, tmp_path, data):
+    train(source, tmp_path, "--name", "whole", "--recipe", "sgd,repopt", "--ema-decay", "0.5", "--validation", "0.4",
+          "--momentum-dtype", "bfloat16")  # fmt: skip
+    folder = tmp_path / "whole"
+    summary = summary_of(folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    text = (folder / "summary.md").read_text()
+    assert "| recipe | lr | test accuracy, % | of the weights, % |" in text
+    assert "Test accuracy after 2 epochs, over seeds 0, of moving averages of the weights." in text
+    for name, figures in summary["recipes"].items():
+        last = [line for line in lines if line["run"] == f"{name}-seed0"][-1]
+        assert figures["test_accuracy"] == [last["test_accuracy"]]
+        assert figures["weights_test_accuracy"] == [last["weights_test_accuracy"]]
+        assert f"{name} (averages) against its weights: one seed allows no statement." in summary["statements"]
+        network = gr.models.repopt_vgg_small(num_classes=10)
+        network.load_state_dict(tensors(folder / "weights" / f"{name}-seed0.pt"))
+        assert accuracy(network, data, data.test, "cpu") == last["test_accuracy"]
+        kept = json.loads((folder / "state" / f"{name}-seed0.json").read_text())
+        assert {"validation_accuracy", "weights_validation_accuracy"} <= kept.keys()
+    (search,) = [line for line in lines if line["run"] == "search"][-1:]
+    assert "weights_test_accuracy" not in search

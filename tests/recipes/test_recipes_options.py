@@ -150,6 +150,8 @@ WRONG_OPTIONS = {
     "every": ({"sgs_every": 0}, "--sgs-every must be at least 1"),
     "k": ({"sgs_k": 0.0}, "--sgs-k must be a number above 0"),
     "clip": ({"clip_norm": 0.0}, "--clip-norm must be a number above 0"),
+    "decay": ({"ema_decay": 1.0}, "--ema-decay must be in"),
+    "momentum dtype": ({"momentum_dtype": "float16"}, "--momentum-dtype must be one of bfloat16, got 'float16'"),
     "recipe": (
         {"recipe": ("sgd", "adam")},
         "--recipe must be one of sgd, sgs, repopt, repopt+sgs, csla, repvgg, all, got 'adam'",

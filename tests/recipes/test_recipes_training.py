@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from cases_recipes import TINY
+from torch.optim.swa_utils import update_bn
 
 import gradrep_kernels as gr
 from gradrep_kernels import csla
@@ -14,7 +16,7 @@ from gradrep_kernels.recipes.build import build
 from gradrep_kernels.recipes.options import resolve
 from gradrep_kernels.recipes.schedules import learning_rate
 from gradrep_kernels.recipes.table import RECIPES
-from gradrep_kernels.recipes.training import accuracy, repeatable, train_epoch
+from gradrep_kernels.recipes.training import accuracies, accuracy, averaged, repeatable, train_epoch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,6 +91,41 @@ def test_clipping_uses_the_norm_of_the_branches(options, data, scales, monkeypat
     for name, tensor in target.model.state_dict().items():
         torch.testing.assert_close(merged[name], tensor, atol=1e-10, rtol=0)
     assert any((a - b).abs().max() > 1e-4 for a, b in zip(target.model.parameters(), unclipped.model.parameters()))
+
+
+@pytest.mark.parametrize("recipe", ["sgd", "repopt", "csla"])
+def test_averages_are_judged_with_norm_statistics_of_their_own(options, data, scales, recipe):
+    """Every row keeps them, torch's own SGD with Grad Mults or without, and nothing is changed by the judging."""
+    averaging = resolve({**options.to_json(), "augment": (), "ema_decay": 0.5, "momentum_dtype": "bfloat16"})
+    trainee = build(RECIPES[recipe], averaging, data, scales, 0, 0.1)
+    train_epoch(trainee, data, averaging, 0, 0, 1, lambda: None)
+    assert {state["momentum_buffer"].dtype for state in trainee.optimizer.state.values()} == {torch.bfloat16}
+    before = {name: tensor.clone() for name, tensor in trainee.model.state_dict().items()}
+    found = accuracies(trainee, data, data.test, averaging, 0, "accuracy")
+    assert found["weights_accuracy"] == accuracy(trainee.model, data, data.test, "cpu")
+    for name, tensor in trainee.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    # By hand: averages in place of the weights, and statistics of batches of the same data.
+    by_hand = copy.deepcopy(trainee.model)
+    with torch.no_grad():
+        for p, own in zip(by_hand.parameters(), trainee.model.parameters()):
+            p.copy_(trainee.optimizer.ema(own))
+    with averaged(trainee, data, averaging, 0):
+        inside = {name: tensor.clone() for name, tensor in trainee.model.state_dict().items()}
+        assert accuracy(trainee.model, data, data.test, "cpu") == found["accuracy"]
+    for name, p in by_hand.named_parameters():
+        assert torch.equal(inside[name], p), name
+    whole = data.standardise(data.train.read(torch.arange(30)))
+    update_bn([whole], by_hand)
+    means = [name for name in inside if name.endswith("running_mean")]
+    torch.testing.assert_close(inside[means[0]], by_hand.state_dict()[means[0]])  # of the first norm: means of batches
+    assert not torch.equal(inside[means[0]], before[means[0]])
+
+
+def test_nothing_is_averaged_without_the_option(options, data):
+    trainee = build(RECIPES["sgd"], options, data, None, 0, 0.1)
+    assert type(trainee.optimizer) is torch.optim.SGD
+    assert set(accuracies(trainee, data, data.test, options, 0, "accuracy")) == {"accuracy"}
 
 
 def test_accuracy_is_the_share_of_right_answers(data):
