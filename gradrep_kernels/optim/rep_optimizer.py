@@ -226,11 +226,12 @@ class RepOptimizer(StepEnd):
     def _gathered_step(self) -> None:
         grad_scale, found_inf = self._scaler()
         self._plan = None
+        rule, groups, options = self.update_rule, self.param_groups, self._tail
+        known = options.take_known_norm(grad_scale)
         refuse_strays(self._multipliers, self.param_groups)
         if not self._none_is_meant:
             self._none_is_meant = True
             warn_of_forgotten(self._multipliers, self.param_groups)
-        rule, groups, options = self.update_rule, self.param_groups, self._tail
         device = next((p.device for p in parameters_of(groups) if p.grad is not None), torch.device("cpu"))
         numbers = options.numbers(device)
         work = gather(
@@ -240,7 +241,7 @@ class RepOptimizer(StepEnd):
             self._refuse_sparse(group, p)
         norm = clip = None
         if options.max_grad_norm is not None:
-            norm = norm_of_step(work, self._multipliers, grad_scale)
+            norm = norm_of_step(work, self._multipliers, grad_scale) if known is None else known
             clip = clip_factor(norm, options.max_grad_norm)
         if found_inf is not None and not work.is_steady and found_inf.item() != 0:
             options.took(device, norm)

@@ -96,19 +96,7 @@ class StepEnd(Optimizer):
         Raises RuntimeError where the norm is NaN or inf and error_if_nonfinite is True.
         """
         max_norm = float(max_norm)
-        planned = None if self._plan is None else self._plan.norm(self.param_groups, self.state)
-        if planned is not None:
-            norm, grads = planned
-        else:
-            params = [p for p in dict.fromkeys(parameters_of(self.param_groups)) if p.grad is not None]
-            if not params:
-                return torch.zeros(())
-            for p in params:
-                if p.grad.layout != torch.strided and self._multipliers.total(p) is not None:
-                    self._refuse_layout(p, "a Grad Mult")
-            parts = columns_of_parts(params, self._multipliers)
-            norm = gradient_norm(params, [gradient_here(p) for p in params], parts)
-            grads = [local(p.grad) for p in params]
+        norm, grads = self._norm()
         if error_if_nonfinite and not bool(torch.isfinite(norm)):
             raise RuntimeError(
                 f"the gradient norm is {float(norm)}, so it cannot be clipped; "
@@ -116,6 +104,35 @@ class StepEnd(Optimizer):
             )
         scale_in_place(grads, clip_factor(norm, max_norm))
         return norm
+
+    @torch.no_grad()
+    def norm_before_step(self) -> Tensor | None:
+        """Return √(Σ M ⊙ g²) of the gradients as they are  # [], for the step that comes next to clip by.
+
+        The gradients must not change in between. With `grad_scale` the step divides the norm by it. None without
+        gradients. GradScaler calls it.
+        """
+        norm, grads = self._norm()
+        if not grads:
+            return None
+        if self.max_grad_norm is not None:
+            self._tail.known_norm = norm
+        return norm
+
+    def _norm(self) -> tuple[Tensor, list[Tensor]]:
+        """√(Σ M ⊙ g²) over all parameters that have a gradient, and these as this rank holds them."""
+        planned = None if self._plan is None else self._plan.norm(self.param_groups, self.state)
+        if planned is not None:
+            return planned
+        params = [p for p in dict.fromkeys(parameters_of(self.param_groups)) if p.grad is not None]
+        if not params:
+            return torch.zeros(()), []
+        for p in params:
+            if p.grad.layout != torch.strided and self._multipliers.total(p) is not None:
+                self._refuse_layout(p, "a Grad Mult")
+        parts = columns_of_parts(params, self._multipliers)
+        norm = gradient_norm(params, [gradient_here(p) for p in params], parts)
+        return norm, [local(p.grad) for p in params]
 
     # ---- averages
 
