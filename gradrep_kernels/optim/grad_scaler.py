@@ -27,8 +27,8 @@ class GradScaler(torch.amp.GradScaler):
 
     Args: those of torch.amp.GradScaler. Its methods and checkpoints are torch's too.
 
-    Finite gradients whose norm is beyond the range of float32 count as an overflow. On a GPU those are too whose squares
-    sum to more than 3e38 in a chunk of some thousand elements.
+    Finite gradients count as an overflow where their norm is beyond the range of float32. On a GPU the sum of their
+    squares in a chunk of some thousand elements must be below 3e38 too.
     """
 
     def _check_inf_per_device(self, optimizer: Optimizer) -> dict[torch.device, Tensor]:
