@@ -24,7 +24,7 @@ from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim.gather import Gathered, places_on_device
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, parameters_of
-from gradrep_kernels.optim.tail import AVERAGE, Tail, clip_factor
+from gradrep_kernels.optim.tail import AVERAGE, TailOptions, clip_factor
 from gradrep_kernels.optim.update_rule import UpdateRule
 
 _params, _grad, _layout, _device = itemgetter("params"), *map(attrgetter, ("grad", "layout", "device"))
@@ -43,7 +43,7 @@ class StepPlan:
         groups: ParamGroups,
         state: Mapping[Tensor, Any],
         multipliers: Multipliers,
-        tail: Tail,
+        tail: TailOptions,
     ) -> StepPlan | None:
         """Make the plan of steps like the one that was gathered, or None where some parameter does not suit it.
 

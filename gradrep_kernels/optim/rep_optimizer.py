@@ -30,7 +30,7 @@ from gradrep_kernels.optim.parameters import (
 )
 from gradrep_kernels.optim.plan import Scaler, StepPlan
 from gradrep_kernels.optim.step_end import StepEnd
-from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, Tail, clip_factor, first_average
+from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, TailOptions, clip_factor, first_average
 from gradrep_kernels.optim.update_rule import UpdateRule
 
 # ZeroRedundancyOptimizer puts all its keyword arguments into the groups, on every rank.
@@ -91,7 +91,7 @@ class RepOptimizer(StepEnd):
         self.update_rule.check()
         self._multipliers = Multipliers()
         self._none_is_meant = grad_mults is not None
-        self._tail = Tail(max_grad_norm, ema_decay, state_dtype)
+        self._tail = TailOptions(max_grad_norm, ema_decay, state_dtype)
         self._tail.check(options.get("differentiable", False))
         self._take_rule()
         self._forget_plan()
@@ -332,7 +332,7 @@ class RepOptimizer(StepEnd):
         if "_multipliers" not in self.__dict__:  # a pickled torch optimizer's state
             self._multipliers = Multipliers()
         if "_tail" not in state:  # of a checkpoint, or a pickle of torch's optimizer
-            self.__dict__.setdefault("_tail", Tail()).restore(self.param_groups)
+            self.__dict__.setdefault("_tail", TailOptions()).restore(self.param_groups)
         self._take_rule()
         for group in self.param_groups:
             group["fused"] = None  # of a checkpoint of torch's with fused=True: not ours to take over

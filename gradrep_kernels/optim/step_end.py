@@ -16,7 +16,7 @@ from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.norm import columns_of_parts, gradient_here, gradient_norm, scale_in_place
 from gradrep_kernels.optim.parameters import parameters_of, position_of
 from gradrep_kernels.optim.plan import StepPlan
-from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, Tail, clip_factor, first_average
+from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, TailOptions, clip_factor, first_average
 
 
 class StepEnd(Optimizer):
@@ -25,7 +25,7 @@ class StepEnd(Optimizer):
     _swapped = False
 
     # What RepOptimizer has.
-    _tail: Tail
+    _tail: TailOptions
     _plan: StepPlan | None
     _multipliers: Multipliers
     _forget_plan: Callable[[], None]
@@ -76,7 +76,7 @@ class StepEnd(Optimizer):
         return self._tail.last_norm
 
     def _set_tail(self, max_grad_norm: float | None, ema_decay: EmaDecay | None) -> None:
-        wanted = Tail(max_grad_norm, ema_decay, self.state_dtype)
+        wanted = TailOptions(max_grad_norm, ema_decay, self.state_dtype)
         wanted.check(self.defaults["differentiable"])
         self._tail.max_grad_norm, self._tail.ema_decay = wanted.max_grad_norm, wanted.ema_decay
         self._forget_plan()

@@ -22,7 +22,7 @@ STEPS, SEED = "step_count", "rounding_seed"
 """In each parameter group of a checkpoint. Distributed checkpoint drops what is beside states and groups."""
 
 
-class Tail:
+class TailOptions:
     """What one optimizer was asked for, and how many steps it has taken while that needs to be known.
 
     Steps are counted on the host. A CUDA graph repeats what the host did at its capture, so from the first capture on

@@ -65,7 +65,7 @@ def test_no_average_is_made_in_a_capture(case, in_a_capture):
 def test_steps_are_counted_through_replays(in_a_capture):
     """The host counts the steps that it takes. In a replay a number on the device goes on."""
     device = torch.device("cpu")  # in the place of a GPU's
-    own = tail.Tail(ema_decay=0.9)
+    own = tail.TailOptions(ema_decay=0.9)
     in_a_capture(True)
     with pytest.raises(RuntimeError, match="a step whose number counts: take one step before the capture"):
         own._counted(device)
