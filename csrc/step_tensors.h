@@ -94,14 +94,15 @@ class PlannedStep {
 inline bool take_planned_step(int64_t plan, std::vector<Tensor> grads, std::vector<double> hyper,
                               std::vector<Tensor> on_device, std::vector<int64_t> places,
                               std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-                              std::vector<double> tail, double max_norm, std::optional<Tensor> norm) {
+                              std::vector<double> tail, double max_norm, std::optional<Tensor> norm,
+                              std::optional<Tensor> clip) {
   STD_TORCH_CHECK(on_device.size() == places.size(), "a planned step needs one place for each tensor in on_device");
   HyperTable table(std::move(hyper), tail);
   for (size_t n = 0; n < places.size(); ++n) {
     if (on_device[n].numel() != 1 || (n > 0 && on_device[n].get_device() != on_device[0].get_device())) return false;
     table.take(places[n], on_device[n]);
   }
-  return reinterpret_cast<PlannedStep*>(plan)->step(grads, table, {grad_scale, found_inf, {}, norm, max_norm});
+  return reinterpret_cast<PlannedStep*>(plan)->step(grads, table, {grad_scale, found_inf, clip, norm, max_norm});
 }
 
 inline bool take_planned_norm(int64_t plan, std::vector<Tensor> grads, Tensor norm) {

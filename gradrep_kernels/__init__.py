@@ -7,7 +7,7 @@ from gradrep_kernels import csla, models, moved, plots
 from gradrep_kernels.branch_scales import BranchScales
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops.backends import use_backend
-from gradrep_kernels.optim import FusedRepSGD, clip_grad_norm_, param_groups
+from gradrep_kernels.optim import FusedRepSGD, GradScaler, clip_grad_norm_, param_groups
 from gradrep_kernels.sgs import (
     SpatialGradientScaling,
     alpha_beta_scaling,
@@ -22,6 +22,7 @@ __all__ = [
     "BranchScales",
     "FusedRepSGD",
     "GradMult",
+    "GradScaler",
     "SpatialGradientScaling",
     "__version__",
     "alpha_beta_scaling",

@@ -154,7 +154,7 @@ def plan_ops(step: Op) -> tuple[Op, Op, Op, Op]:
     `hyper` is the table as one list of numbers, `tail` that of the tail. Those that lie on the device are in
     `on_device`, at `places` of both lists put together. With a `norm` the gradients are clipped: it receives
     √(Σ M ⊙ g²) of what they are after unscaling, and the step multiplies them by min(1, max_norm / (norm + 1e-6)), in
-    the dtype of `norm`, and does not write them.
+    the dtype of `norm`, and does not write them. A `clip` is a factor that is known already.
     """
     name = step.name.removesuffix("_step") + "_plan"
     states = "".join(f"Tensor?[] {column}, " for column in step.step.states)
@@ -169,7 +169,7 @@ def plan_ops(step: Op) -> tuple[Op, Op, Op, Op]:
         Op(
             f"{name}_step",
             "(int plan, Tensor[] grads, float[] hyper, Tensor[] on_device, int[] places, Tensor? grad_scale, "
-            "Tensor? found_inf, float[] tail=[], float max_norm=0., Tensor(a!)? norm=None) -> bool",
+            "Tensor? found_inf, float[] tail=[], float max_norm=0., Tensor(a!)? norm=None, Tensor? clip=None) -> bool",
             "takes the planned step; False, and nothing done, where a tensor is not what it was",
         ),
         Op(

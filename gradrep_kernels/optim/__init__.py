@@ -2,6 +2,7 @@
 
 from gradrep_kernels.optim.clipping import clip_grad_norm_
 from gradrep_kernels.optim.fused_rep_sgd import FusedRepSGD
+from gradrep_kernels.optim.grad_scaler import GradScaler
 from gradrep_kernels.optim.param_groups import param_groups
 
-__all__ = ["FusedRepSGD", "clip_grad_norm_", "param_groups"]
+__all__ = ["FusedRepSGD", "GradScaler", "clip_grad_norm_", "param_groups"]

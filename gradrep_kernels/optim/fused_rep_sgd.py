@@ -57,7 +57,8 @@ class FusedRepSGD(RepOptimizer, SGD):
         ema_decay: A number in [0, 1], a one-element tensor, or a function of the step's number, which is 1 at first.
             After the update the step moves averages of the weights by e ← e + (1 − ema_decay) (W − e). They are float32
             (float64 of float64 weights), and begin as the weight after a parameter's first step, as those of
-            torch.optim.swa_utils.AveragedModel do. See `ema`, `swap_ema`, `ema_state_dict`.
+            torch.optim.swa_utils.AveragedModel do. Where a parameter has no gradient, its average stays. See `ema`,
+            `swap_ema`, `ema_state_dict`.
         momentum_dtype: torch.bfloat16 keeps momentum in half the bytes. It is rounded by random bits that depend on
             nothing but `rounding_seed`, the step's number, the parameter's position and the element
             (ops/reference/rounding_rule.py), so that the mean of many roundings is the exact value.

@@ -155,8 +155,8 @@ def gather(
 def _refuse_in_capture(p: Tensor, key: str) -> None:
     if capturing(p.device):
         raise RuntimeError(
-            f"parameters need a {key}, one of shape {list(p.shape)}, and in a CUDA graph capture every replay would "
-            "start it anew: take one step before the capture"
+            f"parameters need an array {key!r}, one of shape {list(p.shape)}, and in a CUDA graph capture every replay "
+            "would start it anew: take one step before the capture"
         )
 
 

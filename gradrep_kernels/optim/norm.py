@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from gradrep_kernels.optim.gather import Gathered
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import are_plain, in_place
 from gradrep_kernels.optim.sharding import aligned_grad, norm_over_shards
+
+_facts = (attrgetter("layout"), attrgetter("device"), methodcaller("is_complex"))
 
 
 def gradient_norm(
@@ -74,12 +77,13 @@ def scale_in_place(grads: Sequence[Tensor], factor: Tensor) -> None:
 
     They are rounded as by `in_place`. Plain gradients stay unwritten where the number is 1.
     """
-    plain: dict[torch.device, list[Tensor]] = {}
-    for g in grads:
-        if type(g) is Tensor and g.layout == torch.strided and not g.is_complex():
-            plain.setdefault(g.device, []).append(g)
-        else:
+    kinds = list(zip(map(type, grads), *(map(fact, grads) for fact in _facts)))
+    for kind in dict.fromkeys(kinds):
+        alike = list(grads) if len(set(kinds)) == 1 else [g for g, its in zip(grads, kinds) if its == kind]
+        cls, layout, device, is_complex = kind
+        if cls is Tensor and layout == torch.strided and not is_complex:
+            backends.implementation("scale_gradients_", device.type)(alike, factor.to(device))
+            continue
+        for g in alike:
             by = factor.to(g.device, compute_dtype(g.dtype).to_real())
             in_place(g, lambda values, by=by: values.mul_(by))
-    for device, alike in plain.items():
-        backends.implementation("scale_gradients_", device.type)(alike, factor.to(device))

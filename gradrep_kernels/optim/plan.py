@@ -24,7 +24,7 @@ from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim.gather import Gathered, places_on_device
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, parameters_of
-from gradrep_kernels.optim.tail import AVERAGE, Tail
+from gradrep_kernels.optim.tail import AVERAGE, TailOptions, clip_factor
 from gradrep_kernels.optim.update_rule import UpdateRule
 
 _params, _grad, _layout, _device = itemgetter("params"), *map(attrgetter, ("grad", "layout", "device"))
@@ -43,7 +43,7 @@ class StepPlan:
         groups: ParamGroups,
         state: Mapping[Tensor, Any],
         multipliers: Multipliers,
-        tail: Tail,
+        tail: TailOptions,
     ) -> StepPlan | None:
         """Make the plan of steps like the one that was gathered, or None where some parameter does not suit it.
 
@@ -158,10 +158,14 @@ class StepPlan:
         if found_inf is not None:
             found_inf = found_inf.to(self._device, torch.float32)
         hyper = list(chain.from_iterable(map(self._hyper, groups)))
-        tail, norm, numbers = self._tail, None, ()
+        tail, norm, clip, numbers = self._tail, None, None, ()
         if tail is not None:
             numbers = tail.numbers(self._device)
-            if tail.max_grad_norm is not None:
+            known = tail.known_norm
+            if known is not None:
+                norm = tail.take_known_norm(grad_scale)
+                clip = clip_factor(norm, tail.max_grad_norm)
+            elif tail.max_grad_norm is not None:
                 norm = self._new_norm()
         places, on_device = [], []
         if not _NUMBERS.issuperset(map(type, chain(hyper, numbers))):
@@ -173,17 +177,20 @@ class StepPlan:
             hyper, numbers = both[: len(hyper)], both[len(hyper) :]
         arguments = (self._handle, grads, hyper, on_device, places, grad_scale, found_inf)
         if tail is not None:
-            arguments += (numbers, tail.max_grad_norm or 0.0, norm)
+            arguments += (numbers, tail.max_grad_norm or 0.0, None if clip is not None else norm, clip)
+        taken = False
         try:
-            if not self._planner.step(*arguments):
-                return False
-        except NotImplementedError:  # gradients or numbers are on another device now, which has no op of plans
-            return False
+            taken = self._planner.step(*arguments)
+        except NotImplementedError:
+            pass  # gradients or numbers are on another device now, which has no op of plans
         except (RuntimeError, TypeError):
             # Sparse and missing gradients are looked for only here: it would cost 2 µs a step.
-            if any(g is None or g.layout != torch.strided for g in grads):
-                return False
-            raise
+            if all(g is not None and g.layout == torch.strided for g in grads):
+                raise
+        if not taken:
+            if clip is not None:
+                tail.known_norm = known  # for the step that is gathered anew
+            return False
         torch.autograd.graph.increment_version(self._written if grad_scale is None else self._written + grads)
         if tail is not None:
             tail.took(self._device, norm)

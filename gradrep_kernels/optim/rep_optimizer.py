@@ -30,7 +30,7 @@ from gradrep_kernels.optim.parameters import (
 )
 from gradrep_kernels.optim.plan import Scaler, StepPlan
 from gradrep_kernels.optim.step_end import StepEnd
-from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, Tail, clip_factor, first_average
+from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, TailOptions, clip_factor, first_average
 from gradrep_kernels.optim.update_rule import UpdateRule
 
 # ZeroRedundancyOptimizer puts all its keyword arguments into the groups, on every rank.
@@ -91,7 +91,7 @@ class RepOptimizer(StepEnd):
         self.update_rule.check()
         self._multipliers = Multipliers()
         self._none_is_meant = grad_mults is not None
-        self._tail = Tail(max_grad_norm, ema_decay, state_dtype)
+        self._tail = TailOptions(max_grad_norm, ema_decay, state_dtype)
         self._tail.check(options.get("differentiable", False))
         self._take_rule()
         self._forget_plan()
@@ -226,11 +226,12 @@ class RepOptimizer(StepEnd):
     def _gathered_step(self) -> None:
         grad_scale, found_inf = self._scaler()
         self._plan = None
+        rule, groups, options = self.update_rule, self.param_groups, self._tail
+        known = options.take_known_norm(grad_scale)
         refuse_strays(self._multipliers, self.param_groups)
         if not self._none_is_meant:
             self._none_is_meant = True
             warn_of_forgotten(self._multipliers, self.param_groups)
-        rule, groups, options = self.update_rule, self.param_groups, self._tail
         device = next((p.device for p in parameters_of(groups) if p.grad is not None), torch.device("cpu"))
         numbers = options.numbers(device)
         work = gather(
@@ -240,7 +241,7 @@ class RepOptimizer(StepEnd):
             self._refuse_sparse(group, p)
         norm = clip = None
         if options.max_grad_norm is not None:
-            norm = norm_of_step(work, self._multipliers, grad_scale)
+            norm = norm_of_step(work, self._multipliers, grad_scale) if known is None else known
             clip = clip_factor(norm, options.max_grad_norm)
         if found_inf is not None and not work.is_steady and found_inf.item() != 0:
             options.took(device, norm)
@@ -331,7 +332,7 @@ class RepOptimizer(StepEnd):
         if "_multipliers" not in self.__dict__:  # a pickled torch optimizer's state
             self._multipliers = Multipliers()
         if "_tail" not in state:  # of a checkpoint, or a pickle of torch's optimizer
-            self.__dict__.setdefault("_tail", Tail()).restore(self.param_groups)
+            self.__dict__.setdefault("_tail", TailOptions()).restore(self.param_groups)
         self._take_rule()
         for group in self.param_groups:
             group["fused"] = None  # of a checkpoint of torch's with fused=True: not ours to take over

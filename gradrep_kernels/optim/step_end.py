@@ -16,7 +16,7 @@ from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.norm import columns_of_parts, gradient_here, gradient_norm, scale_in_place
 from gradrep_kernels.optim.parameters import parameters_of, position_of
 from gradrep_kernels.optim.plan import StepPlan
-from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, Tail, clip_factor, first_average
+from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, TailOptions, clip_factor, first_average
 
 
 class StepEnd(Optimizer):
@@ -25,7 +25,7 @@ class StepEnd(Optimizer):
     _swapped = False
 
     # What RepOptimizer has.
-    _tail: Tail
+    _tail: TailOptions
     _plan: StepPlan | None
     _multipliers: Multipliers
     _forget_plan: Callable[[], None]
@@ -76,7 +76,7 @@ class StepEnd(Optimizer):
         return self._tail.last_norm
 
     def _set_tail(self, max_grad_norm: float | None, ema_decay: EmaDecay | None) -> None:
-        wanted = Tail(max_grad_norm, ema_decay, self.state_dtype)
+        wanted = TailOptions(max_grad_norm, ema_decay, self.state_dtype)
         wanted.check(self.defaults["differentiable"])
         self._tail.max_grad_norm, self._tail.ema_decay = wanted.max_grad_norm, wanted.ema_decay
         self._forget_plan()
@@ -96,19 +96,7 @@ class StepEnd(Optimizer):
         Raises RuntimeError where the norm is NaN or inf and error_if_nonfinite is True.
         """
         max_norm = float(max_norm)
-        planned = None if self._plan is None else self._plan.norm(self.param_groups, self.state)
-        if planned is not None:
-            norm, grads = planned
-        else:
-            params = [p for p in dict.fromkeys(parameters_of(self.param_groups)) if p.grad is not None]
-            if not params:
-                return torch.zeros(())
-            for p in params:
-                if p.grad.layout != torch.strided and self._multipliers.total(p) is not None:
-                    self._refuse_layout(p, "a Grad Mult")
-            parts = columns_of_parts(params, self._multipliers)
-            norm = gradient_norm(params, [gradient_here(p) for p in params], parts)
-            grads = [local(p.grad) for p in params]
+        norm, grads = self._norm()
         if error_if_nonfinite and not bool(torch.isfinite(norm)):
             raise RuntimeError(
                 f"the gradient norm is {float(norm)}, so it cannot be clipped; "
@@ -116,6 +104,35 @@ class StepEnd(Optimizer):
             )
         scale_in_place(grads, clip_factor(norm, max_norm))
         return norm
+
+    @torch.no_grad()
+    def norm_before_step(self) -> Tensor | None:
+        """Return √(Σ M ⊙ g²) of the gradients as they are  # [], for the step that comes next to clip by.
+
+        The gradients must not change in between. With `grad_scale` the step divides the norm by it. None without
+        gradients. GradScaler calls it.
+        """
+        norm, grads = self._norm()
+        if not grads:
+            return None
+        if self.max_grad_norm is not None:
+            self._tail.known_norm = norm
+        return norm
+
+    def _norm(self) -> tuple[Tensor, list[Tensor]]:
+        """√(Σ M ⊙ g²) over all parameters that have a gradient, and these as this rank holds them."""
+        planned = None if self._plan is None else self._plan.norm(self.param_groups, self.state)
+        if planned is not None:
+            return planned
+        params = [p for p in dict.fromkeys(parameters_of(self.param_groups)) if p.grad is not None]
+        if not params:
+            return torch.zeros(()), []
+        for p in params:
+            if p.grad.layout != torch.strided and self._multipliers.total(p) is not None:
+                self._refuse_layout(p, "a Grad Mult")
+        parts = columns_of_parts(params, self._multipliers)
+        norm = gradient_norm(params, [gradient_here(p) for p in params], parts)
+        return norm, [local(p.grad) for p in params]
 
     # ---- averages
 

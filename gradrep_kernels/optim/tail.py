@@ -22,7 +22,7 @@ STEPS, SEED = "step_count", "rounding_seed"
 """In each parameter group of a checkpoint. Distributed checkpoint drops what is beside states and groups."""
 
 
-class Tail:
+class TailOptions:
     """What one optimizer was asked for, and how many steps it has taken while that needs to be known.
 
     Steps are counted on the host. A CUDA graph repeats what the host did at its capture, so from the first capture on
@@ -38,6 +38,7 @@ class Tail:
         self.max_grad_norm, self.ema_decay = _checked_norm(max_grad_norm), _checked_option(ema_decay)
         self.state_dtype = state_dtype
         self.last_norm: Tensor | None = None
+        self.known_norm: Tensor | None = None  # of the gradients that the next step finds, before unscaling
         self.seed, self.steps = 0, 0
         self._replays: Tensor | None = None
         self._counts_on_device = False
@@ -87,6 +88,13 @@ class Tail:
         elif self._replays is None or self._replays.device != device:
             self._replays = torch.full((), float(self.replays()), dtype=torch.float64, device=device)
         return self._replays + (self.steps + 1) if self._counts_on_device else self.steps + 1
+
+    def take_known_norm(self, grad_scale: Tensor | None) -> Tensor | None:
+        """The norm of the next step's gradients after unscaling, where somebody has asked for it before the step."""
+        norm, self.known_norm = self.known_norm, None
+        if norm is None or grad_scale is None:
+            return norm
+        return norm / grad_scale.to(norm.device, norm.dtype)
 
     def took(self, device: torch.device, norm: Tensor | None) -> None:
         """Count a step that has been taken, or that a graph has captured. `norm` is that of its gradients."""

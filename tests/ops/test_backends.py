@@ -37,7 +37,8 @@ SCHEMAS = {  # code of others calls the ops by these; the first six follow from 
     "rep_sgd_plan": "(Tensor[] params, Tensor?[] momentum_buffers, Tensor?[] scales, Tensor?[] identities, "
     "int[] groups, Tensor?[]? averages=None, int[]? numbers=None, Tensor?[]? elements=None) -> int",
     "rep_sgd_plan_step": "(int plan, Tensor[] grads, float[] hyper, Tensor[] on_device, int[] places, "
-    "Tensor? grad_scale, Tensor? found_inf, float[] tail=[], float max_norm=0., Tensor(a!)? norm=None) -> bool",
+    "Tensor? grad_scale, Tensor? found_inf, float[] tail=[], float max_norm=0., Tensor(a!)? norm=None, "
+    "Tensor? clip=None) -> bool",
     "rep_sgd_plan_norm": "(int plan, Tensor[] grads, Tensor(a!) norm) -> bool",
     "rep_sgd_plan_free": "(Tensor param, int plan) -> ()",
 }

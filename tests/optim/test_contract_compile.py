@@ -106,6 +106,25 @@ def test_grad_scaler_and_a_compiled_step(case):
     pair.assert_equal(1e-6)
 
 
+def test_the_end_of_a_compiled_step(case):
+    """Clipping, averages and random bits fall out of the graph rather than being ignored."""
+    compiled, eager = Pair(case), Pair(case)
+    narrow = {"momentum_dtype": torch.bfloat16} if case is SGD else {}
+    for pair in (compiled, eager):
+        options = {"max_grad_norm": 0.3, "ema_decay": 0.9, **narrow}
+        pair.opt = case.make(pair.ours.parameters(), **{"lr": 0.05, **case.hyper}, **options)
+    step = torch.compile(compiled.opt.step, backend="aot_eager")
+    for seed in range(4):
+        compiled.set_grads(seed)
+        eager.set_grads(seed)
+        step()
+        eager.opt.step()
+    assert all_equal(compiled.weights(), eager.weights())
+    assert all_equal(compiled.arrays(), eager.arrays())
+    pairs = zip(compiled.ours.parameters(), eager.ours.parameters())
+    assert all(torch.equal(compiled.opt.ema(p), eager.opt.ema(q)) for p, q in pairs)
+
+
 def test_small_multipliers_do_not_underflow_in_fp16():
     """9e-12, the smallest published one, is 0 in fp16; its gradient can be large."""
     p = nn.Parameter(torch.zeros(4, dtype=torch.float16))

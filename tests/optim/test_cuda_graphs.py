@@ -8,7 +8,7 @@ from cases_optim import STEADY, Pair, all_equal, assert_close, batch, overflow
 from implementations import on_gpu
 
 from gradrep_kernels.ops import backends
-from gradrep_kernels.optim import gather, plan
+from gradrep_kernels.optim import gather, plan, tail
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def in_a_capture(monkeypatch):
     """Tells the optimizer that a CUDA graph captures what it does, or (False) no longer."""
 
     def tell(captures: bool) -> None:
-        for module in (gather, plan):
+        for module in (gather, plan, tail):
             monkeypatch.setattr(module, "capturing", lambda device: captures)
 
     return tell
@@ -47,6 +47,47 @@ def test_no_plan_is_made_in_a_capture(case, in_a_capture):
     in_a_capture(False)
     pair.train(1).assert_equal()
     assert (pair.opt._plan is not None) == (backends.planner(case.make.update_rule.op, "cpu") is not None)
+
+
+def test_no_average_is_made_in_a_capture(case, in_a_capture):
+    pair = Pair(case).train(1)
+    pair.opt.ema_decay = 0.9
+    in_a_capture(True)
+    pair.set_grads(0)
+    with pytest.raises(RuntimeError, match="parameters need an array 'ema', one of shape"):
+        pair.opt.step()
+    in_a_capture(False)
+    pair.opt.step()
+    in_a_capture(True)
+    pair.opt.step()
+
+
+def test_steps_are_counted_through_replays(in_a_capture):
+    """The host counts the steps that it takes. In a replay a number on the device goes on."""
+    device = torch.device("cpu")  # in the place of a GPU's
+    own = tail.TailOptions(ema_decay=0.9)
+    in_a_capture(True)
+    with pytest.raises(RuntimeError, match="a step whose number counts: take one step before the capture"):
+        own._counted(device)
+    in_a_capture(False)
+    for step in range(1, 4):
+        assert own._counted(device) == step
+        own.took(device, None)
+    in_a_capture(True)
+    captured_number = own._counted(device)  # each replay computes it anew, and then counts
+    assert float(captured_number) == 4
+    for replay in range(3):
+        assert float(own._counted(device)) == 4 + replay
+        own.took(device, None)
+    in_a_capture(False)
+    assert float(own._counted(device)) == 7  # an eager step
+    own.took(device, None)
+    groups = [{}]
+    own.save(groups)
+    assert groups[0]["step_count"] == 7
+    own.restore([{"step_count": 2, "rounding_seed": 5}])
+    assert float(own._counted(device)) == 3
+    assert own.seed == 5
 
 
 def captured(pair: Pair) -> torch.cuda.CUDAGraph:
@@ -219,3 +260,29 @@ def test_models_on_two_kinds_of_device(case):
     assert all_equal(before, pair.weights())
     for p, q in zip(pair.ours.parameters(), pair.twin.parameters()):
         assert_close(p.cpu(), q, 1e-6)
+
+
+@on_gpu
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_replay_clips_averages_and_draws_new_bits(case, narrow):
+    """Against eager steps on the CPU, whose bits are those of the specification."""
+    pair, twin = Pair(case), Pair(case)
+    options = {"max_grad_norm": 0.3, "ema_decay": 0.9}
+    if narrow and "momentum_buffer" in case.states:
+        options["momentum_dtype"] = torch.bfloat16
+    pair.ours.cuda()
+    for each in (pair, twin):
+        each.opt = case.make(each.ours.parameters(), **{"lr": 0.05, **case.hyper}, **options)
+        for seed in range(3):
+            each.set_grads(seed)
+            each.opt.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pair.opt.step()
+    for _ in range(3):
+        graph.replay()
+        twin.opt.step()
+    assert pair.opt.state_dict()["param_groups"][0]["step_count"] == 6
+    for p, q in zip(pair.ours.parameters(), twin.ours.parameters()):
+        assert_close(p.cpu(), q)
+        assert_close(pair.opt.ema(p).cpu(), twin.opt.ema(q))
