@@ -27,16 +27,15 @@ import gradrep_kernels as gr
 MAX_NORM, DECAY = 0.1, 0.999  # the gradients of the sets have norms of 30 and more
 OURS, BF16 = "whole tail by FusedRepSGD", "whole tail by FusedRepSGD, momentum in bfloat16"
 TORCH = "clip_grad_norm_, SGD(fused=True), foreach EMA"
-UNDER_SCALER = ", under GradScaler"
-SCALED, SCALED_TORCH = OURS + UNDER_SCALER, "unscale_, " + TORCH + UNDER_SCALER
+SCALED, SCALED_TORCH = OURS + ", under gr.GradScaler", "GradScaler.unscale_, " + TORCH
 GRAPH = "CUDA graph of " + OURS
 PROBE = "stream probe: 4 reads, 3 writes"
 CLIP, TORCH_CLIP = "clip_grad_norm_ of FusedRepSGD", "torch.nn.utils.clip_grad_norm_"
 
 # Bytes that are moved for each float32 parameter. The norm reads the gradient. The step reads weight, gradient,
-# momentum and average, and writes all but the gradient. Under GradScaler it writes that too, which GradScaler has read
-# and written before, when it looked for an overflow.
-MOVED = {OURS: 4 + 28, BF16: 4 + 24, SCALED: 8 + 4 + 32, TORCH: 4 + 8 + 20 + 12, SCALED_TORCH: 8 + 4 + 8 + 20 + 12}
+# momentum and average, and writes all but the gradient. Under GradScaler it writes that too, and looks for an overflow
+# in the read that takes the norm.
+MOVED = {OURS: 4 + 28, BF16: 4 + 24, SCALED: 4 + 32, TORCH: 4 + 8 + 20 + 12, SCALED_TORCH: 8 + 4 + 8 + 20 + 12}
 CLIP_MOVED = {"clipping": 4 + 8, "clipping nothing": 4}
 PROBE_BYTES = 28  # for each element of an array of the probe
 
@@ -71,16 +70,16 @@ def torchs(tensors: Tensors, groups: int = 1) -> Callable[[], None]:
     return run
 
 
-def _scaler(tensors: Tensors) -> torch.amp.GradScaler:
+def _scaler(tensors: Tensors, cls: type[torch.amp.GradScaler]) -> torch.amp.GradScaler:
     """One whose scale stays 1, so that the gradients that all share stay what they are."""
     device = tensors.params[0].device
-    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+    scaler = cls(device.type, init_scale=1.0, growth_interval=2**31 - 1)
     scaler.scale(torch.zeros((), device=device))  # it makes its tensors with the first loss
     return scaler
 
 
 def ours_scaled(tensors: Tensors) -> Callable[[], None]:
-    optimizer, scaler = ours(tensors, fused=True), _scaler(tensors)
+    optimizer, scaler = ours(tensors, fused=True), _scaler(tensors, gr.GradScaler)
 
     def run() -> None:
         scaler.step(optimizer)
@@ -90,7 +89,8 @@ def ours_scaled(tensors: Tensors) -> Callable[[], None]:
 
 
 def torchs_scaled(tensors: Tensors) -> Callable[[], None]:
-    optimizer, averages, scaler = tensors.optimizer(SGD, fused=True), tensors.averages(), _scaler(tensors)
+    optimizer, averages = tensors.optimizer(SGD, fused=True), tensors.averages()
+    scaler = _scaler(tensors, torch.amp.GradScaler)
 
     def run() -> None:
         scaler.unscale_(optimizer)

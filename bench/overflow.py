@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from harness import ROOT, commit
@@ -29,16 +30,24 @@ from torch import Tensor, nn
 import gradrep_kernels as gr
 from gradrep_kernels.recipes import files
 
-WAYS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "SGD(fused=True)": partial(torch.optim.SGD, fused=True),
-    "SGD(foreach=True)": partial(torch.optim.SGD, foreach=True),
-    "FusedRepSGD(fused=True)": partial(gr.FusedRepSGD, fused=True),
-    "FusedRepSGD()": gr.FusedRepSGD,
-    "FusedRepSGD(fused=True), clipping and averaging": partial(
-        gr.FusedRepSGD, fused=True, max_grad_norm=1e6, ema_decay=0.9
+
+class Way(NamedTuple):
+    """An optimizer, and the GradScaler that it is used with."""
+
+    make: Callable[..., torch.optim.Optimizer]
+    scaler: type[torch.amp.GradScaler] = torch.amp.GradScaler
+
+
+WAYS = {
+    "SGD(fused=True)": Way(partial(torch.optim.SGD, fused=True)),
+    "SGD(foreach=True)": Way(partial(torch.optim.SGD, foreach=True)),
+    "FusedRepSGD(fused=True)": Way(partial(gr.FusedRepSGD, fused=True)),
+    "FusedRepSGD()": Way(gr.FusedRepSGD),
+    "FusedRepSGD(fused=True), clipping and averaging, gr.GradScaler": Way(
+        partial(gr.FusedRepSGD, fused=True, max_grad_norm=1e6, ema_decay=0.9), gr.GradScaler
     ),
 }
-JUDGE = partial(torch.optim.SGD, foreach=False)
+JUDGE = Way(partial(torch.optim.SGD, foreach=False))
 STEPS, LATER = 8, 4  # batches, and the number of the one that overflows late
 TOO_HIGH, FITTING = 2.0**16, 2.0**7  # scales of the loss. GradScaler begins with the first
 AS_WITHOUT, BROKEN = "as if the batch had not been there", "NaN in all weights from the next step on"
@@ -57,12 +66,12 @@ def _batches(device: torch.device) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _train(make: Callable, device: torch.device, overflows: int | None, left_out: int | None = None) -> list[Tensor]:
+def _train(way: Way, device: torch.device, overflows: int | None, left_out: int | None = None) -> list[Tensor]:
     """Weights and averages after a training in mixed precision, with an overflow in a batch or without that batch."""
     model = _network(device)
-    optimizer = make(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = way.make(model.parameters(), lr=0.01, momentum=0.9)
     scales = [TOO_HIGH if n == overflows else FITTING for n in range(STEPS + 1)]
-    scaler = torch.amp.GradScaler(device.type, init_scale=scales[0])
+    scaler = way.scaler(device.type, init_scale=scales[0])
     for n, (x, y) in enumerate(_batches(device)):
         if n == left_out:
             continue
@@ -80,34 +89,34 @@ def _train(make: Callable, device: torch.device, overflows: int | None, left_out
     return [*(p.detach() for p in model.parameters()), *averages]
 
 
-def after_overflow(make: Callable, device: torch.device, batch: int) -> str:
+def after_overflow(way: Way, device: torch.device, batch: int) -> str:
     """What becomes of the weights when the gradients of one batch overflow."""
-    found, expected = _train(make, device, overflows=batch), _train(make, device, overflows=None, left_out=batch)
+    found, expected = _train(way, device, overflows=batch), _train(way, device, overflows=None, left_out=batch)
     if not all(w.isfinite().all() for w in found):
         return BROKEN if all(w.isnan().all() for w in found) else "NaN in some weights or averages"
     off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected))
     return AS_WITHOUT if off == 0 else f"off by {number(off)} of the greatest weight"
 
 
-def in_bfloat16(make: Callable, device: torch.device) -> str:
+def in_bfloat16(way: Way, device: torch.device) -> str:
     """How far weights in bfloat16 are off after some steps, beside what torch's loop over the tensors is off."""
     generator = torch.Generator().manual_seed(2)
     start, *grads = torch.randn(STEPS + 1, 1000, generator=generator).to(device, torch.bfloat16)
 
-    def end(make: Callable, dtype: torch.dtype) -> Tensor:
+    def end(way: Way, dtype: torch.dtype) -> Tensor:
         weight = nn.Parameter(start.to(dtype, copy=True))
-        optimizer = make([weight], lr=0.1, momentum=0.9)
+        optimizer = way.make([weight], lr=0.1, momentum=0.9)
         for grad in grads:
             weight.grad = grad.to(dtype, copy=True)
             optimizer.step()
         return weight.detach().double()
 
     exact = end(JUDGE, torch.float64)
-    off, judged = (float((end(way, torch.bfloat16) - exact).abs().max()) for way in (make, JUDGE))
+    off, judged = (float((end(one, torch.bfloat16) - exact).abs().max()) for one in (way, JUDGE))
     return "right" if off <= 2 * judged else f"wrong: off by {number(off)}, rounding alone by {number(judged)}"
 
 
-SITUATIONS: dict[str, Callable[[Callable, torch.device], str]] = {
+SITUATIONS: dict[str, Callable[[Way, torch.device], str]] = {
     "an overflow on the first step": partial(after_overflow, batch=0),
     "an overflow on a later step": partial(after_overflow, batch=LATER),
     "weights in bfloat16, no overflow": in_bfloat16,
@@ -127,7 +136,7 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
 def replay(device: torch.device) -> dict[str, dict[str, str]]:
     """Situation -> optimizer -> what came of it."""
     with uninitialised_memory_is_nan(), torch.random.fork_rng():
-        return {name: {way: run(make, device) for way, make in WAYS.items()} for name, run in SITUATIONS.items()}
+        return {name: {way: run(made, device) for way, made in WAYS.items()} for name, run in SITUATIONS.items()}
 
 
 def add(results: Path, device: torch.device) -> str:

@@ -205,9 +205,9 @@ def test_a_training_that_an_overflow_breaks_is_told(outcomes):
 
     device = torch.device("cpu")
     with overflow.uninitialised_memory_is_nan():
-        assert overflow.after_overflow(functools.partial(Naive, skips=True), device, 0) == overflow.BROKEN
+        assert overflow.after_overflow(overflow.Way(functools.partial(Naive, skips=True)), device, 0) == overflow.BROKEN
     with pytest.raises(RuntimeError, match="was not skipped"):
-        overflow.after_overflow(functools.partial(Naive, skips=False), device, overflow.LATER)
+        overflow.after_overflow(overflow.Way(functools.partial(Naive, skips=False)), device, overflow.LATER)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
