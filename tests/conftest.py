@@ -128,6 +128,7 @@ SLOW = (
     "test_bench.py::test_gpu_check_runs_the_tests",
     "test_bench.py::test_gpu_check_takes_no_module",
     "test_bench.py::test_gpu_check_keeps_packages",
+    "test_bench_tail.py::test_the_study_pairs",
     "test_lost_device.py",
     "test_first_gpu_run.py::test_the_probe_compiles",
     "test_first_gpu_run.py::test_every_op_is_called",
