@@ -22,7 +22,15 @@ from cases_pairs import make
 
 import gradrep_kernels as gr
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import joint_histogram, pair_ranges, plans, rep_grad_norm, rep_sgd_step, staging
+from gradrep_kernels.ops.triton import (
+    joint_histogram,
+    launching,
+    pair_ranges,
+    plans,
+    rep_grad_norm,
+    rep_sgd_step,
+    staging,
+)
 from gradrep_kernels.ops.triton import pair_walk as rule
 
 norm_module = sys.modules["gradrep_kernels.ops.triton.rep_grad_norm"]
@@ -78,19 +86,16 @@ class Gpu:
         monkeypatch.setattr(rep_sgd_step, "hyper_tables", {})
         monkeypatch.setattr(norm_module, "memory", plans.Plans("rep_grad_norm", norm_module.memory.chunk, writes=False))
         monkeypatch.setattr(rule, "displacement_tables", {})
-        launch, launch_pairs = plans.Plans.launch, rule.launch
+        launch, launch_pairs = launching.launch, rule.launch
 
-        def launch_or_record(of_op, one, kernel, *arguments):
-            if self.graph is None:
-                return launch(of_op, one, kernel, *arguments)
-            if of_op.op == "rep_grad_norm":  # the sums of the chunks: memory of the graph
-                self.graph.own[id(arguments[-1])] = arguments[-1]
-            rest = one.device, one.dtype, one.entries, one.offsets  # without what must be kept alive by others
+        def launch_or_record(*arguments, **named):
+            return launch(*arguments, **named) if self.graph is None else self.graph.launch(launch, *arguments, **named)
 
-            def run(chunks, geometry, *arguments):
-                launch(of_op, plans.Batch(*rest[:2], chunks, geometry, *rest[2:]), kernel, *arguments)
-
-            return self.graph.launch(run, one.chunks, one.geometry, *arguments)
+        def scratch(shape, dtype, device):
+            made = torch.full(shape, -1, dtype=dtype)
+            if self.graph is not None:  # memory of the graph
+                self.graph.own[id(made)] = made
+            return made
 
         def launch_pairs_or_record(op, kernel, work, options, **more):
             if self.graph is None:
@@ -112,7 +117,8 @@ class Gpu:
             return made
 
         monkeypatch.setattr(plans, "readable_copy", copy_or_record)
-        monkeypatch.setattr(plans.Plans, "launch", launch_or_record)
+        monkeypatch.setattr(launching, "launch", launch_or_record)
+        monkeypatch.setattr(staging, "scratch", scratch)
         monkeypatch.setattr(rule, "launch", launch_pairs_or_record)
 
     def pinned(self, nbytes: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ POINTERS = {"displacements": "*i32", "bins": "*i32", "counts": "*i64", "n": "*i6
 
 def compiled_over_parameters(kernel, dtype, target, types, constants) -> compile_gate.Compiled:
     constants = {"DTYPE": plans.TRITON_DTYPE[dtype], "BLOCK": plans.BLOCK[dtype], **constants}
-    options = plans.options(dtype, compile_gate.TARGETS[target].warp_size)
+    options = plans.options(dtype, compile_gate.TARGETS[target].warp_size, bool(constants.get("AVERAGED")), constants.get("NARROW", 0))
     return compile_gate.compile_variant(kernel, {**TABLES, **types}, constants, target, **options)
 
 
