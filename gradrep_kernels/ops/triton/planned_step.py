@@ -121,7 +121,7 @@ class PlannedStep:
         if not {self._device}.issuperset(map(_DEVICE, on_device)) or (norm is not None and norm.device != self._device):
             return False
         known = Tail(tail[0], tail[1] != 0, int(tail[2]), int(tail[3])) if tail else NO_TAIL
-        if len(numbers) + 1 in places:
+        if places and len(numbers) + 1 in places:
             known = known._replace(stochastic=True)  # as it may be
         if self._needs_random_bits and not known.stochastic:
             return False

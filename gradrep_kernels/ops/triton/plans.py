@@ -5,6 +5,7 @@ One launch serves all tensors of a call that share device and dtype.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -41,13 +42,14 @@ BLOCK = {torch.float32: 1024, torch.float64: 512, torch.bfloat16: 1024, torch.fl
 """Elements that one program of the step works on: one (float32: two) 128-bit accesses per tensor and thread."""
 
 
+@functools.cache
 def options(
     dtype: torch.dtype, lanes: int = 64 if torch.version.hip else 32, AVERAGED: bool = False, NARROW: int = 0
 ) -> dict[str, Any]:
     """Compile options of the kernels over parameters, for a variant of the step. `lanes` is the size of a warp."""
     # With 128 threads on AMD the step of float32 would need 66 registers of 64.
     threads = 256 if dtype == torch.float64 or (dtype == torch.float32 and lanes == 64) else 128
-    if NARROW:  # with two counters in a thread the step would need up to 83 registers
+    if NARROW:  # with two counters of random bits in a thread it would need 66 registers, 74 on AMD
         threads = max(threads, BLOCK[dtype] * (COMPUTE[dtype] if AVERAGED else dtype).itemsize // 16)
     # A product and a sum contracted to one FMA would differ from the reference in the last bit of 18 % of the elements.
     return {"num_warps": threads // lanes, "enable_fp_fusion": False}

@@ -131,7 +131,7 @@ def write_norm(
     scale = None if grad_scale is None else grad_scale.to(norm.device)
     launching.launch(
         of.op, norm.device, norm.dtype, finish_kernel, 1, sums[0], len(sums[0]), scale, norm, factor,
-        0 if max_norm is None else to_bits(max_norm, torch.float64), BLOCK=SUMS, num_warps=8,
+        0 if max_norm is None else to_bits(max_norm, torch.float64), BLOCK=SUMS, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return factor
 

@@ -47,7 +47,8 @@ def scale_gradients_kernel(
     if (start + CHUNK <= numel) & ((tl.load(pointers + FLAGS) & ALIGNED) != 0):
         inside = tl.full([BLOCK], True, tl.int1)
         for part in range(CHUNK // BLOCK):
-            _scale(aligned(grad, DTYPE) + start + part * BLOCK + tl.arange(0, BLOCK), inside, by)
+            place = start + part * BLOCK + tl.arange(0, BLOCK)
+            _scale(aligned(grad, DTYPE) + place, inside, by)
     else:
         end = tl.minimum(start + CHUNK, numel)
         while start < end:

@@ -75,7 +75,7 @@ def given(place, other):
 
 @triton.jit
 def block(
-    place, inside, param, grad, states, average, within,
+    place, inside, param, grad, states, average, octet, within,
     first, hyper, row_of_piece, random, averaged, weight, grad_scale, clip,
     UPDATE: tl.constexpr, ROW: tl.constexpr, STATES: tl.constexpr, AVERAGED: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
@@ -92,8 +92,8 @@ def block(
     for n in tl.static_range(STATES):
         if NARROW >> n & 1:
             piece, seed, step, stochastic = random
-            octet, number = tl.load(piece + OCTET).to(tl.uint32), tl.load(piece + NUMBER)
-            bits = random_bits(within, octet, number, seed, step, n)
+            octet = tl.add(tl.load(piece + OCTET), octet, sanitize_overflow=False).to(tl.uint32)
+            bits = random_bits(octet, within, tl.load(piece + NUMBER), seed, step, n)
             tl.store(states[n] + place, rounded(new[n], bits, stochastic), mask=used)
         else:
             tl.store(states[n] + place, new[n], mask=used)
@@ -171,7 +171,7 @@ def step_frame(
             place, inside,
             aligned(param, DTYPE, BYTES), aligned(grad, DTYPE, BYTES),
             all_aligned(states, STATES, NARROW, DTYPE, LANES),
-            aligned(average, dtype), place,
+            aligned(average, dtype), start >> 3, tl.arange(0, BLOCK),
             first, hyper, row_of_piece, random, averaged, weight, grad_scale, clip,
             UPDATE, ROW, STATES, AVERAGED, NARROW,
         )  # fmt: skip
@@ -183,7 +183,7 @@ def step_frame(
                 place, place < end,
                 unaligned(param, DTYPE), unaligned(grad, DTYPE),
                 all_unaligned(states, STATES, NARROW, DTYPE),
-                unaligned(average, dtype), place + within_octet,
+                unaligned(average, dtype), 0, place + within_octet,
                 first, hyper, row_of_piece, random, averaged, weight, grad_scale, clip,
                 UPDATE, ROW, STATES, AVERAGED, NARROW,
             )  # fmt: skip

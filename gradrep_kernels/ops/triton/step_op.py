@@ -137,7 +137,7 @@ class StepOp:
                 None if found_inf is None else _flag(found_inf).to(batch.device),
                 None if clip is None else clip.to(device=batch.device, dtype=dtype),
                 None if live is None else self._converted(live, batch, dtype),
-                to_bits(1 - tail.ema_decay, dtype),
+                to_bits(1 - tail.ema_decay, dtype) if batch.averaged else 0,
                 tail.seed,
                 tail.step,
                 AVERAGED=batch.averaged,

@@ -45,10 +45,10 @@ def incoming(grad, inside, grad_scale, clip, dtype: tl.constexpr):
 
 
 @triton.jit
-def random_bits(within, octet, number, seed, step, state):
+def random_bits(octet, within, number, seed, step, state):
     """The 16 random bits of each element, by reference/rounding_rule.py. Their numbers are 8 · octet + within.
 
-    The compiler computes one counter for neighbours in a thread, where it sees that they have the same.
+    Where `within` is a range of constants the compiler sees that a thread's neighbours have one counter.
     """
     c0, c1, c2, c3 = philox_impl(
         tl.add(octet, (within >> 3).to(tl.uint32), sanitize_overflow=False),
