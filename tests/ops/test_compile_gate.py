@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import compile_gate
+import triton.language as tl
 from gate_variants import TYPE, compiled_over_parameters, compiled_step
 
 from gradrep_kernels.ops.triton import INTERPRETED, addressing, plans
@@ -21,6 +22,7 @@ from gradrep_kernels.ops.triton.rep_grad_norm import SUMS, finish_kernel, rep_gr
 from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step_kernel
 from gradrep_kernels.ops.triton.scale_gradients import scale_gradients_kernel
 from gradrep_kernels.ops.triton.step_frame import NUMBERS, TENSORS
+from gradrep_kernels.ops.triton.step_tail import tail_kernel
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -134,6 +136,13 @@ def test_the_sums_of_a_norm_are_finished_in_double_precision(target):
     )
     assert made.count(r"sqrt\.rn\.f64|v_sqrt_f64|v_rsq_f64")
     assert made.spills == 0
+
+
+def test_numbers_of_the_tail_on_the_device():
+    types = {"tail": "*fp64", "result": "*i64"}
+    for dtype in (tl.float32, tl.float64):
+        made = compile_gate.compile_variant(tail_kernel, types, {"compute": dtype}, "sm_90", enable_fp_fusion=False)
+        assert made.count(r"cvt\.rn\.f32\.f64") == (dtype == tl.float32)
 
 
 @pytest.mark.parametrize("target", compile_gate.CUDA_TARGETS)

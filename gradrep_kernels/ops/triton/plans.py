@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -232,8 +232,8 @@ class Plans:
     ) -> Call:
         """The call of `plan` on tensors at given addresses: one of `calls`, or a new one, which is put at their head.
 
-        `state` has the addresses (scales, identities, averages, then the tensors) and the list of first steps. `parts` are the
-        tensors that a CUDA graph must keep alive.
+        `state` has the addresses (scales, identities, averages, then the tensors) and the list of first steps. `parts`
+        are the tensors that a CUDA graph must keep alive.
         """
         streams, in_capture = plan.streams(), plan.capturing()
         # A graph of an op that writes may read tables that any stream uploaded for an earlier step: the user who
@@ -263,7 +263,7 @@ class Plans:
         return call
 
     def plan(self, structure: tuple, grads: Sequence[Tensor]) -> Plan:
-        """The plan of a call: `structure` is what `describe` tells of its columns, then `prepare`'s groups, used, random."""
+        """The plan of a call. `structure` is what `describe` tells of its columns, then groups, used and random."""
         (scales, identities, averages, *tensors), groups, used, random = structure
         entries = tuple(
             Entry(same[: used[group]], *rest, group, chance)

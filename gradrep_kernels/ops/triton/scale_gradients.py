@@ -42,7 +42,7 @@ def scale_gradients_kernel(
     by = tl.load(factor)
     if by == 1:
         return
-    piece, pointers, start, numel = own_chunk(chunks, geometry, pointers, POINTERS, CHUNK)
+    _, pointers, start, numel = own_chunk(chunks, geometry, pointers, POINTERS, CHUNK)
     grad = tl.load(pointers + GRAD)  # an integer: see `aligned`
     if (start + CHUNK <= numel) & ((tl.load(pointers + FLAGS) & ALIGNED) != 0):
         inside = tl.full([BLOCK], True, tl.int1)

@@ -149,7 +149,7 @@ class StepOp:
         made = staging.scratch((len(tail),), torch.int64, batch.device)
         launching.launch(
             self.plans.op, batch.device, batch.dtype, tail_kernel, 1, tail.to(batch.device), made,
-            DTYPE=plans.TRITON_DTYPE[dtype],
+            compute=plans.TRITON_DTYPE[dtype], enable_fp_fusion=False,
         )  # fmt: skip
         return made
 

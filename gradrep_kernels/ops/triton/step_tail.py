@@ -85,12 +85,12 @@ def update_average(average, inside, w, weight):
 def tail_kernel(
     tail,  # [4] float64, as step_tail.COLUMNS has it; -1: the number is not there
     result,  # [4] int64
-    DTYPE: tl.constexpr,
+    compute: tl.constexpr,
 ):
     """Write the tail as the kernels of steps take it: as integers, its decay as `from_bits` reads 1 - decay."""
     decay = tl.load(tail)
-    weight = (1 - decay).to(DTYPE)
-    if DTYPE == tl.float64:
+    weight = (1 - decay).to(compute)
+    if compute == tl.float64:
         bits = weight.to(tl.int64, bitcast=True)
     else:
         bits = weight.to(tl.int32, bitcast=True).to(tl.int64)
