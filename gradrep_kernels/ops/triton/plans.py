@@ -266,8 +266,8 @@ class Plans:
         """The plan of a call. `structure` is what `describe` tells of its columns, then groups, used and random."""
         (scales, identities, averages, *tensors), groups, used, random = structure
         entries = tuple(
-            Entry(same[: used[group]], *rest, group, chance)
-            for same, *rest, group, chance in zip(zip(*tensors), averages, scales, identities, groups, random)
+            Entry(same[: used[group]], *parts, group, average, chance)
+            for same, *parts, group, average, chance in zip(zip(*tensors), scales, identities, groups, averages, random)
         )
         if entries in self.plans:
             return self.plans[entries]

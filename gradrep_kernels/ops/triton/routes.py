@@ -28,11 +28,11 @@ class Entry(NamedTuple):
     """One parameter, as a call has it."""
 
     tensors: tuple[Described, ...]  # that must be alike: gradient, parameter, states
-    average: Described
     scale: Described
     identity: Described
     group: int
-    random: Random | None  # None: no state may have another dtype than the parameter
+    average: Described = None
+    random: Random | None = None  # None: no state may have another dtype than the parameter
 
     @property
     def narrow(self) -> int:
@@ -74,7 +74,7 @@ def route(entry: Entry) -> Route | None:
 
     None if the reference must take it: its tensors have gaps or overlaps, are not alike, or have other dtypes.
     """
-    tensors, average, scale, identity, group, random = entry
+    tensors, scale, identity, group, average, random = entry
     if group < 0 or not all(isinstance(one, tuple) for one in tensors) or (random and random[1] is None):
         return None
     dtype, device, shape, strides = tensors[0]

@@ -66,7 +66,7 @@ def random_bits(octet, within, number, seed, step, state):
 
 @triton.jit
 def rounded(value, bits, stochastic):
-    """Round to bfloat16 by 16 random bits for each element; to the nearest where the integer `stochastic` is 0."""
+    """Round to bfloat16 by 16 random bits for each element. Where the integer `stochastic` is 0, to the nearest."""
     value = value.to(tl.float32)
     whole = value.to(tl.uint32, bitcast=True)
     bits = tl.where(stochastic != 0, bits, 0x7FFF + (whole >> 16 & 1))
