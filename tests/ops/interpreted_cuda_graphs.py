@@ -19,10 +19,19 @@ import torch
 from cases import Problem, assert_same_bits
 from cases_optim import SGD, Pair
 from cases_pairs import make
+from step_tails import Tailed
 
 import gradrep_kernels as gr
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import joint_histogram, pair_ranges, plans, rep_grad_norm, rep_sgd_step, staging
+from gradrep_kernels.ops.triton import (
+    joint_histogram,
+    launching,
+    pair_ranges,
+    plans,
+    rep_grad_norm,
+    rep_sgd_step,
+    staging,
+)
 from gradrep_kernels.ops.triton import pair_walk as rule
 
 norm_module = sys.modules["gradrep_kernels.ops.triton.rep_grad_norm"]
@@ -43,7 +52,8 @@ class Graph:
 
     def held(self, value):
         """An argument as a graph has it: memory of its own, or an address, which keeps nothing alive."""
-        return weakref.ref(value) if isinstance(value, torch.Tensor) and id(value) not in self.own else lambda: value
+        is_own = not isinstance(value, torch.Tensor) or id(value) in self.own or id(value._base) in self.own
+        return (lambda: value) if is_own else weakref.ref(value)
 
     def copy(self, host: torch.Tensor) -> torch.Tensor:
         there, source = torch.full_like(host, -1), weakref.ref(host)
@@ -78,19 +88,16 @@ class Gpu:
         monkeypatch.setattr(rep_sgd_step, "hyper_tables", {})
         monkeypatch.setattr(norm_module, "memory", plans.Plans("rep_grad_norm", norm_module.memory.chunk, writes=False))
         monkeypatch.setattr(rule, "displacement_tables", {})
-        launch, launch_pairs = plans.Plans.launch, rule.launch
+        launch, launch_pairs = launching.launch, rule.launch
 
-        def launch_or_record(of_op, one, kernel, *arguments):
-            if self.graph is None:
-                return launch(of_op, one, kernel, *arguments)
-            if of_op.op == "rep_grad_norm":  # the sums of the chunks: memory of the graph
-                self.graph.own[id(arguments[-1])] = arguments[-1]
-            rest = one.device, one.dtype, one.entries, one.offsets  # without what must be kept alive by others
+        def launch_or_record(*arguments, **named):
+            return launch(*arguments, **named) if self.graph is None else self.graph.launch(launch, *arguments, **named)
 
-            def run(chunks, geometry, *arguments):
-                launch(of_op, plans.Batch(*rest[:2], chunks, geometry, *rest[2:]), kernel, *arguments)
-
-            return self.graph.launch(run, one.chunks, one.geometry, *arguments)
+        def scratch(shape, dtype, device):
+            made = torch.full(shape, -1, dtype=dtype)
+            if self.graph is not None:  # memory of the graph
+                self.graph.own[id(made)] = made
+            return made
 
         def launch_pairs_or_record(op, kernel, work, options, **more):
             if self.graph is None:
@@ -112,7 +119,23 @@ class Gpu:
             return made
 
         monkeypatch.setattr(plans, "readable_copy", copy_or_record)
-        monkeypatch.setattr(plans.Plans, "launch", launch_or_record)
+
+        def recorded(compute):
+            """Operations of torch, whose result is memory of the graph."""
+
+            def run(*arguments):
+                made = compute(*arguments)
+                if self.graph is not None:
+                    self.graph.own[id(made)] = made
+                    self.graph.nodes.append(lambda: made.copy_(compute(*arguments)))
+                return made
+
+            return run
+
+        for name in ("completed", "pack"):
+            monkeypatch.setattr(rep_sgd_step, name, recorded(getattr(rep_sgd_step, name)))
+        monkeypatch.setattr(launching, "launch", launch_or_record)
+        monkeypatch.setattr(staging, "scratch", scratch)
         monkeypatch.setattr(rule, "launch", launch_pairs_or_record)
 
     def pinned(self, nbytes: int) -> torch.Tensor:
@@ -240,6 +263,35 @@ def test_planned_steps_on_two_streams_have_tables_of_their_own(gpu):
     for gpu.stream in (1, 2, 1, 2):
         planned.step()
     assert gpu.uploads == before + 2  # pointers, hyper-parameters
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["a norm before", "none before"])
+@STREAMS
+def test_a_planned_step_with_a_tail_counts_on_the_device(gpu, stream, warm):
+    """Clipped by its norm, with averages and states in bfloat16: each replay has random bits of its own."""
+    ours = Tailed([(6, 5, 3, 3), (70,), (4, 4, 3, 3)])
+    handle, norm, count = ours.planned(), torch.zeros(()), torch.zeros((), dtype=torch.float64)
+    hyper, tail = ours.hyper.flatten().tolist(), [*ours.tail.tolist()[:3], 0.0]
+
+    def step():
+        place = [len(hyper) + 3]
+        assert rep_sgd_step.plan_step(handle, ours.grads, hyper, [count], place, None, None, tail, 2.0, norm)
+
+    if warm:
+        step()
+    else:
+        ours.run(rep_sgd_step)
+    with gpu.capture(stream) as graph:
+        step()
+    rep_sgd_step.plan_free(ours.params[0], handle)
+    gpu.forget()
+    for n in (7, 8):
+        count.fill_(n)
+        ours.tail[3] = n
+        twin = ours.clone()
+        graph.replay()
+        assert float(norm) == pytest.approx(float(reference.rep_grad_norm(ours.grads, *ours.lists()[3:5])), rel=1e-6)
+        ours.assert_same_bits(twin.run(reference.rep_sgd_step, clip=torch.clamp(2.0 / (norm + 1e-6), max=1.0)))
 
 
 def test_no_plan_is_made_in_a_capture(gpu):

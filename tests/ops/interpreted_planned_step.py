@@ -405,6 +405,6 @@ def test_a_parameter_in_the_place_of_its_state_is_no_overlap():
     expected.run(reference.rep_sgd_step)
     columns = problem.grads, problem.params, problem.buffers
     used = [2 + has for has in have]
-    call = rep_sgd_step.plans.prepare(columns, problem.scales, problem.identities, problem.groups, used, problem.first)
-    rep_sgd_step.launch(call, problem.hyper, None, None)
+    call = rep_sgd_step.plans.prepare(columns, problem.scales, problem.identities, groups=problem.groups, used=used)
+    rep_sgd_step.launch(call, problem.hyper)
     assert_same_bits(problem, expected)

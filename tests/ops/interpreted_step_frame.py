@@ -39,6 +39,23 @@ def test_all_states_have_the_references_bits(aligned, dtype):
         assert all(torch.equal(a, b) for a, b in zip(got, wanted))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_tail_is_the_frames(dtype):
+    """Each state has random bits of its own, and one may be stored as the parameter is."""
+    ours = columns(dtype)
+    ours[2:4] = [t.bfloat16() for t in ours[2]], [t if k == 1 else t.bfloat16() for k, t in enumerate(ours[3])]
+    twin = [[t.clone() for t in column] for column in ours[:4]] + ours[4:]
+    averages = [[torch.zeros(shape, dtype=dtype) for shape in SHAPES] for _ in range(2)]
+    more = {"grad_scale": torch.tensor(2.0), "clip": torch.tensor(0.7)}
+    more["tail"] = torch.tensor([0.9, 1, 3, 4], dtype=torch.float64)
+    LAUNCHES.clear()
+    second_step(*ours, HYPER, averages=averages[0], **more)
+    reference(*twin, HYPER, averages=averages[1], **more)
+    assert LAUNCHES["reference", "cpu", dtype] == 2
+    for got, wanted in zip([*ours[:4], averages[0]], [*twin[:4], averages[1]]):
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+
+
 def test_it_is_called_as_the_reference_is():
     assert inspect.signature(second_step) == inspect.signature(reference)
     names = list(inspect.signature(reference).parameters)
@@ -50,8 +67,8 @@ def test_it_is_called_as_the_reference_is():
     assert all(torch.equal(a, b) for got, wanted in zip(ours[:4], twin[:4]) for a, b in zip(got, wanted))
     with pytest.raises(TypeError, match=r"a step takes .* got 8 arguments"):
         second_step(*ours)
-    with pytest.raises(TypeError, match=r"a step takes .* got 12 arguments"):
-        second_step(*ours, HYPER, None, None, None)
+    with pytest.raises(TypeError, match=r"a step takes .* got 17 arguments"):
+        second_step(*ours, HYPER, *[None] * 8)
 
 
 def test_a_leaf_that_does_not_fit_is_refused():

@@ -21,7 +21,7 @@ from cases import Problem, assert_same_bits
 from implementations import on_gpu
 
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import INTERPRETED, addressing, plans, rep_sgd_step, supports
+from gradrep_kernels.ops.triton import INTERPRETED, addressing, plans, rep_sgd_step, routes, supports
 from gradrep_kernels.ops.triton.division import magic_division
 from gradrep_kernels.ops.triton.launching import LAUNCHES
 
@@ -113,10 +113,10 @@ def test_tensors_beyond_32_bits(name):
     weight = weight.to(memory_format=torch.channels_last) if channels_last else weight
     scale = torch.empty(scale_shape, device="meta")
     parts = [scale, torch.empty(shape[0], device="meta") if identity else None]
-    route = plans.route(((described(weight),) * 3, *map(described, parts), 0))
+    route = routes.route(routes.Entry((described(weight),) * 3, *map(described, parts), 0))
     assert route.scale_copy is None
     assert route.identity_copy is None
-    chunks, geometry = addressing.chunk_tables([(piece, 0) for piece in route.pieces], 1024)
+    chunks, geometry = addressing.chunk_tables([(piece, 0, None) for piece in route.pieces], 1024)
     assert [piece.start for piece in route.pieces] == list(
         np.cumsum([0] + [piece.numel for piece in route.pieces[:-1]])
     )
@@ -152,7 +152,7 @@ def test_tensors_beyond_32_bits(name):
 
 def test_parts_start_where_128_bit_accesses_can():
     weight = torch.empty(2**15 + 3, 2**13, 3, 3, device="meta", dtype=torch.bfloat16)
-    route = plans.route(((described(weight),) * 3, None, None, 0))
+    route = routes.route(routes.Entry((described(weight),) * 3, None, None, 0))
     assert len(route.pieces) > 1
     assert all(piece.start * weight.itemsize % 16 == 0 for piece in route.pieces)
 

@@ -8,6 +8,7 @@ python tests/support/compiled_figures.py bench/results/compiled.md --triton  # o
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -15,12 +16,14 @@ from pathlib import Path
 import compile_gate
 import torch
 import triton
-from gate_variants import compiled_histogram, compiled_over_pairs, compiled_over_parameters
+from gate_variants import compiled_histogram, compiled_over_pairs, compiled_over_parameters, compiled_step
 
+from gradrep_kernels.ops.triton.addressing import POINTERS
 from gradrep_kernels.ops.triton.joint_histogram import private_cells
 from gradrep_kernels.ops.triton.pair_ranges import BLOCK, PLACES, channel_ranges_kernel, pair_ranges_kernel
 from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm_kernel
 from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step_kernel
+from gradrep_kernels.ops.triton.scale_gradients import scale_gradients_kernel
 
 COUNTING = "joint_histogram_kernelINS_8CountingILNS_5TilesE"
 CUDA = {  # kernels as the compiler names them
@@ -36,11 +39,14 @@ CUDA = {  # kernels as the compiler names them
 
 
 def triton_kernels(target: str) -> dict[str, compile_gate.Compiled]:
-    step, pairs = compiled_over_parameters, compiled_over_pairs
-    plain = {"grad_scale": None, "found_inf": None}
+    step, pairs = functools.partial(compiled_step, rep_sgd_step_kernel, torch.float32, target), compiled_over_pairs
+    over_parameters = functools.partial(compiled_over_parameters, dtype=torch.float32, target=target)
+    types, width = {"partial": "*fp32", "factor": "*fp32"}, {"WIDTH": POINTERS.value}
     return {
-        "rep_sgd_step, Triton": step(rep_sgd_step_kernel, torch.float32, target, {"hyper": "*fp32"}, plain),
-        "rep_grad_norm, Triton": step(rep_grad_norm_kernel, torch.float32, target, {"partial": "*fp32"}, {}),
+        "rep_sgd_step, Triton": step(),
+        "rep_sgd_step, Triton, clipped, with an average and its state in bfloat16": step(("clip",), True, 1),
+        "rep_grad_norm, Triton": over_parameters(rep_grad_norm_kernel, types=types, constants=width),
+        "scale_gradients_, Triton": over_parameters(scale_gradients_kernel, types=types, constants={}),
         "joint_histogram, Triton, 23 bins": compiled_histogram(torch.float32, target, private_cells(23)),
         "pair_ranges, Triton": pairs(pair_ranges_kernel, torch.float32, target, {"BLOCK": BLOCK}),
         "pair_ranges, Triton, one range per channel": pairs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import compile_gate
@@ -11,19 +11,34 @@ import torch
 
 from gradrep_kernels.ops.reference.pair_rule import arithmetic_dtype
 from gradrep_kernels.ops.triton import pair_walk, plans
+from gradrep_kernels.ops.triton.step_frame import NUMBERS
 
 joint_histogram = importlib.import_module("gradrep_kernels.ops.triton.joint_histogram")  # not the op of that name
 TYPE = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 TABLES = {"chunks": "*i32", "geometry": "*i32", "pointers": "*i64"}
 """Of the kernels over parameters."""
+OPTIONAL = ("grad_scale", "found_inf", "clip", "tail")
+"""Tensors of a step that a launch may not have."""
 POINTERS = {"displacements": "*i32", "bins": "*i32", "counts": "*i64", "n": "*i64"}
 """Of the kernels over pairs of pixels."""
 
 
-def compiled_over_parameters(kernel, dtype, target, types, constants) -> compile_gate.Compiled:
-    constants = {"DTYPE": plans.TRITON_DTYPE[dtype], "BLOCK": plans.BLOCK[dtype], **constants}
-    options = plans.options(dtype, compile_gate.TARGETS[target].warp_size)
+def compiled_over_parameters(kernel, dtype, target, types, constants, **variant) -> compile_gate.Compiled:
+    """`variant` are the constants by which launches differ, as `plans.options` takes them."""
+    constants = {"DTYPE": plans.TRITON_DTYPE[dtype], "BLOCK": plans.BLOCK[dtype], **constants, **variant}
+    options = plans.options(dtype, compile_gate.TARGETS[target].warp_size, **variant)
     return compile_gate.compile_variant(kernel, {**TABLES, **types}, constants, target, **options)
+
+
+def compiled_step(
+    kernel, dtype, target, given: Collection[str] = (), averaged: bool = False, narrow: int = 0
+) -> compile_gate.Compiled:
+    """A step in the variant of launches that have those of OPTIONAL which are `given`."""
+    wide = TYPE[plans.COMPUTE[dtype]]
+    types = {"hyper": wide, **dict.fromkeys(NUMBERS, "i64")}
+    types |= {"grad_scale": wide, "found_inf": "*fp32", "clip": wide, "tail": "*i64"}
+    constants = {name: None for name in OPTIONAL if name not in given}
+    return compiled_over_parameters(kernel, dtype, target, types, constants, AVERAGED=averaged, NARROW=narrow)
 
 
 def compiled_over_pairs(

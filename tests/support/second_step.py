@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradrep_kernels.ops.reference.multiply import multiply
+from gradrep_kernels.ops.reference.multiply import compute_dtype, multiply
+from gradrep_kernels.ops.reference.step_tail import Tail, incoming, one_each, store_state, update_average
 from gradrep_kernels.ops.schema import StepRule, op
-from gradrep_kernels.ops.triton.addressing import multiplier
-from gradrep_kernels.ops.triton.step_frame import ARGUMENTS, step_frame
+from gradrep_kernels.ops.triton.step_frame import NUMBERS, TENSORS, step_frame
 from gradrep_kernels.ops.triton.step_op import StepOp
 
 STATES = tl.constexpr(2)
@@ -46,33 +46,46 @@ def reference(
     tail: Tensor | None = None,
 ) -> None:
     """hyper: [G, 3] = lr and both decays"""
-    rows = zip(params, grads, fast, slow, scales, identities, first_steps, groups)
-    for p, grad, quick, sluggish, scale, identity, first, group in rows:
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    of_tail = Tail.of(tail)
+    columns = (params, grads, fast, slow, scales, identities, first_steps, groups)
+    more = one_each(len(params), averages, numbers, elements)
+    for p, grad, quick, sluggish, scale, identity, first, group, average, number, element in zip(*columns, *more):
         lr, *decays = hyper[group].tolist()
-        g = multiply(grad, scale, identity, grad.dtype)
-        for average, decay in zip((quick, sluggish), decays):
-            average.copy_(g if first else average * decay + g)
-        p.copy_(p - (quick + sluggish) * lr)
+        dtype = compute_dtype(p.dtype)
+        g = multiply(incoming(grad, dtype, grad_scale, clip), scale, identity, dtype)
+        kept = [g if first else state.to(dtype) * decay + g for state, decay in zip((quick, sluggish), decays)]
+        for which, state in enumerate((quick, sluggish)):
+            store_state(state, kept[which], of_tail, number, element, which)
+        p.copy_(p.to(dtype) - (kept[0] + kept[1]) * lr)
+        update_average(average, p, of_tail)
 
 
 @triton.jit
-def update(place, inside, param, grad, states, first, row_of_piece, hyper, grad_scale):
+def row(hyper):
+    return 1, (tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2))
+
+
+@triton.jit
+def update(w, g, m, states, first, numbers):
+    lr, fast_decay, slow_decay = numbers
     fast, slow = states
-    w, g = tl.load(param + place, mask=inside), tl.load(grad + place, mask=inside)
-    g = g * multiplier(place, inside, row_of_piece)
-    quick = tl.where(first, g, tl.load(fast + place, mask=inside) * tl.load(hyper + 1) + g)
-    sluggish = tl.where(first, g, tl.load(slow + place, mask=inside) * tl.load(hyper + 2) + g)
-    tl.store(fast + place, quick, mask=inside)
-    tl.store(slow + place, sluggish, mask=inside)
-    tl.store(param + place, w - (quick + sluggish) * tl.load(hyper), mask=inside)
+    g = g * m
+    fast = tl.where(first, g, fast * fast_decay + g)
+    slow = tl.where(first, g, slow * slow_decay + g)
+    return w - (fast + slow) * lr, (fast, slow)
 
 
-@triton.jit(do_not_specialize_on_alignment=ARGUMENTS)
+@triton.jit(do_not_specialize_on_alignment=TENSORS, do_not_specialize=NUMBERS)
 def second_step_kernel(
-    chunks, geometry, pointers, hyper, grad_scale, found_inf, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
+    chunks, geometry, pointers, hyper, grad_scale, found_inf, clip, tail,
+    weight: tl.int64, seed: tl.int64, step: tl.int64,
+    AVERAGED: tl.constexpr, NARROW: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     step_frame(
-        chunks, geometry, pointers, hyper, grad_scale, found_inf, update, COLUMNS, STATES, DTYPE, BLOCK
+        chunks, geometry, pointers, hyper, grad_scale, found_inf, clip, tail, weight, seed, step,
+        update, row, COLUMNS, STATES, AVERAGED, NARROW, DTYPE, BLOCK,
     )  # fmt: skip
 
 

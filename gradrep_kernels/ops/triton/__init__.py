@@ -23,6 +23,7 @@ from gradrep_kernels.ops.triton.rep_sgd_step import (
     rep_sgd_plan_step,
     rep_sgd_step,
 )
+from gradrep_kernels.ops.triton.scale_gradients import scale_gradients_
 
 __all__ = [
     "INTERPRETED",
@@ -36,6 +37,7 @@ __all__ = [
     "rep_sgd_plan_norm",
     "rep_sgd_plan_step",
     "rep_sgd_step",
+    "scale_gradients_",
     "supports",
 ]
 

@@ -37,8 +37,8 @@ With the block of the aligned path it would need up to 78 registers, not 40-62.
 # Kernels read them by these names: the key of Triton's cache holds no attributes of modules.
 (FIRST_CHUNK, NUMEL, GROUP, ROW, ROW_MAGIC, ROW_SHIFT, INNER, INNER_MAGIC, INNER_SHIFT,
  OUTER_STRIDE, MIDDLE_STRIDE, INNER_STRIDE, CHANNELS, CHANNELS_MAGIC, CHANNELS_SHIFT,
- PHASE, TAP_STEP, TAP_FIRST, GEOMETRY) = map(tl.constexpr, range(19))  # fmt: skip
-(FLAGS, SCALE, IDENTITY, GRAD, POINTERS) = map(tl.constexpr, range(5))
+ PHASE, TAP_STEP, TAP_FIRST, NUMBER, OCTET, WITHIN_OCTET, GEOMETRY) = map(tl.constexpr, range(22))  # fmt: skip
+(FLAGS, SCALE, IDENTITY, AVERAGE, GRAD, POINTERS) = map(tl.constexpr, range(6))
 ALIGNED, HAS_SCALE, HAS_IDENTITY, FIRST_STEP = map(tl.constexpr, (1, 2, 4, 8))
 
 # ---- on the device
@@ -57,14 +57,14 @@ def own_chunk(chunks, geometry, pointers, WIDTH: tl.constexpr, CHUNK: tl.constex
 
 
 @triton.jit
-def aligned(address, DTYPE: tl.constexpr):
-    """The integer `address` as a pointer for 128-bit accesses. Call it only where the flag ALIGNED was seen to be set.
+def aligned(address, DTYPE: tl.constexpr, BYTES: tl.constexpr = 16):
+    """The integer `address` as a pointer for accesses of BYTES. Call it only where the flag ALIGNED was seen to be set.
 
     Cast an address separately on each path. `tl.multiple_of` marks the operation that made its argument, so a pointer
     that two paths share would be marked on both. An unaligned tensor would then meet 128-bit accesses, which end in a
     sticky `misaligned address`.
     """
-    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), BYTES)
 
 
 @triton.jit
@@ -225,19 +225,34 @@ def pieces(address: Address) -> Iterator[Piece]:
                 yield piece._replace(start=piece.start + outer * address.row, scale=piece.scale + outer * stride)
 
 
-def geometry_row(piece: Piece, group: int, first_chunk: int) -> list[int]:
+Random = tuple[int, int]
+"""What chooses the random bits of a parameter: its position in its optimizer, and the number of its first element."""
+
+Part = tuple[Piece, int, Random | None]
+"""A piece, its group, and what chooses its parameter's random bits. None: it takes none."""
+
+
+def first_element(part: Part) -> int:
+    """The number of the part's first element in the whole parameter, which its random bits depend on, else 0."""
+    piece, _, random = part
+    return 0 if random is None else random[1] + piece.start
+
+
+def geometry_row(part: Part, first_chunk: int) -> list[int]:
     """The columns of `geometry`, in their order."""
+    piece, group, random = part
     address, inner = piece.address, piece.address.levels[2]
     strides = [stride for _, stride in address.levels]
     multiplied = [address.row, *magic_division(address.row), inner[0], *magic_division(inner[0]), *strides]
     channels, phase = address.channels, piece.identity % address.channels
     tap = [channels, *magic_division(channels), phase, address.tap_step, address.tap_first]
-    return [first_chunk, piece.numel, group, *multiplied, *tap]
+    counter = [0 if random is None else random[0], *divmod(first_element(part), 8)]
+    return [first_chunk, piece.numel, group, *multiplied, *tap, *counter]
 
 
-def chunk_tables(parts: Sequence[tuple[Piece, int]], chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    """(chunks [programs], geometry [pieces, GEOMETRY]) of (piece, group) pairs, int32."""
-    counts = np.array([-(-piece.numel // chunk) for piece, _ in parts], dtype=np.int64)
-    rows = [geometry_row(piece, group, first) for (piece, group), first in zip(parts, np.cumsum(counts) - counts)]
+def chunk_tables(parts: Sequence[Part], chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """(chunks [programs], geometry [parts, GEOMETRY]), int32."""
+    counts = np.array([-(-piece.numel // chunk) for piece, *_ in parts], dtype=np.int64)
+    rows = [geometry_row(part, first) for part, first in zip(parts, np.cumsum(counts) - counts)]
     geometry = np.array(rows, dtype=np.int64).reshape(-1, GEOMETRY.value)
     return np.repeat(np.arange(len(parts), dtype=np.int32), counts), geometry.astype(np.uint32).view(np.int32)

@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 
 from gradrep_kernels.ops.dense import alike
+from gradrep_kernels.ops.reference.step_tail import Tail
 from gradrep_kernels.ops.triton import plans, staging
+from gradrep_kernels.ops.triton.addressing import POINTERS
+from gradrep_kernels.ops.triton.rep_grad_norm import CHUNK, write_norm
+from gradrep_kernels.ops.triton.routes import chances
 
 _FACTS, _VERSION, _DEVICE = attrgetter("dtype", "device", "shape"), attrgetter("_version"), attrgetter("device")
+NO_TAIL = Tail.of(None)
+ABSENT = (-1.0,) * len(NO_TAIL)
 _NOTHING = torch.empty(0, device="cpu")  # in the place of a part of a multiplier that is not there: its address is 0
 
 
@@ -50,6 +56,9 @@ class PlannedStep:
         states: Sequence[Sequence[Tensor | None]],
         parts: Sequence[Sequence[Tensor | None]],
         groups: Sequence[int],
+        averages: Sequence[Tensor | None],
+        numbers: Sequence[int],
+        elements: Sequence[Tensor | None],
     ) -> PlannedStep | None:
         """Make the plan, or return None where the kernels cannot take every parameter.
 
@@ -60,17 +69,20 @@ class PlannedStep:
         states = [[p if state is None else state for p, state in zip(params, column)] for column in states]
         have = have_states(params, states, groups, 1 + max(map(abs, groups)))
         structure = (
-            list(map(plans.describe, (*parts, params, params, *states))),
+            list(map(plans.describe, (*parts, averages, params, params, *states))),
             list(groups),
             [2 + len(states) * has for has in have],
+            chances(states, numbers, elements),
         )
         plan = op.plans.plan(structure, params)
         if plan.rest:
             return None
-        where = np.array(list(map(plans.addresses, (params, *states))), dtype=np.int64)
-        return None if plans.overlap(where.T, plan.extents[:, 1:]) else cls(op, plan, have, parts, params, states)
+        where = np.array(list(map(plans.addresses, (averages, params, *states))), dtype=np.int64)
+        if plans.overlap(where.T, np.delete(plan.extents, 1, axis=1)):  # without the gradients
+            return None
+        return cls(op, plan, have, parts, params, states, averages)
 
-    def __init__(self, op, plan, have, parts, params, states):
+    def __init__(self, op, plan, have, parts, params, states, averages):
         self._op, self._plan, self._have_states = op, plan, have
         self._given = parts
         # As the kernels read them: those that are read from a copy are replaced by it at the first step.
@@ -78,11 +90,14 @@ class PlannedStep:
         copied = [parts[which][n] for which, n, _, _ in plan.copied]
         self._copied = [part for part in copied if not part.is_inference()]  # which have no version, and do not change
         self._versions: tuple | None = None
+        self._averages = [_NOTHING if average is None else average for average in averages]
         self._arrays = (params, *states)
+        self._device = params[0].device
         self._first_steps = [False] * len(params)
         # Gradients are expected to be like their parameters at first.
         own = [state for column in states for state, p in zip(column, params) if state is not p]
-        self._own = params + own
+        self._own = params + own + [average for average in averages if average is not None]
+        self._needs_random_bits = any(state.dtype != p.dtype for column in states for state, p in zip(column, params))
         self._facts, self._strides = _facts(params + self._own)
         self._calls: list[plans.Call] = []
         self._checked: tuple | None = None  # hyper-parameters with which the states that are there suffice
@@ -95,23 +110,65 @@ class PlannedStep:
         places: Sequence[int],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        tail: Sequence[float] = (),
+        max_norm: float = 0.0,
+        norm: Tensor | None = None,
     ) -> bool:
         """Take the step. Returns False, with nothing done, where a tensor is not what it was."""
         numbers, places = tuple(map(float, hyper)), tuple(places)
         if not self._suits(grads) or not self._has_the_states_of(numbers, places):
             return False
-        if not {self._arrays[0][0].device}.issuperset(map(_DEVICE, on_device)):
+        if not {self._device}.issuperset(map(_DEVICE, on_device)) or (norm is not None and norm.device != self._device):
             return False
+        known = Tail(tail[0], tail[1] != 0, int(tail[2]), int(tail[3])) if tail else NO_TAIL
+        if places and len(numbers) + 1 in places:
+            known = known._replace(stochastic=True)  # as it may be
+        if self._needs_random_bits and not known.stochastic:
+            return False
+        call = self._call(grads)
+        if call is None:
+            return False
+        table, live = self._completed(call, numbers, on_device, places) if places else (numbers, None)
+        clip = None if norm is None else self._write_norm(call, norm, grad_scale, max_norm)
+        self._op.launch(call, table, grad_scale, found_inf, clip, known, live)
+        return True
+
+    def norm(self, grads: list[Tensor], norm: Tensor) -> bool:
+        """Write √(Σ M ⊙ g²). Returns False, with nothing done, where a tensor is not what it was."""
+        call = self._call(grads) if norm.device == self._device and self._suits(grads) else None
+        if call is not None:
+            self._write_norm(call, norm)
+        return call is not None
+
+    def _call(self, grads: list[Tensor]) -> plans.Call | None:
+        """The tables of a step with these gradients. None where tensors share memory."""
         if self._plan.copied:
             self._renew_copies()
-        where = [list(map(Tensor.data_ptr, column)) for column in (*self._parts, grads, *self._arrays)]
+        where = [list(map(Tensor.data_ptr, column)) for column in (*self._parts, self._averages, grads, *self._arrays)]
         parts = self._given[0] + self._given[1] if self._plan.capturing() else ()
         call = self._op.plans.call(self._calls, self._plan, (where, self._first_steps), parts, None)
-        if call.pointers is None:
-            return False
-        table = self._op.completed(call, numbers, on_device, places) if places else numbers
-        self._op.launch(call, table, grad_scale, found_inf)
-        return True
+        return None if call.pointers is None else call
+
+    def _write_norm(
+        self, call: plans.Call, norm: Tensor, grad_scale: Tensor | None = None, max_norm: float | None = None
+    ) -> Tensor | None:
+        """Write the norm. Returns the factor that clips by it."""
+        width = POINTERS.value + len(self._arrays)
+        return write_norm(
+            self._op.plans, self._plan.rechunked(CHUNK.value), call.pointers, width, norm, grad_scale, max_norm
+        )
+
+    def _completed(
+        self, call: plans.Call, numbers: tuple[float, ...], on_device: list[Tensor], places: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The hyper-parameters on the device, and the tail if some of it lies there: -1 stands for its other numbers.
+
+        So the count of steps, which the host may have, is no reason for a new table.
+        """
+        end = len(numbers)
+        has_tail = max(places) >= end
+        made = self._op.completed(call, numbers + ABSENT if has_tail else numbers, on_device, places)
+        return made[:end].view(-1, len(self._op.rule.hyper)), made[end:] if has_tail else None
 
     def _suits(self, grads: list[Tensor]) -> bool:
         """Whether gradients, parameters and states have the types, dtypes, devices, shapes and strides they had."""
@@ -133,7 +190,7 @@ class PlannedStep:
         table = self._op.table(numbers)
         needed = self._op.rule.keeps_state(table)
         if places:
-            table.view(-1)[list(places)] = 1
+            table.view(-1)[[n for n in places if n < len(numbers)]] = 1
             needed = [a or b for a, b in zip(needed, self._op.rule.keeps_state(table))]
         if len(needed) < len(self._have_states) or any(
             need and not has for need, has in zip(needed, self._have_states)

@@ -5,9 +5,10 @@ One launch serves all tensors of a call that share device and dtype.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,28 +16,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gradrep_kernels.ops.dense import alike
 from gradrep_kernels.ops.triton import launching, staging
 from gradrep_kernels.ops.triton.addressing import (
     ALIGNED,
     FIRST_STEP,
     HAS_IDENTITY,
     HAS_SCALE,
+    Part,
     Piece,
+    Random,
     Sizes,
-    address,
     chunk_tables,
-    contiguous_strides,
-    pieces,
+    first_element,
 )
-
-COMPUTE = {
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-}
-"""Dtypes that the kernels store -> the dtype that they compute in, as the reference does."""
+from gradrep_kernels.ops.triton.routes import COMPUTE, Entry, Route, addresses, describe, route
 
 TRITON_DTYPE = {
     torch.float32: tl.float32,
@@ -49,86 +42,20 @@ BLOCK = {torch.float32: 1024, torch.float64: 512, torch.bfloat16: 1024, torch.fl
 """Elements that one program of the step works on: one (float32: two) 128-bit accesses per tensor and thread."""
 
 
-def options(dtype: torch.dtype, lanes: int = 64 if torch.version.hip else 32) -> dict[str, Any]:
-    """Compile options of the kernels over parameters. `lanes` is the size of a warp."""
+@functools.cache
+def options(
+    dtype: torch.dtype, lanes: int = 64 if torch.version.hip else 32, AVERAGED: bool = False, NARROW: int = 0
+) -> dict[str, Any]:
+    """Compile options of the kernels over parameters, for a variant of the step. `lanes` is the size of a warp."""
     # With 128 threads on AMD the step of float32 would need 66 registers of 64.
     threads = 256 if dtype == torch.float64 or (dtype == torch.float32 and lanes == 64) else 128
+    if NARROW:  # with two counters of random bits in a thread it would need 66 registers, 74 on AMD
+        threads = max(threads, BLOCK[dtype] * (COMPUTE[dtype] if AVERAGED else dtype).itemsize // 16)
     # A product and a sum contracted to one FMA would differ from the reference in the last bit of 18 % of the elements.
     return {"num_warps": threads // lanes, "enable_fp_fusion": False}
 
 
 # ---- from shapes to launches
-
-Described = tuple[torch.dtype, int, Sizes, Sizes] | torch.layout | None
-"""dtype, device number, shape, strides of a tensor; its layout if it is not strided."""
-
-Entry = tuple[tuple[Described, ...], Described, Described, int]
-"""One parameter: its tensors that must be alike (gradient first), scale, identity, group."""
-
-
-def describe(tensors: Sequence[Tensor | None]) -> list[Described]:
-    """The facts that a plan depends on. A tensor's id is none of them, since `param.data` is a new object each time."""
-    try:
-        return [None if t is None else (t.dtype, t.get_device(), t.shape, t.stride()) for t in tensors]
-    except RuntimeError:  # a sparse tensor has no strides
-        return [t.layout if t is not None and t.layout != torch.strided else describe([t])[0] for t in tensors]
-
-
-def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Where the tensors begin in memory, 0 for one that is None or sparse."""
-    try:
-        return [0 if t is None else t.data_ptr() for t in tensors]
-    except RuntimeError:  # a sparse tensor has no address
-        return [0 if t is None or t.layout != torch.strided else t.data_ptr() for t in tensors]
-
-
-class Route(NamedTuple):
-    """The pieces of a parameter, and the shapes of the copies of scale and identity that the kernel needs."""
-
-    pieces: list[Piece]
-    scale_copy: Sizes | None = None
-    identity_copy: Sizes | None = None
-
-
-def route(entry: Entry) -> Route | None:
-    """How the kernels take a parameter.
-
-    None if the reference must take it: its tensors have gaps or overlaps, are not alike, or have other dtypes.
-    """
-    tensors, scale, identity, group = entry
-    if group < 0 or not all(isinstance(one, tuple) for one in tensors):
-        return None
-    dtype, device, shape, strides = tensors[0]
-    if dtype not in COMPUTE or (device < 0) != launching.INTERPRETED:  # -1 is the CPU
-        return None
-    for other in tensors[1:]:
-        if other[:3] != tensors[0][:3] or not alike(shape, strides, other[3]):
-            return None
-    if 0 in shape:
-        return Route([])
-    if scale is None:
-        plain = address(shape, strides, None, None)
-        return plain and Route(list(pieces(plain)))
-    for part in (scale, identity):
-        if part is not None and not (isinstance(part, tuple) and part[1] == device and not part[0].is_complex):
-            return None
-    identity_shape = None if identity is None else tuple(identity[2])
-    identity_copy = identity_shape if identity and (identity[0] != COMPUTE[dtype] or identity[3] != (1,)) else None
-    missing = len(shape) - len(scale[2])
-    if missing < 0:
-        return None
-    same = (1,) * missing + tuple(scale[2])
-    # The scale as it is, or a contiguous copy in the right dtype, or a copy with the whole kernel: [O, 1, kh, 1] has
-    # too many levels otherwise.
-    readings = [(copy, (copy, contiguous_strides(copy))) for copy in (same, same[:2] + tuple(shape[2:]))]
-    if scale[0] == COMPUTE[dtype]:
-        readings.insert(0, (None, scale[2:]))
-    for copy, reading in readings:
-        where = address(shape, strides, reading, identity_shape)
-        parts = [] if where is None else list(pieces(where))
-        if where and all(sum((size - 1) * stride for size, stride in part.address.levels) < 2**31 for part in parts):
-            return Route(parts, copy, identity_copy)
-    return None
 
 
 @dataclass(frozen=True)
@@ -136,16 +63,33 @@ class Batch:
     """The tables of one launch.
 
     Args:
-        entries: the parameter of each piece  # [pieces]
-        offsets: bytes from the start of scale, identity and tensors  # [pieces, 3]
+        parts:    what the tables are made from
+        averaged: whether some parameter has an average
+        narrow:   bit n: state n is bfloat16, and may be rounded by random bits
+        octets:   whether the numbers of its elements, for random bits, begin at a multiple of 8  # [pieces]
+        entries:  the parameter of each piece  # [pieces]
+        offsets:  bytes from the start of scale, identity, average and tensors  # [pieces, 3 + tensors]
     """
 
     device: torch.device
     dtype: torch.dtype
     chunks: Tensor
     geometry: Tensor
+    parts: list[Part]
+    averaged: bool
+    narrow: int
+    octets: np.ndarray
     entries: np.ndarray
     offsets: np.ndarray
+
+    def rechunked(self, chunk: int) -> Batch:
+        """The same for programs that each work on `chunk` elements."""
+        return replace(self, **_tables(self.parts, chunk, self.device))
+
+
+def _tables(parts: list[Part], chunk: int, device: torch.device) -> dict[str, Tensor]:
+    made = map(torch.from_numpy, chunk_tables(parts, chunk))
+    return dict(zip(("chunks", "geometry"), (staging.upload(table, device, wait=True) for table in made)))
 
 
 @dataclass(frozen=True)
@@ -156,8 +100,9 @@ class Plan:
         routes:  entry -> how the kernels take it
         rest:    entries that the reference takes
         batches: one per launch
-        extents: bytes that a call reads or writes  # [entries, tensors]
+        extents: bytes that a call reads or writes  # [entries, 1 + tensors], the average first
         copied:  (0 for scale or 1 for identity, entry, shape, dtype) of each part that is read from a copy
+        others:  the batches for chunks of another size
     """
 
     routes: dict[int, Route]
@@ -165,12 +110,24 @@ class Plan:
     batches: list[Batch]
     extents: np.ndarray
     copied: list[tuple[int, int, Sizes, torch.dtype]]
+    others: dict[int, list[Batch]] = field(default_factory=dict)
 
     def capturing(self) -> bool:
         return any(staging.capturing(batch.device) for batch in self.batches)
 
     def streams(self) -> list[int]:
         return [staging.stream(batch.device) for batch in self.batches]
+
+    def rechunked(self, chunk: int) -> list[Batch]:
+        """The batches for programs that each work on `chunk` elements, made once. A CUDA graph has its own."""
+        if chunk in self.others:
+            return self.others[chunk]
+        made = [batch.rechunked(chunk) for batch in self.batches]
+        if self.capturing():
+            staging.keep(made)
+        else:
+            self.others[chunk] = made
+        return made
 
 
 # ---- from tensors to pointers
@@ -243,25 +200,29 @@ class Plans:
         tensors: Sequence[Sequence[Tensor]],
         scales: Sequence[Tensor | None],
         identities: Sequence[Tensor | None],
-        groups: Sequence[int],
-        used: Sequence[int],
-        first_steps: Sequence[bool],
+        averages: Sequence[Tensor | None] | None = None,
+        groups: Sequence[int] | None = None,
+        used: Sequence[int] = (1,),
+        random: Sequence[Random | None] | None = None,
+        first_steps: Sequence[bool] | None = None,
     ) -> Call:
         """All that a call needs on the device. Tables of an earlier call of the same tensors are used again.
 
         `tensors` are lists with one entry per parameter, gradients first. In this order their addresses stand in a row
         of the pointers. Of a parameter in group n the first used[n] of them are used, and must be alike.
         """
-        columns = (scales, identities, *tensors)
-        structure = (list(map(describe, columns)), list(groups), list(used))
+        count = len(tensors[0])
+        columns = (scales, identities, averages or [None] * count, *tensors)
+        groups, random = list(groups or [0] * count), list(random or [None] * count)
+        structure = (list(map(describe, columns)), groups, list(used), random)
         where = list(map(addresses, columns))
-        key = (len(groups), *(column[0] for column in where[3:]))  # without the gradients, which move most often
+        key = (count, *(column[0] for column in where[4:]))  # without the gradients, which move most often
         calls = self.calls.get(key, [])
         plan = next((call.plan for call in calls if call.structure == structure), None)
         plan = plan or self.plan(structure, tensors[0])
         for which, n, shape, dtype in plan.copied:
             where[which][n] = readable_copy(columns[which][n], shape, dtype).data_ptr()
-        call = self.call(calls, plan, (where, list(first_steps)), (*scales, *identities), structure)
+        call = self.call(calls, plan, (where, list(first_steps or [False] * count)), (*scales, *identities), structure)
         if calls and key not in self.calls:
             staging.remember(self.calls, key, calls)
         return call
@@ -271,8 +232,8 @@ class Plans:
     ) -> Call:
         """The call of `plan` on tensors at given addresses: one of `calls`, or a new one, which is put at their head.
 
-        `state` has the addresses (scales, identities, then the tensors) and the list of first steps. `parts` are the
-        tensors that a CUDA graph must keep alive.
+        `state` has the addresses (scales, identities, averages, then the tensors) and the list of first steps. `parts`
+        are the tensors that a CUDA graph must keep alive.
         """
         streams, in_capture = plan.streams(), plan.capturing()
         # A graph of an op that writes may read tables that any stream uploaded for an earlier step: the user who
@@ -302,22 +263,24 @@ class Plans:
         return call
 
     def plan(self, structure: tuple, grads: Sequence[Tensor]) -> Plan:
-        """The plan of a call: `structure` is what `describe` tells of its columns, the groups, and `prepare`'s used."""
-        (scales, identities, *tensors), groups, used = structure
+        """The plan of a call. `structure` is what `describe` tells of its columns, then groups, used and random."""
+        (scales, identities, averages, *tensors), groups, used, random = structure
         entries = tuple(
-            (same[: used[group]], *rest, group) for same, *rest, group in zip(zip(*tensors), scales, identities, groups)
+            Entry(same[: used[group]], *parts, group, average, chance)
+            for same, *parts, group, average, chance in zip(zip(*tensors), scales, identities, groups, averages, random)
         )
         if entries in self.plans:
             return self.plans[entries]
         routes = {n: way for n, entry in enumerate(entries) if (way := route(entry)) is not None}
-        parts: dict[tuple[torch.device, torch.dtype], list[tuple[int, Piece]]] = {}
+        numbered: dict[tuple[torch.device, torch.dtype, int], list[tuple[int, Piece]]] = {}
         for n, way in routes.items():
             for piece in way.pieces:
-                parts.setdefault((grads[n].device, grads[n].dtype), []).append((n, piece))
-        batches = [self._batch(device, dtype, numbered, groups) for (device, dtype), numbered in parts.items()]
-        extents = np.zeros((len(entries), len(tensors)), dtype=np.int64)
+                numbered.setdefault((grads[n].device, grads[n].dtype, entries[n].narrow), []).append((n, piece))
+        batches = [self._batch(kind, pieces, entries, len(tensors)) for kind, pieces in numbered.items()]
+        extents = np.zeros((len(entries), 1 + len(tensors)), dtype=np.int64)
         for n in routes:
-            extents[n, : used[groups[n]]] = grads[n].numel() * grads[n].itemsize
+            sizes = entries[n].itemsizes
+            extents[n, : len(sizes)] = grads[n].numel() * np.array(sizes)
         copied = [
             (which, n, shape, COMPUTE[grads[n].dtype])
             for n, way in routes.items()
@@ -330,15 +293,25 @@ class Plans:
         return plan
 
     def _batch(
-        self, device: torch.device, dtype: torch.dtype, numbered: list[tuple[int, Piece]], groups: list[int]
+        self,
+        kind: tuple[torch.device, torch.dtype, int],
+        numbered: list[tuple[int, Piece]],
+        entries: Sequence[Entry],
+        tensors: int,
     ) -> Batch:
         """`numbered` are pieces with the numbers of their entries."""
-        made = map(torch.from_numpy, chunk_tables([(piece, groups[n]) for n, piece in numbered], self.chunk[dtype]))
-        chunks, geometry = (staging.upload(table, device, wait=True) for table in made)
-        entries = np.array([n for n, _ in numbered])
-        offsets = np.array([(piece.scale, piece.identity, piece.start) for _, piece in numbered])
-        itemsizes = (COMPUTE[dtype].itemsize, COMPUTE[dtype].itemsize, dtype.itemsize)
-        return Batch(device, dtype, chunks, geometry, entries, offsets * itemsizes)
+        device, dtype, narrow = kind
+        parts = [(piece, entries[n].group, entries[n].random) for n, piece in numbered]
+        offsets = np.zeros((len(parts), 3 + tensors), dtype=np.int64)
+        for row, (n, piece) in zip(offsets, numbered):
+            sizes = entries[n].itemsizes
+            row[:2] = piece.scale * COMPUTE[dtype].itemsize, piece.identity * COMPUTE[dtype].itemsize
+            row[2 : 2 + len(sizes)] = piece.start * np.array(sizes)
+        octets = np.array([first_element(part) % 8 == 0 for part in parts])
+        which = np.array([n for n, _ in numbered])
+        averaged = any(entries[n].average is not None for n in which)
+        tables = _tables(parts, self.chunk[dtype], device)
+        return Batch(device, dtype, *tables.values(), parts, averaged, narrow, octets, which, offsets)
 
     def _pointers(self, plan: Plan, where: np.ndarray, first_steps: np.ndarray) -> list[Tensor] | None:
         """The tables of pointers. `where` are the addresses  # [columns, entries]"""
@@ -349,15 +322,16 @@ class Plans:
             table = where[:, batch.entries].T
             has_scale = table[:, 0] != 0
             has_identity = has_scale & (table[:, 1] != 0)  # the reference reads no identity without a scale either
-            table = table + batch.offsets[:, [0, 1] + [2] * (len(where) - 2)]
-            flags = ALIGNED.value * (table[:, 2:] % 16 == 0).all(axis=1)
+            table = table + batch.offsets
+            flags = ALIGNED.value * ((table[:, 2:] % 16 == 0).all(axis=1) & batch.octets)
             flags += HAS_SCALE.value * has_scale + HAS_IDENTITY.value * has_identity
             flags += FIRST_STEP.value * first_steps[batch.entries]
             made.append(staging.upload(torch.from_numpy(np.concatenate((flags[:, None], table), axis=1)), batch.device))
         return made
 
-    def launch(self, batch: Batch, kernel: Any, *arguments: Any) -> None:
+    def launch(self, batch: Batch, kernel: Any, *arguments: Any, **variant: Any) -> None:
+        """Launch a kernel over the batch. `variant` are the constants by which variants of it differ."""
         launching.launch(
             self.op, batch.device, batch.dtype, kernel, len(batch.chunks), batch.chunks, batch.geometry, *arguments,
-            DTYPE=TRITON_DTYPE[batch.dtype], BLOCK=BLOCK[batch.dtype], **options(batch.dtype),
+            DTYPE=TRITON_DTYPE[batch.dtype], BLOCK=BLOCK[batch.dtype], **variant, **options(batch.dtype, **variant),
         )  # fmt: skip

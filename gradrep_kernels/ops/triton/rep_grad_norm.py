@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton import plans
+from gradrep_kernels.ops.triton import launching, plans, staging
 from gradrep_kernels.ops.triton.addressing import (  # by name: the key of Triton's cache holds no attributes of modules
     ALIGNED,
     FLAGS,
@@ -21,8 +21,10 @@ from gradrep_kernels.ops.triton.addressing import (  # by name: the key of Trito
     own_chunk,
     unaligned,
 )
+from gradrep_kernels.ops.triton.step_tail import from_bits, to_bits
 
 CHUNK = tl.constexpr(4096)
+SUMS = 4096  # partial sums that the finishing kernel adds at a time
 
 memory = plans.Plans("rep_grad_norm", dict.fromkeys(plans.COMPUTE, CHUNK.value), writes=False)
 
@@ -37,13 +39,14 @@ def _squares(place, inside, grad, row_of_piece, COMPUTE: tl.constexpr):
 def rep_grad_norm_kernel(
     chunks,  # [programs] int32
     geometry,  # [pieces, GEOMETRY] int32
-    pointers,  # [pieces, POINTERS] int64
+    pointers,  # [pieces, WIDTH] int64
     partial,  # [programs] in the dtype that is computed in: the sum of each chunk
+    WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = partial.dtype.element_ty
-    piece, pointers, start, numel = own_chunk(chunks, geometry, pointers, POINTERS, CHUNK)
+    piece, pointers, start, numel = own_chunk(chunks, geometry, pointers, WIDTH, CHUNK)
     grad = tl.load(pointers + GRAD)  # an integer: see `aligned`
     row_of_piece = multiplier_row(piece, pointers, COMPUTE)
     if (start + CHUNK <= numel) & ((tl.load(pointers + FLAGS) & ALIGNED) != 0):
@@ -64,6 +67,75 @@ def rep_grad_norm_kernel(
         tl.store(partial + tl.program_id(0), tl.sum(rest, axis=0))
 
 
+@triton.jit(
+    do_not_specialize_on_alignment=["partial", "grad_scale", "norm", "factor"], do_not_specialize=["count", "most"]
+)
+def finish_kernel(
+    partial,  # [count]
+    count,
+    grad_scale,  # [1], or None
+    norm,  # [1]: √Σ / grad_scale
+    factor,  # [1] in the same dtype: min(1, most / (norm + 1e-6)), or None
+    most: tl.int64,  # the bits of a float64
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, count, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        total += tl.load(partial + place, mask=place < count, other=0.0).to(tl.float64)
+    root = tl.sqrt(tl.sum(total, axis=0))
+    if grad_scale is not None:
+        root = root / tl.load(grad_scale).to(tl.float64)
+    dtype: tl.constexpr = norm.dtype.element_ty
+    root = root.to(dtype)
+    tl.store(norm, root)
+    if factor is not None:
+        below = root + tl.full((), 1e-6, tl.float64).to(dtype)
+        most = from_bits(most, tl.float64).to(dtype)
+        if dtype == tl.float32:
+            by = tl.div_rn(most, below)
+        else:
+            by = most / below
+        tl.store(factor, tl.where(by > 1, 1.0, by))  # NaN stays, as in torch.clamp
+
+
+def write_norm(
+    of: plans.Plans,
+    batches: list[plans.Batch],
+    pointers: list[Tensor],
+    width: int,
+    norm: Tensor,
+    grad_scale: Tensor | None = None,
+    max_norm: float | None = None,
+    rest: Tensor | None = None,
+) -> Tensor | None:
+    """Write √(Σ M ⊙ g²) / grad_scale to `norm`, in a launch for each batch and one more.
+
+    Args:
+        of:       whose batches they are, for chunks of CHUNK elements
+        pointers: the tables of pointers, `width` columns wide
+        rest:     the norm of what no batch has
+
+    Returns min(1, max_norm / (norm + 1e-6)) in the dtype of `norm`, where a max_norm is given.
+    """
+    sums = []
+    for batch, table in zip(batches, pointers):
+        partial = staging.scratch((len(batch.chunks),), plans.COMPUTE[batch.dtype], batch.device)
+        of.launch(batch, rep_grad_norm_kernel, table, partial, width)
+        sums.append(partial)
+    if rest is not None:
+        sums.append(rest.double().square().reshape(1))
+    if len(sums) != 1:
+        sums = [torch.cat([norm.new_zeros(1), *(partial.to(norm.device) for partial in sums)])]
+    factor = None if max_norm is None else staging.scratch((), norm.dtype, norm.device)
+    scale = None if grad_scale is None else grad_scale.to(norm.device)
+    launching.launch(
+        of.op, norm.device, norm.dtype, finish_kernel, 1, sums[0], len(sums[0]), scale, norm, factor,
+        0 if max_norm is None else to_bits(max_norm, torch.float64), BLOCK=SUMS, num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip
+    return factor
+
+
 @torch.no_grad()
 def rep_grad_norm(grads: list[Tensor], scales: list[Tensor | None], identities: list[Tensor | None]) -> Tensor:
     """As `reference.rep_grad_norm`, with sums in another order.
@@ -75,14 +147,11 @@ def rep_grad_norm(grads: list[Tensor], scales: list[Tensor | None], identities: 
     """
     if not grads:
         return reference.rep_grad_norm(grads, scales, identities)
-    call = memory.prepare((grads,), scales, identities, [0] * len(grads), [1], [False] * len(grads))
-    total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
+    call = memory.prepare((grads,), scales, identities)
+    rest = None
     if call.plan.rest:
-        norm = reference.rep_grad_norm(*([column[n] for n in call.plan.rest] for column in (grads, scales, identities)))
-        total = norm.to(total.device).double().square()
-    for batch, pointers in zip(call.plan.batches, call.pointers):
-        partial = torch.empty(len(batch.chunks), dtype=plans.COMPUTE[batch.dtype], device=batch.device)
-        memory.launch(batch, rep_grad_norm_kernel, pointers, partial)
-        total = total + partial.sum(dtype=torch.float64).to(total.device)
+        rest = reference.rep_grad_norm(*([column[n] for n in call.plan.rest] for column in (grads, scales, identities)))
     double = any(g.dtype in (torch.float64, torch.complex128) for g in grads)
-    return total.sqrt().to(torch.float64 if double else torch.float32)
+    norm = staging.scratch((), torch.float64 if double else torch.float32, grads[0].device)
+    write_norm(memory, call.plan.batches, call.pointers, POINTERS.value, norm, rest=rest)
+    return norm

@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton.addressing import multiplier, switched
-from gradrep_kernels.ops.triton.step_frame import ARGUMENTS, step_frame
+from gradrep_kernels.ops.triton.step_frame import NUMBERS, TENSORS, step_frame
 from gradrep_kernels.ops.triton.step_op import StepOp
 
 STATES = tl.constexpr(1)  # the momentum buffer
@@ -17,38 +16,33 @@ COLUMNS = tl.constexpr(8)  # of the table of hyper-parameters: see `pack`
 
 
 @triton.jit
-def _update(place, inside, param, grad, states, first, row_of_piece, hyper, grad_scale):
-    """One block. Every product and sum is in the order of the reference, and rounded on its own."""
-    buffer = states[0]
+def _row(hyper):
     lr, momentum, undamped, weight_decay = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2), tl.load(hyper + 3)
     has_momentum, has_decay = tl.load(hyper + 4).to(tl.int32), tl.load(hyper + 5) != 0
     nesterov, maximize = tl.load(hyper + 6) != 0, tl.load(hyper + 7) != 0
-    dtype: tl.constexpr = lr.dtype
-    g = tl.load(grad + place, mask=inside).to(dtype)
-    if grad_scale is not None:  # before the other loads: 48 registers, not 64
-        if dtype == tl.float32:
-            g = tl.div_rn(g, tl.load(grad_scale))
-        else:
-            g = g / tl.load(grad_scale)
-        tl.store(grad + place, g, mask=inside)
-    w = tl.load(param + place, mask=inside).to(dtype)
-    v = tl.load(buffer + place, mask=switched(inside, has_momentum), other=0.0).to(dtype)
-    g = g * tl.where(maximize, -1.0, 1.0).to(dtype)  # unary minus is 0 - g up to Triton 3.6: the sign of zero is lost
-    g = g * multiplier(place, inside, row_of_piece)
+    return has_momentum, (lr, momentum, undamped, weight_decay, has_momentum, has_decay, nesterov, maximize)
+
+
+@triton.jit
+def _update(w, g, m, states, first, numbers):
+    lr, momentum, undamped, weight_decay, has_momentum, has_decay, nesterov, maximize = numbers
+    g = g * tl.where(maximize, -1.0, 1.0).to(g.dtype)  # unary minus is 0 - g up to Triton 3.6: the sign of zero is lost
+    g = g * m
     g = tl.where(has_decay, g + w * weight_decay, g)
-    v = tl.where(first, g, v * momentum + g * undamped)
-    tl.store(buffer + place, v, mask=switched(inside, has_momentum))
+    v = tl.where(first, g, states[0] * momentum + g * undamped)
     d = tl.where(has_momentum != 0, tl.where(nesterov, g + v * momentum, v), g)
-    tl.store(param + place, w - d * lr, mask=inside)
+    return w - d * lr, (v,)
 
 
-@triton.jit(do_not_specialize_on_alignment=ARGUMENTS)
+@triton.jit(do_not_specialize_on_alignment=TENSORS, do_not_specialize=NUMBERS)
 def rep_sgd_step_kernel(
-    chunks, geometry, pointers, hyper, grad_scale, found_inf, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
+    chunks, geometry, pointers, hyper, grad_scale, found_inf, clip, tail,
+    weight: tl.int64, seed: tl.int64, step: tl.int64,
+    AVERAGED: tl.constexpr, NARROW: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     step_frame(
-        chunks, geometry, pointers, hyper, grad_scale, found_inf,
-        _update, COLUMNS, STATES, DTYPE, BLOCK,
+        chunks, geometry, pointers, hyper, grad_scale, found_inf, clip, tail, weight, seed, step,
+        _update, _row, COLUMNS, STATES, AVERAGED, NARROW, DTYPE, BLOCK,
     )  # fmt: skip
 
 

@@ -80,6 +80,11 @@ class PinnedRoom:
 room = PinnedRoom()
 
 
+def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that one launch writes for the next."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 def upload(table: Tensor, device: torch.device, wait: bool = False) -> Tensor:
     """Copy `table` to the device, in stream order.
 

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradrep_kernels.ops.triton import plans, staging
-from gradrep_kernels.ops.triton.planned_step import PlannedStep, have_states
+from gradrep_kernels.ops.reference.step_tail import Tail, one_each
+from gradrep_kernels.ops.triton import launching, plans, staging
+from gradrep_kernels.ops.triton.planned_step import NO_TAIL, PlannedStep, have_states
+from gradrep_kernels.ops.triton.routes import chances
+from gradrep_kernels.ops.triton.step_tail import tail_kernel, to_bits
 
 
 class StepOp:
@@ -21,19 +24,19 @@ class StepOp:
     It takes the reference's arguments (see `schema.StepRule`) and gives the same results: the bits of float32 and
     float64.
 
-    hyper, grad_scale and found_inf may live on the device. The host then waits for nothing, and a CUDA graph reads
-    their values at a replay. The host cannot see then which states are used, so all must be like their parameter (or be
-    the parameter itself).
+    hyper, grad_scale, found_inf, clip and tail may live on the device. The host then waits for nothing, and a CUDA
+    graph reads their values at a replay. The host cannot see then which states are used, so all must be like their
+    parameter (or be the parameter itself).
 
     Parameters that the kernels do not take (strides that differ, gaps, complex, mixed dtypes) go to the reference. So
     does the whole call where its tensors overlap each other. Version counters are the caller's to move, as with the C++
     kernels: the optimizer does it once, in 6 µs for 124 tensors.
 
-    `plan`, `plan_step` and `plan_free` are the ops of its plan (see `schema.plan_ops`).
+    `plan`, `plan_step`, `plan_norm` and `plan_free` are the ops of its plan (see `schema.plan_ops`).
 
     Args:
         reference: the op in plain torch, declared by `schema.op`
-        kernel:    a @triton.jit function that takes step_frame.ARGUMENTS, DTYPE and BLOCK
+        kernel:    a @triton.jit function that takes step_frame.TENSORS and NUMBERS, AVERAGED, NARROW, DTYPE and BLOCK
         pack:      (hyper, dtype) -> the kernel's table of hyper-parameters, one row per group, in that dtype
     """
 
@@ -49,22 +52,28 @@ class StepOp:
     @torch.no_grad()
     def __call__(self, *arguments: Any, **named: Any) -> None:
         dealt = self.rule.dealt(arguments, named)
-        columns, hyper, grad_scale, found_inf, *tail = dealt
-        if any(argument is not None for argument in tail):
-            self.reference(*columns, hyper, grad_scale, found_inf, *tail)
-            return
+        columns, hyper, grad_scale, found_inf, clip, *more, tail = dealt
         params, grads, states, (scales, identities), first_steps, groups = self.rule.taken_apart(columns)
         if not params:
             return
         on_host = hyper.device.type == "cpu"
         used = self.rule.keeps_state(hyper) if on_host else have_states(params, states, groups, len(hyper))
         alike = [2 + len(states) * keeps for keeps in used]
-        call = self.plans.prepare((grads, params, *states), scales, identities, groups, alike, first_steps)
+        more = one_each(len(params), *more)
+        averages, numbers, elements = more
+        live = None if tail is None or tail.is_cpu else tail
+        known = Tail.of(tail) if live is None else NO_TAIL._replace(stochastic=True)  # as it may be
+        random = chances(states, numbers, elements) if known.stochastic else None
+        call = self.plans.prepare(
+            (grads, params, *states), scales, identities, averages, groups, alike, random, first_steps
+        )
         rest = range(len(params)) if call.pointers is None else call.plan.rest
         if rest:
-            self.reference(*([column[n] for n in rest] for column in columns), hyper, grad_scale, found_inf)
+            of_rest, more_of_rest = ([[column[n] for n in rest] for column in given] for given in (columns, more))
+            self.reference(*of_rest, hyper, grad_scale, found_inf, clip, *more_of_rest, tail)
         if call.pointers is not None:
-            self.launch(call, tuple(hyper.flatten().tolist()) if on_host else hyper, grad_scale, found_inf)
+            table = tuple(hyper.flatten().tolist()) if on_host else hyper
+            self.launch(call, table, grad_scale, found_inf, clip, known, live)
 
     def plan(
         self,
@@ -79,9 +88,8 @@ class StepOp:
         `columns` are the states (None where a group has none), scales, identities and groups.
         """
         *states, scales, identities, groups = columns
-        if any(argument is not None for argument in (averages, numbers, elements)):
-            return 0
-        made = PlannedStep.of(self, params, states, (scales, identities), groups)
+        more = one_each(len(params), averages, numbers, elements)
+        made = PlannedStep.of(self, params, states, (scales, identities), groups, *more)
         if made is None:
             return 0
         number = next(self._handles)
@@ -92,7 +100,7 @@ class StepOp:
         return self.planned[plan].take(*arguments)
 
     def plan_norm(self, plan: int, grads: list[Tensor], norm: Tensor) -> bool:
-        return False
+        return self.planned[plan].norm(grads, norm)
 
     def plan_free(self, param: Tensor, plan: int) -> None:
         del self.planned[plan]
@@ -101,10 +109,17 @@ class StepOp:
         self,
         call: plans.Call,
         hyper: Tensor | tuple[float, ...],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        clip: Tensor | None = None,
+        tail: Tail = NO_TAIL,
+        live: Tensor | None = None,
     ) -> None:
-        """Launch the kernel for each batch. `hyper` is the reference's table: its numbers, or on a device itself."""
+        """Launch the kernel for each batch.
+
+        `hyper` is the reference's table: its numbers, or on a device itself. `live` is the tail on a device, where -1
+        stands for a number that `tail` has. `tail.stochastic` says whether random bits may be asked for.
+        """
         for batch, pointers in zip(call.plan.batches, call.pointers):
             dtype = plans.COMPUTE[batch.dtype]
             if isinstance(hyper, Tensor):
@@ -120,7 +135,23 @@ class StepOp:
                 table,
                 None if grad_scale is None else grad_scale.to(device=batch.device, dtype=dtype),
                 None if found_inf is None else _flag(found_inf).to(batch.device),
+                None if clip is None else clip.to(device=batch.device, dtype=dtype),
+                None if live is None else self._converted(live, batch, dtype),
+                to_bits(1 - tail.ema_decay, dtype) if batch.averaged else 0,
+                tail.seed,
+                tail.step,
+                AVERAGED=batch.averaged,
+                NARROW=batch.narrow if tail.stochastic else 0,
             )
+
+    def _converted(self, tail: Tensor, batch: plans.Batch, dtype: torch.dtype) -> Tensor:
+        """The tail on the device as the kernel takes it, in one launch."""
+        made = staging.scratch((len(tail),), torch.int64, batch.device)
+        launching.launch(
+            self.plans.op, batch.device, batch.dtype, tail_kernel, 1, tail.to(batch.device), made,
+            compute=plans.TRITON_DTYPE[dtype], enable_fp_fusion=False,
+        )  # fmt: skip
+        return made
 
     def table(self, numbers: Sequence[float]) -> Tensor:
         """The table of hyper-parameters that has these numbers  # [G, H] float64, on the CPU"""
@@ -130,19 +161,22 @@ class StepOp:
     def completed(
         self, call: plans.Call, numbers: tuple[float, ...], on_device: list[Tensor], places: tuple[int, ...]
     ) -> Tensor:
-        """The table of hyper-parameters of which some lie on the device, at `places`: there, without waiting for it.
+        """A list of numbers of which some lie on the device, at `places`: there, without waiting for it  # float64
 
         It takes three launches, however many there are.
         """
 
         def make() -> list[Tensor]:
-            given, which = self.table(numbers).flatten(), torch.full((len(numbers),), -1, device="cpu")
+            given, which = (
+                torch.tensor(numbers, dtype=torch.float64, device="cpu"),
+                torch.full((len(numbers),), -1, device="cpu"),
+            )
             which[list(places)] = torch.arange(len(places), device="cpu")
             return [given, which >= 0, which.clamp(min=0)]
 
         given, there, which = self._uploaded(call, on_device[0].device, torch.float64, (numbers, places), make)
         found = torch.cat(list(map(methodcaller("reshape", 1), on_device)))
-        return torch.where(there, found[which], given).view(-1, len(self.rule.hyper))
+        return torch.where(there, found[which], given)
 
     def _uploaded(
         self,
