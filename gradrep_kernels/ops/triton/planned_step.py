@@ -113,6 +113,7 @@ class PlannedStep:
         tail: Sequence[float] = (),
         max_norm: float = 0.0,
         norm: Tensor | None = None,
+        clip: Tensor | None = None,
     ) -> bool:
         """Take the step. Returns False, with nothing done, where a tensor is not what it was."""
         numbers, places = tuple(map(float, hyper)), tuple(places)
@@ -129,7 +130,8 @@ class PlannedStep:
         if call is None:
             return False
         table, live = self._completed(call, numbers, on_device, places) if places else (numbers, None)
-        clip = None if norm is None else self._write_norm(call, norm, grad_scale, max_norm)
+        if norm is not None:
+            clip = self._write_norm(call, norm, grad_scale, max_norm)
         self._op.launch(call, table, grad_scale, found_inf, clip, known, live)
         return True
 
