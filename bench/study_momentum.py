@@ -1,6 +1,6 @@
 """Compare trainings with momentum in bfloat16 and in float32, and averages with weights, pair by pair.
 
-    python bench/study_momentum.py digits [--pairs 12]
+    python bench/study_momentum.py digits [--pairs 12] [--seed 0]
     python bench/study_momentum.py /usr/share/datasets/fashion-mnist [--pairs 5] [--images 12000] [--epochs 3]
 
 Both trainings of a pair begin with the same weights and read the same batches. They train a plain RepOpt-VGG with Grad
@@ -124,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", help="digits, or the folder of Fashion-MNIST")
     parser.add_argument("--pairs", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the first pair (default: %(default)s)")
     parser.add_argument("--images", type=int, help="train on the first so many (default: all)")
     parser.add_argument("--epochs", type=int, help="default: 6 of the digits, 3 of a folder")
     parser.add_argument("--batch-size", type=int, help="default: 32 of the digits, 64 of a folder")
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     on_digits = given.data == "digits"
     options = dict(DIGITS) if on_digits else {"data": f"cifar10:{given.data}", **FASHION}
-    options |= {"seeds": given.pairs, "ema_decay": given.ema_decay, "threads": given.threads}
+    options |= {"seeds": given.pairs, "seed": given.seed, "ema_decay": given.ema_decay, "threads": given.threads}
     options |= {name: getattr(given, name) for name in ("epochs", "batch_size") if getattr(given, name) is not None}
     try:
         resolved = resolve(options)
