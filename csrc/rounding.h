@@ -6,7 +6,8 @@
 namespace gradrep {
 
 constexpr int kPhiloxRounds = 7;
-constexpr uint32_t kPhiloxMultipliers[2] = {0xD2511F53u, 0xCD9E8D57u}, kPhiloxWeyl[2] = {0x9E3779B9u, 0xBB67AE85u};
+constexpr uint32_t kPhiloxMultipliers[2] = {0xD2511F53u, 0xCD9E8D57u};
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;  // nvcc adds no elements of a host's array
 
 // The random bits of eight neighbouring elements, the first of them at a multiple of eight. Word w serves elements
 // 2 w and 2 w + 1.
@@ -32,8 +33,8 @@ GRADREP_HD GRADREP_INLINE RandomWords philox(uint32_t c0, uint32_t c1, uint32_t 
     c1 = static_cast<uint32_t>(second);
     c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ k1;
     c3 = static_cast<uint32_t>(first);
-    k0 += kPhiloxWeyl[0];
-    k1 += kPhiloxWeyl[1];
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
   }
   return {{c0, c1, c2, c3}};
 }
