@@ -20,7 +20,7 @@ MOST_REGISTERS = 64  # four blocks of 256 threads per multiprocessor
 RESERVED = {"sm_80": 0, "sm_90": 1024, "sm_100": 1024}  # bytes of shared memory that each block of any kernel has there
 MOST_PARAMETERS = 32764
 KINDS = ("kNone", "kWide", "kNarrow")  # TailKind of csrc/step_cuda.h
-# SASS, all ways through the kernel together. In the loop of a launch, one way is 25 to 101 for an element (step_cuda.h).
+# SASS, all ways through the kernel together. In a launch's loop one way is 25 to 101 for an element (step_cuda.h).
 MOST_INSTRUCTIONS = {"kNone": 1000, "kWide": 1100, "kNarrow": 1400}
 
 pytestmark = pytest.mark.skipif(compile_gate.setup_py().nvcc() is None, reason="nvcc is not found")
@@ -87,8 +87,8 @@ def test_the_gradient_norm(dtype, target):
 def test_gradients_that_are_scaled(dtype, target):
     made = compiled(f"scale_gradients_kernelI{DTYPES[dtype]}E", target)
     assert_sound(made, dtype)
-    assert (made.wide_loads, made.wide_stores) == (1, 1)
-    assert made.count("STG") == 2
+    assert made.wide_loads == made.wide_stores > 0  # several where the loop is unrolled
+    assert made.count("STG") > made.wide_stores
 
 
 @pytest.mark.parametrize("target", TARGETS)

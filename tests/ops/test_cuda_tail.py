@@ -355,8 +355,9 @@ def test_gradients_are_scaled(where, aligned):
     for number in DTYPES:
         factor = torch.tensor(0.37).to(number)
         expected = [g.to(dtype) for g, dtype in itertools.product(Problem(SHAPES).grads, DTYPES)]
-        actual = [(g.clone() if aligned else cases.unaligned(g, 1 + n % 7)) for n, g in enumerate(expected)]
-        actual = [g.to(where.device) if aligned else g for g in actual] if where.device == "cpu" else actual
+        actual = [g.to(where.device, copy=True) for g in expected]
+        if not aligned:
+            actual = [cases.unaligned(g, 1 + n % 7) for n, g in enumerate(actual)]
         reference.scale_gradients_(expected, factor)
         where.scale(actual, factor.to(where.device))
         for a, b in zip(actual, expected):
