@@ -14,6 +14,36 @@ struct PlacedMult {
   const T *scale = nullptr, *identity = nullptr;
 };
 
+template <typename T>
+constexpr auto scalar() {
+  return sizeof(T) == 8 ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+}
+template <typename T>
+bool is_computed_in(const Tensor& t) {
+  return dtype_of(t) == (sizeof(T) == 8 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+}
+
+// A number on the device of `like`, in the dtypes that are computed in: itself or a copy.
+class OneNumber {
+ public:
+  OneNumber(const char* what, const Tensor& number, const Tensor& like) : number_(number) {
+    STD_TORCH_CHECK(number.numel() == 1 && on_one_device(number, like), what,
+                    " must be one number on the device of the parameters or gradients");
+  }
+
+  template <typename T>
+  const T* as() {
+    if (is_computed_in<T>(number_)) return static_cast<const T*>(number_.const_data_ptr());
+    auto& copy = copies_[sizeof(T) == 8];
+    if (!copy) copy = torch::stable::to(number_, scalar<T>());
+    return static_cast<const T*>(copy->const_data_ptr());
+  }
+
+ private:
+  Tensor number_;
+  std::optional<Tensor> copies_[2];
+};
+
 // The parts of multipliers that kernels read. They live as long as this does, or as a CUDA graph does.
 class MultParts {
  public:
@@ -65,14 +95,6 @@ class MultParts {
   }
 
  private:
-  template <typename T>
-  static constexpr auto scalar() {
-    return sizeof(T) == 8 ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
-  }
-  template <typename T>
-  static bool is_computed_in(const Tensor& t) {
-    return dtype_of(t) == (sizeof(T) == 8 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
-  }
   template <typename T>
   static Tensor empty(const Tensor& like, const Sizes& sizes) {
     return torch::stable::new_empty(like, sizes, scalar<T>());

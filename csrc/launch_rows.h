@@ -48,7 +48,7 @@ struct ChunkOfRow {
 // S: the stored dtype. kOthers: bytes of the kernel's other parameters.
 template <typename S, typename Row, int64_t kOthers>
 struct LaunchRows {
-  static constexpr uint32_t kRows = (kMostParameters - kOthers - 12) / (sizeof(Row) + sizeof(uint32_t));
+  static constexpr uint32_t kRows = (kMostParameters - kOthers - 16) / (sizeof(Row) + sizeof(uint32_t));
   static constexpr uint32_t kLeastChunk = kThreads * kTogether<S>, kMostChunk = 8192;
   // Chunks of a launch at least, where it can have them: 8 for each of an H100's multiprocessors.
   static constexpr int64_t kChunks = 1024;
@@ -87,30 +87,51 @@ struct LaunchRows {
   }
 };
 
+// Where a row comes from: its tensor's number, and its first element there.
+struct RowSource {
+  size_t tensor;
+  int64_t start;
+};
+
 // The launches of one dtype.
 template <typename Work>
 class Launches {
  public:
   // A new row, and room for it.
-  auto& new_row() {
+  auto& new_row(const RowSource& source) {
     if (works_.empty() || works_.back()->rows == Work::kRows) works_.push_back(std::make_unique<Work>());
+    sources_.push_back(source);
     Work& last = *works_.back();
     return last.row[last.rows++];
   }
+
+  // Rows for a tensor and its multiplier, in pieces of at most `most` elements. take(row, piece) for each.
+  template <typename Mult, typename Take>
+  void add(size_t tensor, const Mult& mult, int64_t most, const Take& take) {
+    for (const Piece& piece : pieces_of(mult.address, most)) {
+      auto& row = new_row({tensor, piece.start});
+      row.take(piece, mult.scale, mult.identity);
+      take(row, piece);
+    }
+  }
+
+  bool empty() const { return works_.empty(); }
 
   template <typename F>
   void each(const F& f) const {
     for (const auto& work : works_) f(*work);
   }
-  // In the order in which they were made.
+  // f(row, source), in the order in which they were made.
   template <typename F>
   void each_row(const F& f) const {
+    auto source = sources_.begin();
     for (const auto& work : works_)
-      for (uint32_t n = 0; n < work->rows; ++n) f(work->row[n]);
+      for (uint32_t n = 0; n < work->rows; ++n) f(work->row[n], *source++);
   }
 
  private:
   std::vector<std::unique_ptr<Work>> works_;
+  std::vector<RowSource> sources_;
 };
 
 }  // namespace gradrep

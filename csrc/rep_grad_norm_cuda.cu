@@ -1,6 +1,6 @@
 // The op `rep_grad_norm` on CUDA: kernels, launches and registration. What a block does is in rep_grad_norm_cuda.h, and
 // the op's arguments in rep_grad_norm_cuda_op.h.
-#include "mult_launch.h"
+#include "rep_grad_norm_cuda_launch.h"
 #include "rep_grad_norm_cuda_op.h"
 
 namespace gradrep {
@@ -18,18 +18,18 @@ __global__ void __launch_bounds__(kThreads) norm_root_kernel(const __grid_consta
   root_block(work, shared, ThisThread());
 }
 
-struct NormLauncher : MultLauncher {
-  using MultLauncher::MultLauncher;
-  using MultLauncher::operator();
-
-  template <typename S>
-  void operator()(const NormWork<S>& work) const {
-    run(grad_norm_kernel<S>, work, work.blocks());
-  }
-  void operator()(const RootWork& work) const { run(norm_root_kernel, work, work.blocks()); }
-};
-
 }  // namespace
+
+void NormLauncher::operator()(const NormWork<float>& work) const { run(grad_norm_kernel<float>, work, work.blocks()); }
+void NormLauncher::operator()(const NormWork<double>& work) const {
+  run(grad_norm_kernel<double>, work, work.blocks());
+}
+void NormLauncher::operator()(const NormWork<BFloat16>& work) const {
+  run(grad_norm_kernel<BFloat16>, work, work.blocks());
+}
+void NormLauncher::operator()(const NormWork<Half>& work) const { run(grad_norm_kernel<Half>, work, work.blocks()); }
+void NormLauncher::operator()(const RootWork& work) const { run(norm_root_kernel, work, work.blocks()); }
+
 }  // namespace gradrep
 
 STABLE_TORCH_LIBRARY_IMPL(gradrep_kernels, CUDA, m) {

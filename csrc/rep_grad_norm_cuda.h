@@ -10,6 +10,7 @@
 #pragma once
 
 #include "launch_rows.h"
+#include "step_tail.h"
 
 #include <cmath>
 
@@ -81,12 +82,29 @@ GRADREP_HD GRADREP_INLINE void norm_block(const NormWork<S>& work, uint32_t bloc
   });
 }
 
+// What a step multiplies gradients by, for both dtypes that are computed in.
+struct ClipFactor {
+  double wide;
+  float low;
+
+  template <typename T>
+  const T* as() const {
+    if constexpr (sizeof(T) == 8)
+      return &wide;
+    else
+      return &low;
+  }
+};
+
 struct RootWork {
+  void* norm;
+  bool wide;                // it is a double, else a float
+  const float* grad_scale;  // what the gradients are yet to be divided by; or null
+  ClipFactor* factor;       // becomes min(1, max_norm / (norm + 1e-6)); or null
+  double max_norm;
   const float* floats;
   const double* doubles;
   int64_t count_of_floats, count_of_doubles;
-  void* norm;
-  bool wide;  // it is a double, else a float
 
   int64_t blocks() const { return 1; }
 
@@ -96,6 +114,15 @@ struct RootWork {
 #pragma unroll 4
     for (int64_t n = thread; n < count; n += kThreads) sum = sum + static_cast<double>(partials[n]);
     return sum;
+  }
+
+  template <typename T>
+  GRADREP_HD GRADREP_INLINE void write(T root) const {
+    *static_cast<T*>(norm) = root;
+    if (factor == nullptr) return;
+    const T f = clip_factor(root, max_norm);
+    factor->wide = f;
+    factor->low = static_cast<float>(f);
   }
 };
 
@@ -108,10 +135,12 @@ GRADREP_HD GRADREP_INLINE void root_block(const RootWork& work, double* shared, 
   sum_over_threads(shared, phases);
   phases([&](int thread) {
     if (thread != 0) return;
+    double root = sqrt(shared[0]);
+    if (work.grad_scale != nullptr) root = root / static_cast<double>(*work.grad_scale);
     if (work.wide)
-      *static_cast<double*>(work.norm) = sqrt(shared[0]);
+      work.write(root);
     else
-      *static_cast<float*>(work.norm) = static_cast<float>(sqrt(shared[0]));
+      work.write(static_cast<float>(root));
   });
 }
 

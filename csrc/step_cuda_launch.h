@@ -1,17 +1,16 @@
 // The kernels of a step and their launches, for the .cu file of any optimizer.
 #pragma once
 
-#include "cuda_launch.h"
-#include "mult_launch.h"
+#include "rep_grad_norm_cuda_launch.h"
 #include "step_cuda.h"
 
 namespace gradrep {
 
 // Four blocks of a multiprocessor: 64 registers. 49 KB are on their way then, twice what memory at 4.3 TB/s needs.
-template <typename Update, typename S>
+template <typename Update, typename S, TailKind kKind>
 __global__ void __launch_bounds__(kThreads, 4) step_kernel(const __grid_constant__ StepWork<Update, S> work) {
   static_assert(sizeof(work) <= kMostParameters);
-  step_block(work, blockIdx.x, threadIdx.x);
+  step_block<kKind>(work, blockIdx.x, threadIdx.x);
 }
 
 template <typename Update>
@@ -19,13 +18,13 @@ __global__ void __launch_bounds__(kThreads) pack_hyper_kernel(const __grid_const
   work.pack(threadIdx.x);
 }
 
-struct StepLauncher : MultLauncher {
-  using MultLauncher::MultLauncher;
-  using MultLauncher::operator();
+struct StepLauncher : NormLauncher {
+  using NormLauncher::NormLauncher;
+  using NormLauncher::operator();
 
   template <typename Update, typename S>
   void operator()(const StepWork<Update, S>& work) const {
-    run(step_kernel<Update, S>, work, work.blocks());
+    with_kind(work.kind, [&](auto kind) { run(step_kernel<Update, S, kind()>, work, work.blocks()); });
   }
   template <typename Update>
   void operator()(const PackWork<Update>& work) const {

@@ -7,10 +7,9 @@
 #pragma once
 
 #include "cuda_mult.h"
+#include "norm_launches.h"
 #include "step_cuda.h"
 #include "step_tensors.h"
-
-#include <tuple>
 
 namespace gradrep {
 
@@ -30,72 +29,164 @@ class CudaStepPlan : public PlannedStep {
     const Launcher launch(tensors_[0].param);
     stream_ = launch.stream();
     for (size_t k = 0; k < tensors_.size(); ++k) {
-      const Tensors& row = tensors_[k];
-      STD_TORCH_CHECK(row.device_type == tensors_[0].device_type && row.device == tensors_[0].device,
+      const Tensors& from = tensors_[k];
+      STD_TORCH_CHECK(from.device_type == tensors_[0].device_type && from.device == tensors_[0].device,
                       std::string(Update::kOp) + ": parameters must be on one device");
-      with_launches(row.dtype, [&]<typename S>(StepLaunches<Update, S>& launches) {
+      has_averages_ = has_averages_ || from.average.has_value();
+      has_doubles_ = has_doubles_ || from.dtype == aoti_torch_dtype_float64();
+      launches_[from.has_narrow_states()].with(from.dtype, [&]<typename S>(StepLaunches<Update, S>& launches) {
         const auto mult =
-            parts_.template place<Arithmetic<S>>(row.param, multipliers.scales[k], multipliers.identities[k], launch);
-        for (const Piece& piece : pieces_of(mult.address, launch.most_of_piece()))
-          launches.add(k, piece, mult.scale, mult.identity, row.group, row.first);
+            parts_.template place<Arithmetic<S>>(from.param, multipliers.scales[k], multipliers.identities[k], launch);
+        launches.add(k, mult, launch.most_of_piece(), [&](StepRow<Update, S>& row, const Piece& piece) {
+          row.group = static_cast<int32_t>(from.group);
+          row.first = from.first;
+          row.number = static_cast<uint32_t>(from.number);
+          row.first_element = static_cast<uint64_t>(from.first_element + piece.start);
+        });
       });
     }
-    each_dtype([](auto& launches) { launches.each([](auto& work) { work.take_chunks(); }); });
+    each_dtype([](auto& launches, bool) { launches.each([](auto& work) { work.take_chunks(); }); });
   }
 
   bool step(const std::vector<Tensor>& grads, const HyperTable& table, const StepOptions& options) override {
-    const auto &grad_scale = options.grad_scale, &found_inf = options.found_inf;
-    if (grads.size() != tensors_.size() || options.clip || options.norm) return false;
-    if (tensors_.empty()) return true;
+    const auto& grad_scale = options.grad_scale;
+    if (grads.size() != tensors_.size()) return false;
+    if (tensors_.empty()) return !options.norm;
     const int64_t groups = static_cast<int64_t>(table.tail_at) / kColumns;
     for (size_t k = 0; k < tensors_.size(); ++k) {
       Tensors& row = tensors_[k];
-      if (row.average || table.stochastic() || row.has_narrow_states()) return false;
       if (row.group < 0 || row.group >= groups) return false;
       const int used = Hyper(table.numbers.data() + row.group * kColumns).states();
+      if (!takes_states(row, used, table.stochastic())) return false;
       if (!row.look(grads[k], used, grad_scale.has_value(), moved_, moved_)) return false;
     }
     if (moved_ || grad_scale.has_value() != writes_grads_) {
       writes_grads_ = grad_scale.has_value();
       overlapping_ = overlap();
-      each_dtype([&](auto& launches) { launches.point_to(tensors_); });
+      each_dtype([&](auto& launches, bool narrow) { launches.point_to(tensors_, narrow); });
       moved_ = false;
     }
     if (overlapping_) return false;  // blocks run in any order
     const Launcher launch(tensors_[0].param);
     if (parts_.has_copies() && launch.stream() != stream_) return false;
-    PackedTables packed;
-    if (!table.on_device.empty() && !pack(table, groups, launch, packed)) return false;
-    const float *unscale = one_float_beside(grad_scale), *overflow = one_float_beside(found_inf);
+    std::vector<typename PackWork<Update>::Number> numbers;
+    if (!table.on_device.empty() && !find(table, groups, numbers)) return false;
+    const float *unscale = one_float_beside(grad_scale), *overflow = one_float_beside(options.found_inf);
+    std::optional<OneNumber> clip;
+    if (options.clip) clip.emplace("clip", *options.clip, tensors_[0].param);
+    RootWork root{};
+    if (options.norm) root = root_of(*options.norm);
     if (launch.capturing()) parts_.keep_for_graph();
-    each_dtype([&]<typename S>(StepLaunches<Update, S>& launches) {
-      launches.set_hyper(table.numbers.data(), std::get<const Packed<Update, Arithmetic<S>>*>(packed));
-      launches.each([&](auto& work) {
+    // One allocation: packed numbers, the factor, partial sums.
+    constexpr int64_t of_factor = sizeof(ClipFactor) / 8;
+    const int64_t of_tables = numbers.empty() ? 0 : DeviceTables::scratch(groups);
+    double* scratch = nullptr;
+    if (options.norm || of_tables > 0)
+      scratch = launch.template scratch<double>(of_tables + (options.norm ? of_factor + norm_launches().scratch() : 0));
+    DeviceTables tables;
+    if (of_tables > 0) tables = pack(numbers, groups, launch, scratch);
+    if (options.norm) {
+      scratch += of_tables;
+      root.grad_scale = unscale;
+      root.max_norm = options.max_norm;
+      root.factor = reinterpret_cast<ClipFactor*>(scratch);
+      norm_launches().run(launch, grads, root, scratch + of_factor);
+    }
+    double tail[HyperTable::kTail] = {};
+    std::copy(table.numbers.begin() + table.tail_at, table.numbers.end(), tail);
+    each_dtype([&]<typename S>(StepLaunches<Update, S>& launches, bool narrow) {
+      using T = Arithmetic<S>;
+      if (launches.empty()) return;
+      const T* factor = options.norm ? root.factor->as<T>() : clip ? clip->as<T>() : nullptr;
+      const bool random = narrow || (std::is_same_v<S, BFloat16> && table.stochastic());
+      const TailKind kind = random                               ? TailKind::kNarrow
+                            : factor != nullptr || has_averages_ ? TailKind::kWide
+                                                                 : TailKind::kNone;
+      launches.set_numbers(table.numbers.data(), TailNumbers<T>(tail), tables.template of<T>());
+      launches.each([&](StepWork<Update, S>& work) {
         work.grad_scale = unscale;
         work.found_inf = overflow;
+        work.clip = factor;
+        work.kind = kind;
         launch(work);
       });
     });
     return true;
   }
 
-  bool norm(const std::vector<Tensor>&, const Tensor&) override { return false; }
+  bool norm(const std::vector<Tensor>& grads, const Tensor& to) override {
+    if (grads.size() != tensors_.size() || grads.empty()) return false;
+    for (size_t k = 0; k < grads.size(); ++k)
+      if (!tensors_[k].matches(grads[k], tensors_[k].dtype)) return false;
+    const Launcher launch(grads[0]);
+    if (parts_.has_copies() && launch.stream() != stream_) return false;
+    const RootWork root = root_of(to);
+    if (launch.capturing()) parts_.keep_for_graph();
+    norm_launches().run(launch, grads, root, launch.template scratch<double>(norm_launches().scratch()));
+    return true;
+  }
 
  private:
   using Hyper = typename Update::Hyper;
-  using PackedTables = std::tuple<const Packed<Update, float>*, const Packed<Update, double>*>;
+  template <typename S>
+  using LaunchesOf = StepLaunches<Update, S>;
   static constexpr int64_t kColumns = Hyper::kColumns;
 
+  // Hyper-parameters and tail as they are packed on the device.
+  struct DeviceTables {
+    PackedTable<Update, float> floats;
+    PackedTable<Update, double> doubles;
+
+    template <typename T>
+    const PackedTable<Update, T>& of() const {
+      if constexpr (sizeof(T) == 8)
+        return doubles;
+      else
+        return floats;
+    }
+
+    // Doubles of memory that they take.
+    static int64_t scratch(int64_t groups) {
+      return (sizeof(TailNumbers<double>) + sizeof(TailNumbers<float>) +
+              groups * (sizeof(Packed<Update, double>) + sizeof(Packed<Update, float>)) + 7) /
+             8;
+    }
+  };
+
+  // f(launches, whether their states are bfloat16 and their parameters are not)
   template <typename F>
   void each_dtype(const F& f) {
-    std::apply([&](auto&... launches) { (f(launches), ...); }, launches_);
+    for (const bool narrow : {false, true}) launches_[narrow].each([&](auto& launches) { f(launches, narrow); });
   }
-  template <typename F>
-  void with_launches(int32_t dtype, const F& f) {
-    if (dtype == aoti_torch_dtype_float32()) return f(std::get<0>(launches_));
-    if (dtype == aoti_torch_dtype_float64()) return f(std::get<1>(launches_));
-    if (dtype == aoti_torch_dtype_bfloat16()) return f(std::get<2>(launches_));
-    return f(std::get<3>(launches_));
+
+  // Whether a kernel knows the states that a step uses.
+  static bool takes_states(const Tensors& row, int used, bool stochastic) {
+    if (used == 0 || !row.has_narrow_states()) return true;
+    bool narrow = stochastic;
+    for (int n = 0; n < used; ++n) narrow = narrow && row.state_dtypes[n] != row.dtype;
+    return narrow;
+  }
+
+  NormLaunches& norm_launches() {
+    if (norm_) return *norm_;
+    norm_.emplace();
+    each_dtype([&]<typename S>(StepLaunches<Update, S>& launches, bool) {
+      launches.each_row([&](const StepRow<Update, S>& row, const RowSource& source) {
+        static_cast<PlacedRow<Arithmetic<S>>&>(norm_->template of<S>().new_row(source)) = row;
+      });
+    });
+    norm_->take_chunks();
+    return *norm_;
+  }
+
+  RootWork root_of(const Tensor& norm) const {
+    RootWork root{};
+    root.wide = has_doubles_;
+    STD_TORCH_CHECK(on_one_device(norm, tensors_[0].param) && norm.numel() == 1 &&
+                        dtype_of(norm) == (root.wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()),
+                    "norm must be one number on the parameters' device, float64 if any parameter is, else float32");
+    root.norm = norm.mutable_data_ptr();
+    return root;
   }
 
   bool overlap() const {
@@ -104,14 +195,14 @@ class CudaStepPlan : public PlannedStep {
     return share_memory(extents);
   }
 
-  // Packs the hyper-parameters on the device. Returns false where it cannot read a number.
-  bool pack(const HyperTable& table, int64_t groups, const Launcher& launch, PackedTables& packed) const {
-    using Work = PackWork<Update>;
+  // All numbers of the table and the tail, with the places of those on the device. Returns false where one cannot be
+  // read there.
+  bool find(const HyperTable& table, int64_t groups, std::vector<typename PackWork<Update>::Number>& numbers) const {
     int32_t type;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(table.somewhere->get(), &type));
     if (type != tensors_[0].device_type || table.somewhere->get_device() != tensors_[0].device) return false;
-    std::vector<typename Work::Number> numbers(groups * kColumns);
-    for (int64_t n = 0; n < groups * kColumns; ++n) numbers[n] = {nullptr, table.numbers[n], Stored::kDouble};
+    for (const double number : table.numbers) numbers.push_back({nullptr, number, Stored::kDouble});
+    numbers.resize(groups * kColumns + HyperTable::kTail, {nullptr, 0, Stored::kDouble});
     for (const auto& [place, where, dtype] : table.on_device) {
       const Stored stored = dtype == aoti_torch_dtype_float32()    ? Stored::kFloat
                             : dtype == aoti_torch_dtype_bfloat16() ? Stored::kBFloat16
@@ -120,20 +211,32 @@ class CudaStepPlan : public PlannedStep {
       if (stored == Stored::kDouble && dtype != aoti_torch_dtype_float64()) return false;
       numbers[place] = {where, 0, stored};
     }
-    constexpr int64_t of_doubles = sizeof(Packed<Update, double>), of_floats = sizeof(Packed<Update, float>);
-    auto* doubles = reinterpret_cast<Packed<Update, double>*>(
-        launch.template scratch<double>((groups * (of_doubles + of_floats) + 7) / 8));
-    auto* floats = reinterpret_cast<Packed<Update, float>*>(doubles + groups);
+    return true;
+  }
+
+  DeviceTables pack(const std::vector<typename PackWork<Update>::Number>& numbers, int64_t groups,
+                    const Launcher& launch, double* scratch) const {
+    auto* bytes = reinterpret_cast<char*>(scratch);
+    const auto take = [&]<typename Part>(Part*& part, int64_t n) {
+      part = reinterpret_cast<Part*>(bytes);
+      bytes += n * static_cast<int64_t>(sizeof(Part));
+    };
+    DeviceTables tables;
+    take(tables.doubles.tail, 1);
+    take(tables.floats.tail, 1);
+    take(tables.doubles.groups, groups);
+    take(tables.floats.groups, groups);
+    using Work = PackWork<Update>;
     for (int64_t from = 0; from < groups; from += Work::kGroups) {
       Work work;
       work.groups = static_cast<int32_t>(std::min<int64_t>(Work::kGroups, groups - from));
       std::copy_n(numbers.data() + from * kColumns, work.groups * kColumns, &work.numbers[0][0]);
-      work.doubles = doubles + from;
-      work.floats = floats + from;
+      std::copy_n(numbers.data() + groups * kColumns, HyperTable::kTail, work.tail);
+      work.doubles = {tables.doubles.groups + from, tables.doubles.tail};
+      work.floats = {tables.floats.groups + from, tables.floats.tail};
       launch(work);
     }
-    packed = {floats, doubles};
-    return true;
+    return tables;
   }
 
   // The place of grad_scale or found_inf, null where there is none.
@@ -149,10 +252,10 @@ class CudaStepPlan : public PlannedStep {
 
   std::vector<Tensors> tensors_;
   MultParts parts_;
-  std::tuple<StepLaunches<Update, float>, StepLaunches<Update, double>, StepLaunches<Update, BFloat16>,
-             StepLaunches<Update, Half>>
-      launches_;
-  void* stream_ = nullptr;  // that the plan was made on
+  std::array<PerDtype<LaunchesOf>, 2> launches_;  // second: those of parameters whose states alone are bfloat16
+  std::optional<NormLaunches> norm_;              // once it has been asked for
+  void* stream_ = nullptr;                        // that the plan was made on
+  bool has_averages_ = false, has_doubles_ = false;
   bool moved_ = true, writes_grads_ = false, overlapping_ = false;
 };
 

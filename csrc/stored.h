@@ -2,14 +2,9 @@
 #pragma once
 
 #include "feature_map.h"
+#include "rounding.h"
 
 namespace gradrep {
-
-GRADREP_HD GRADREP_INLINE uint32_t bits_of(float v) {
-  uint32_t bits;
-  memcpy(&bits, &v, sizeof bits);
-  return bits;
-}
 
 // To the nearest, of two as near the even one.
 template <typename S>
@@ -68,18 +63,18 @@ GRADREP_HD GRADREP_INLINE uint32_t narrow_pair(float first, float second) {
 template <typename S>
 constexpr int kTogether = 16 / sizeof(S);  // elements of the widest access
 
-// n neighbouring elements, which one access reads or writes: one, or 16 bytes, which must begin at a multiple of 16.
+// n neighbouring elements, read or written by one access of at most 16 bytes, or several of 16. Where n is not 1 they
+// begin at a multiple of what one access has.
 // They are computed with in parts of at most four: with eight at once, a step would take 80 registers.
 template <typename S, int n>
 struct Together {
-  using T = Arithmetic<S>;
   static constexpr bool kPairs = sizeof(S) == 2 && n > 1;  // kept as words: a 16-bit number takes a whole register
   static constexpr int kPart = n < 4 ? n : 4, kParts = n / kPart;
   using Word = std::conditional_t<kPairs, uint32_t, S>;
   static constexpr int kWords = n * sizeof(S) / sizeof(Word), kPartWords = kWords / kParts;
-  static_assert(n == 1 || n == kTogether<S>);
+  static constexpr int kAccess = n == 1 ? alignof(S) : n * sizeof(S) < 16 ? n * sizeof(S) : 16;  // bytes
 
-  struct alignas(n == 1 ? alignof(S) : 16) Words {
+  struct alignas(kAccess) Words {
     Word all[kWords];
   } words;
 
@@ -87,6 +82,7 @@ struct Together {
   GRADREP_HD GRADREP_INLINE void store(S* to) const { *reinterpret_cast<Words*>(to) = words; }
 
   // The part that is first.
+  template <typename T>
   GRADREP_HD GRADREP_INLINE void read(T (&to)[kPart]) const {
 #pragma unroll
     for (int i = 0; i < kPart; ++i) {
@@ -96,13 +92,25 @@ struct Together {
         to[i] = widen(words.all[i]);
     }
   }
-  GRADREP_HD GRADREP_INLINE void write(const T (&from)[kPart]) {
+  GRADREP_HD GRADREP_INLINE void write(const Arithmetic<S> (&from)[kPart]) {
 #pragma unroll
     for (int w = 0; w < kPartWords; ++w) {
       if constexpr (kPairs)
         words.all[w] = narrow_pair<S>(from[2 * w], from[2 * w + 1]);
       else
         words.all[w] = narrow<S>(from[w]);
+    }
+  }
+  // By 16 random bits for each: those of two elements are one word.
+  GRADREP_HD GRADREP_INLINE void write(const float (&from)[kPart], uint64_t random) {
+    static_assert(std::is_same_v<S, BFloat16>);
+#pragma unroll
+    for (int w = 0; w < kPartWords; ++w) {
+      const auto bits = static_cast<uint32_t>(random >> 32 * w);
+      if constexpr (kPairs)
+        words.all[w] = round_pair_by(from[2 * w], from[2 * w + 1], bits);
+      else
+        words.all[w].bits = round_by(from[w], bits & 0xffffu);
     }
   }
   // The next part becomes the first. After kParts times all are in order again.

@@ -6,25 +6,20 @@ streams.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import weakref
-from collections.abc import Iterator
 
 import cases
 import checks
-import implementations
 import pytest
 import torch
 from cases import Problem, assert_same_bits
+from cuda_steps import CHUNK, DTYPES, PLACES, OnGpu, Planned
 from emulated_step import Emulated
 from implementations import on_gpu
 
 from gradrep_kernels.ops import backends, reference
 from gradrep_kernels.ops.dense import share_memory
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CHUNK = 1024  # elements that 256 threads take in float32 at least
 SHAPES = [
     *cases.SHAPES.values(),
     *((n,) for n in (CHUNK - 1, CHUNK, CHUNK + 1, 8 * CHUNK - 1, 8 * CHUNK, 8 * CHUNK + 1, 7919)),
@@ -38,27 +33,7 @@ def emulated(monkeypatch) -> Emulated:
     return Emulated(monkeypatch)
 
 
-class OnGpu:
-    device = "cuda"
-
-    def __init__(self):
-        self.step = implementations.get("rep_sgd_step", "cuda", "cuda")
-        with backends.use_backend("cuda"):
-            self.planner = backends.planner("rep_sgd_step", "cuda")
-
-    @contextlib.contextmanager
-    def capture(self) -> Iterator:
-        warm = Planned(self, Problem([(40,)], device="cuda"))  # a module may not be loaded inside a capture
-        assert warm.step(on_device={0: torch.tensor(0.1, device="cuda")})
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            yield graph.replay
-
-
-HERE = [param.values[0] for param in implementations.of("rep_sgd_step") if param.values[0] == "cuda"]
-
-
-@pytest.fixture(params=["emulated", *(pytest.param(name, marks=pytest.mark.gpu) for name in HERE)])
+@pytest.fixture(params=PLACES)
 def where(request):
     return OnGpu() if request.param == "cuda" else request.getfixturevalue("emulated")
 
@@ -70,25 +45,6 @@ def agree(where, problem: Problem, **numbers: float) -> Problem:
     expected = problem.clone().run(reference.rep_sgd_step, **numbers)
     assert_same_bits(problem.clone(where.device).run(where.step, **there), expected)
     return expected
-
-
-class Planned:
-    """A plan of the steps of a problem that is where the kernels are."""
-
-    def __init__(self, where, problem: Problem):
-        self.planner, self.problem = where.planner, problem
-        buffers = list(problem.buffers)
-        lists = (problem.params, buffers, problem.scales, problem.identities, problem.groups)
-        self.handle = self.planner.make(*lists)
-        weakref.finalize(self, self.planner.free, problem.params[0], self.handle)
-
-    def step(self, hyper=None, on_device=None, grad_scale=None, found_inf=None) -> bool:
-        """`on_device`: {place: tensor}."""
-        hyper = (self.problem.hyper if hyper is None else hyper).flatten().tolist()
-        on_device = on_device or {}
-        return self.planner.step(
-            self.handle, self.problem.grads, hyper, list(on_device.values()), list(on_device), grad_scale, found_inf
-        )
 
 
 # ---- the ops
@@ -215,7 +171,7 @@ def test_an_update_with_two_states(emulated, dtype, first):
     slow = [cases.tensor(p.shape, 500 + n, dtype) for n, p in enumerate(problem.params)]
     hyper = torch.tensor([[0.1, 0.9, 0.99]], dtype=torch.float64)
     ends = []
-    for step in (torch.ops.gradrep_emulated.second_step, second_step.reference):
+    for step in (emulated.second_step, second_step.reference):
         twin, own = problem.clone(), [t.clone() for t in slow]
         params, grads, fast, *rest = twin.lists()
         step(params, grads, fast, own, *rest, hyper)

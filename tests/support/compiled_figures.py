@@ -27,8 +27,11 @@ from gradrep_kernels.ops.triton.scale_gradients import scale_gradients_kernel
 
 COUNTING = "joint_histogram_kernelINS_8CountingILNS_5TilesE"
 CUDA = {  # kernels as the compiler names them
-    "rep_sgd_step, CUDA C++": "step_kernelINS_9SgdUpdateEfE",
+    "rep_sgd_step, CUDA C++": "step_kernelINS_9SgdUpdateEfLNS_8TailKindE0E",
+    "rep_sgd_step, CUDA C++, clipping and averages": "step_kernelINS_9SgdUpdateEfLNS_8TailKindE1E",
+    "rep_sgd_step, CUDA C++, states in bfloat16 beside them": "step_kernelINS_9SgdUpdateEfLNS_8TailKindE2E",
     "rep_grad_norm, CUDA C++, over chunks": "grad_norm_kernelIfE",
+    "scale_gradients_, CUDA C++": "scale_gradients_kernelIfE",
     "joint_histogram, CUDA C++, up to 24 bins": f"{COUNTING}1ELi25ELb1EEEfE",
     "joint_histogram, CUDA C++, remove_near": f"{COUNTING}2ELi0ELb1EEEfE",
     "joint_histogram, CUDA C++, into the result": f"{COUNTING}0ELi0ELb0EEEfE",

@@ -4,6 +4,7 @@
 #include "emulated_threads.h"
 #include "rep_grad_norm_cuda_op.h"
 #include "rep_sgd_ops.h"
+#include "scale_gradients_cuda_op.h"
 #include "second_update.h"
 #include "step_cuda_plan.h"
 
@@ -64,7 +65,11 @@ struct Emulator {
   }
   template <typename Update, typename S>
   static void run_thread(const StepWork<Update, S>& work, int64_t block, int thread) {
-    step_block(work, static_cast<uint32_t>(block), thread);
+    with_kind(work.kind, [&](auto kind) { step_block<kind()>(work, static_cast<uint32_t>(block), thread); });
+  }
+  template <typename S>
+  static void run_thread(const ScaleWork<S>& work, int64_t block, int thread) {
+    scale_block(work, static_cast<uint32_t>(block), thread);
   }
   template <typename Update>
   static void run_thread(const PackWork<Update>& work, int64_t, int thread) {
@@ -92,12 +97,13 @@ void second_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vec
                  std::vector<Tensor> slow, std::vector<std::optional<Tensor>> scales,
                  std::vector<std::optional<Tensor>> identities, std::vector<bool> first_steps,
                  std::vector<int64_t> groups, Tensor hyper, std::optional<Tensor> grad_scale,
-                 std::optional<Tensor> found_inf) {
-  const HyperTable table = hyper_table("second_step", hyper, SecondUpdate::Hyper::kColumns, {});
+                 std::optional<Tensor> found_inf, std::optional<Tensor> tail) {
+  const HyperTable table = hyper_table("second_step", hyper, SecondUpdate::Hyper::kColumns, tail);
   using Plan = CudaStepPlan<SecondUpdate, Emulator>;
   Plan plan(params, {std::vector<std::optional<Tensor>>(fast.begin(), fast.end()), {slow.begin(), slow.end()}},
             {std::move(scales), std::move(identities)}, groups, &first_steps, {});
-  STD_TORCH_CHECK(plan.step(grads, table, {grad_scale, found_inf, {}, {}, 0}), "second_step: the tensors must be alike");
+  STD_TORCH_CHECK(plan.step(grads, table, {grad_scale, found_inf, {}, {}, 0}),
+                  "second_step: the tensors must be alike");
 }
 
 }  // namespace
@@ -115,6 +121,7 @@ void forget_graph() { graph.clear(); }
 
 STABLE_TORCH_LIBRARY_IMPL(gradrep_emulated, CPU, m) {
   m.impl("rep_grad_norm", TORCH_BOX(&rep_grad_norm<Emulator>));
+  m.impl("scale_gradients_", TORCH_BOX(&scale_gradients_<Emulator>));
   m.impl("second_step", TORCH_BOX(&second_step));
   m.impl("rep_sgd_step", TORCH_BOX(&rep_sgd_step<SgdPlan>));
   m.impl("rep_sgd_plan", TORCH_BOX(&rep_sgd_plan<SgdPlan>));

@@ -27,9 +27,9 @@ norm_front = importlib.import_module("gradrep_kernels.ops.cpp.rep_grad_norm")  #
 SECOND_STEP = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] fast, Tensor(c!)[] slow, Tensor?[] scales, "
     "Tensor?[] identities, bool[] first_steps, int[] groups, Tensor hyper, "
-    "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? tail=None) -> ()"
 )
-OPS_OVER_PARAMETERS = ("rep_sgd_step", "rep_grad_norm")
+OPS_OVER_PARAMETERS = ("rep_sgd_step", "rep_grad_norm", "scale_gradients_")
 
 
 class Device(ctypes.Structure):  # as in emulated_step.cpp
@@ -77,6 +77,7 @@ class Emulated:
         for front in (step_fronts, norm_front):
             monkeypatch.setattr(front, "registered", lambda name: getattr(ops, name).default)
         self.step, self.norm = step_fronts.step_front("rep_sgd_step"), norm_front.rep_grad_norm
+        self.scale, self.second_step = ops.scale_gradients_.default, ops.second_step.default
         plan = (getattr(ops, row.name).default for row in plan_ops(OPS["rep_sgd_step"]))
         self.planner = backends.Planner(*plan, step_fronts.takes)
 
