@@ -4,6 +4,7 @@
 #include "cuda_mult.h"
 #include "per_dtype.h"
 #include "scale_gradients_cuda.h"
+#include "step_tensors.h"
 
 namespace gradrep {
 
@@ -13,6 +14,16 @@ using ScaleLaunches = Launches<ScaleWork<S>>;
 template <typename Launcher>
 void scale_gradients_(std::vector<Tensor> grads, Tensor factor) {
   if (grads.empty()) return;
+  std::vector<Extent> extents;
+  for (const Tensor& grad : grads) {
+    const auto* begin = static_cast<const char*>(grad.const_data_ptr());
+    if (grad.numel() > 0)
+      extents.push_back({begin, begin + grad.numel() * aoti_torch_dtype_element_size(dtype_of(grad)), true});
+  }
+  if (grads.size() > 1 && share_memory(extents)) {  // blocks of one launch run in any order
+    for (const Tensor& grad : grads) scale_gradients_<Launcher>({grad}, factor);
+    return;
+  }
   const Launcher launch(grads[0]);
   PerDtype<ScaleLaunches> launches;
   for (size_t k = 0; k < grads.size(); ++k) {

@@ -375,6 +375,12 @@ def test_nothing_is_written_where_the_factor_is_1(where):
     assert (grads[1] == 2).all()
 
 
+def test_gradients_that_share_memory_are_scaled_one_after_another(where):
+    whole = torch.ones(3000, device=where.device)
+    where.scale([whole, whole[1000:], whole], torch.full((), 2.0, device=where.device))
+    assert whole.unique_consecutive().tolist() == [4.0, 8.0]
+
+
 def test_launches_of_scaling(emulated):
     grads = [torch.ones(n % 7, dtype=dtype) for n, dtype in enumerate(DTYPES * 100)]
     emulated.scale(grads, torch.tensor(2.0))
