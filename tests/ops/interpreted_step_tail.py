@@ -71,6 +71,18 @@ def test_states_of_bfloat16_parameters():
     assert not torch.equal(plain.buffers[0], ours.clone().run(rep_sgd_step).buffers[0])
 
 
+def test_numbers_at_the_ends_of_the_range():
+    """Random bits carry no NaN over into a zero, and no infinity into a NaN."""
+    ends = [0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000, 0x7F7FFFFF, -0x800001, 0, -(2**31), 1]
+    ours = Tailed([(70,)], averaged=(), hypers=cases.HYPERS[2:3])
+    ours.grads[0] = torch.tensor(ends * 7, dtype=torch.int32).view(torch.float32)
+    ours.first = [True]
+    twin = ours.clone()
+    ours.run(rep_sgd_step)
+    twin.run(reference.rep_sgd_step)
+    assert torch.equal(ours.buffers[0].view(torch.int16), twin.buffers[0].view(torch.int16))
+
+
 @pytest.mark.parametrize("first", [0, 1, 2**35 - 8, 2**40 + 16], ids=str)
 def test_a_run_of_a_parameter_has_its_part_of_the_whole(first, monkeypatch):
     """Wherever it begins, and where it is taken in parts, as tensors beyond 2^30 elements are."""
@@ -125,7 +137,6 @@ def test_planned_steps(dtype):
     """The norm is written in any case, and the factor that follows from it is that of the step."""
     ours = Tailed(SHAPES, dtype)
     for max_norm, amp in (
-        (3.0, {}),
         (1e6, {"grad_scale": torch.tensor(4.0)}),
         (0.5, {"grad_scale": torch.tensor(4.0), "found_inf": torch.zeros(1)}),
         (0.5, {"found_inf": torch.ones(1)}),
@@ -149,9 +160,8 @@ def test_sixty_two_parameters_of_several_dtypes_and_groups(uploads):
     for n in range(0, 62, 5):
         ours.change_dtype(n, torch.float64)
     handle = ours.planned()
-    for n in range(3):
-        if n == 1:
-            before = len(uploads)
+    for n in range(2):
+        before = len(uploads)
         ours.new_step(gradients=False)
         LAUNCHES.clear()
         ours.assert_planned_step(2.0, handle=handle)
@@ -166,12 +176,9 @@ def test_numbers_on_the_device(dtype, on_device, uploads):
     ours = Tailed([(300,), (6, 5, 3, 3)], dtype)
     handle = ours.planned()
     for n in range(3):
+        before = len(uploads)
         ours.new_step(gradients=False)
-        if n == 1:
-            before = len(uploads)
         ours.assert_planned_step(2.0, handle=handle, on_device=on_device, lr_on_device=n > 0)
-        if n == 1:
-            before = len(uploads)
     assert len(uploads) == before
     ours.tail[1] = 0 if "stochastic" in on_device else 1
     ours.assert_planned_step(handle=handle, on_device=on_device)
