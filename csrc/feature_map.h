@@ -31,6 +31,11 @@ GRADREP_HD GRADREP_INLINE float from_bits(uint32_t bits) {
   memcpy(&value, &bits, sizeof value);
   return value;
 }
+GRADREP_HD GRADREP_INLINE uint32_t bits_of(float v) {
+  uint32_t bits;
+  memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
 GRADREP_HD GRADREP_INLINE float widen(float v) { return v; }
 GRADREP_HD GRADREP_INLINE double widen(double v) { return v; }
 GRADREP_HD GRADREP_INLINE float widen(BFloat16 v) { return from_bits(static_cast<uint32_t>(v.bits) << 16); }

@@ -5,12 +5,6 @@
 
 namespace gradrep {
 
-GRADREP_HD GRADREP_INLINE uint32_t bits_of(float v) {
-  uint32_t bits;
-  memcpy(&bits, &v, sizeof bits);
-  return bits;
-}
-
 // To the nearest, of two as near the even one.
 template <typename S>
 GRADREP_HD GRADREP_INLINE S narrow(Arithmetic<S> v) {
