@@ -1,11 +1,12 @@
-// The step of one chunk: the elements [begin, end) of one parameter. Each way in which M runs through memory has a
-// loop.
+// The step of one chunk: the elements [begin, end) of one parameter, run by run of M (mult_runs.h).
 //
-// Reads downwards: the loops by instruction set and variant -> a chunk with M read in place -> any chunk.
+// Reads downwards: the loops by instruction set and variant -> the random bits of a run -> any chunk.
 #pragma once
 
-#include "bins.h"
-#include "grad_mult.h"
+#include "mult_runs.h"
+#include "rounding.h"
+#include "step_tail.h"
+#include "stored.h"
 #include "targets.h"
 
 #include <array>
@@ -14,30 +15,28 @@
 
 #define GRADREP_LOOPS "step_loops.h"
 #include "for_each_target.h"
+#define GRADREP_LOOPS "tail_loops.h"
+#include "for_each_target.h"
 
 namespace gradrep {
 
 using StepLoops = PerTarget<base::StepLoops, avx2::StepLoops, avx512::StepLoops>;
+using TailLoops = PerTarget<base::TailLoops, avx2::TailLoops, avx512::TailLoops>;
 
-// The loops of one update in one dtype, by variant of the update. Loops take each state array as an argument of its
-// own.
-template <typename Update, typename T, typename = std::make_index_sequence<Update::kStates>>
+// The loops of one update that computes in T and has its states in State, by its variants. Loops take each state as an
+// argument of its own.
+template <typename Update, typename T, typename State, typename = std::make_index_sequence<Update::kStates>>
 struct StepTable;
 
-template <typename Update, typename T, size_t... state>
-struct StepTable<Update, T, std::index_sequence<state...>> {
-  template <size_t>
-  using State = T;
+template <typename Update, typename T, typename State, size_t... state>
+struct StepTable<Update, T, State, std::index_sequence<state...>> {
+  template <size_t, typename Same>
+  using Each = Same;
   using Numbers = typename Update::template Numbers<T>;
-  using Loop = void (*)(T*, const T*, const T*, int64_t, Numbers, State<state>*...);
-  using TapsLoop = void (*)(T*, const T*, const T*, int64_t, Numbers, int64_t, T, State<state>*...);
+  using Loop = void (*)(T*, const T*, const T*, int64_t, Numbers, T, T*, T, Each<state, State*>...,
+                        Each<state, const uint16_t*>...);
 
-  Loop constant[Update::kVariants], array[Update::kVariants];
-  TapsLoop taps9[Update::kVariants], taps25[Update::kVariants], taps49[Update::kVariants];
-
-  TapsLoop taps(int64_t k, int variant) const {
-    return k == 9 ? taps9[variant] : k == 25 ? taps25[variant] : taps49[variant];
-  }
+  Loop alone[Update::kVariants], with_average[Update::kVariants];
 
   static const StepTable& best() {
     static const StepTable table = StepLoops::on_best(
@@ -48,165 +47,124 @@ struct StepTable<Update, T, std::index_sequence<state...>> {
  private:
   template <typename Loops, int... variant>
   static constexpr StepTable of(std::integer_sequence<int, variant...>) {
-    return {{&Loops::template Of<Update, variant, T, State<state>...>::constant...},
-            {&Loops::template Of<Update, variant, T, State<state>...>::array...},
-            {taps_loop<Loops, variant, 9>()...},
-            {taps_loop<Loops, variant, 25>()...},
-            {taps_loop<Loops, variant, 49>()...}};
-  }
-  template <typename Loops, int variant, int K>
-  static constexpr TapsLoop taps_loop() {
-    if constexpr (Update::is_frequent(variant))
-      return &Loops::template Of<Update, variant, T, State<state>...>::template taps<K>;
-    else
-      return nullptr;
+    return {{&Loops::template Of<Update, variant, false, T, Each<state, State>...>::run...},
+            {&Loops::template Of<Update, variant, true, T, Each<state, State>...>::run...}};
   }
 };
 
-// The arrays of one parameter, in the dtype that is computed in. A loop runs over the same elements of each.
-template <typename Update, typename T, typename = std::make_index_sequence<Update::kStates>>
-struct StepArrays;
+// The arrays of one run, in the dtype that is computed in. Without an average, e is null.
+template <typename Update, typename T, typename State, typename = std::make_index_sequence<Update::kStates>>
+struct StepRun;
 
-template <typename Update, typename T, size_t... state>
-struct StepArrays<Update, T, std::index_sequence<state...>> {
-  using Table = StepTable<Update, T>;
+template <typename Update, typename T, typename State, size_t... state>
+struct StepRun<Update, T, State, std::index_sequence<state...>> {
+  using Table = StepTable<Update, T, State>;
   T* p;
   const T* g;
-  std::array<T*, sizeof...(state)> states;
-  typename Table::Numbers numbers;
+  T* e;
+  std::array<State*, sizeof...(state)> states;
+  std::array<const uint16_t*, sizeof...(state)> bits;
 
-  void run(typename Table::Loop loop, const T* m, int64_t at, int64_t n) const {
-    loop(p + at, g + at, m, n, numbers, states[state] + at...);
+  void operator()(int variant, const T* m, int64_t n, const typename Table::Numbers& numbers, T clip, T rest) const {
+    const Table& table = Table::best();
+    const auto loop = e == nullptr ? table.alone[variant] : table.with_average[variant];
+    loop(p, g, m, n, numbers, clip, e, rest, states[state]..., bits[state]...);
   }
-  void run(typename Table::TapsLoop loop, const T* taps, int64_t at, int64_t n, int64_t odd, T m_odd) const {
-    loop(p + at, g + at, taps, n, numbers, odd, m_odd, states[state] + at...);
+};
+
+// The random bits of a run, those of each state beside the others.
+template <int kStates>
+class RunBits {
+ public:
+  std::array<const uint16_t*, kStates> draw(const RandomStream& stream, uint64_t element, int64_t n) {
+    constexpr int kGroup = base::TailLoops::kGroup;
+    const int64_t skipped = element % kGroup;
+    std::array<const uint16_t*, kStates> begin;
+    for (int k = 0; k < kStates; ++k) {
+      TailLoops::on_best([&](auto loops) {
+        loops.random_bits(stream, k, element / kGroup, (skipped + n + kGroup - 1) / kGroup, bits_[k]);
+      });
+      begin[k] = bits_[k] + skipped;
+    }
+    return begin;
   }
+
+ private:
+  // A run may begin within a group, and vectors of eight groups may write seven beyond the last.
+  alignas(64) uint16_t bits_[kStates][kRun + 8 * base::TailLoops::kGroup];
 };
 
 // A chunk of a parameter of any dtype.
 struct Chunk {
   void *params, *grads;
-  void* const* states;      // those that the update uses
-  const float* grad_scale;  // the gradients are first divided by it, in place; null: they are not
-  bool first;               // the parameter has no state yet
+  void* const* states;        // those that the update uses
+  void* average;              // null: none is kept
+  const float* grad_scale;    // the gradients are first divided by it, in place; null: they are not
+  double clip;                // and then multiplied by it, not in place
+  double rest;                // 1 - decay of the average
+  const RandomStream* random;  // by its bits states are rounded to bfloat16; null: they are stored as the parameter is
+  uint64_t first_element;     // of the parameter, in the whole of which it may be a run
+  bool first;                 // the parameter has no state yet
   int64_t begin, end;
 };
 
-// Steps a chunk with M read in place. Returns false, and has done nothing, where M must be written out instead.
-template <typename Update, typename T>
-bool step_in_place(const StepArrays<Update, T>& arrays, int variant, const Multiplier<T>& mult, T sign, int64_t begin,
-                   int64_t end) {
-  const auto& loops = StepTable<Update, T>::best();
-  const auto constant = loops.constant[variant], array = loops.array[variant];
-  auto diagonal = mult.diagonal_from(begin);
-  // f over [at, at + n) between the identity's elements, and those one by one.
-  const auto around_diagonal = [&](int64_t at, int64_t n, const auto& f) {
-    int64_t from = at;
-    diagonal.each_before(at + n, [&](const auto& tap) {
-      const T m = tap.m * sign;
-      f(from, tap.at - from);
-      arrays.run(constant, &m, tap.at, 1);
-      from = tap.at + 1;
-    });
-    f(from, at + n - from);
-  };
-  const int64_t taps = mult.taps();
-  if (mult.is_constant()) {
-    const T m = mult.constant() * sign;
-    arrays.run(constant, &m, begin, end - begin);
-    return true;
-  }
-  // Rows of fewer than two tiles are not worth the tile.
-  if (taps != 0 && Update::is_frequent(variant) && mult.row_length() >= 32 * taps) {
-    const auto loop = loops.taps(taps, variant);
-    mult.each_row(begin, end, [&](const T* row, int64_t at, int64_t n) {
-      T negative[49];
-      if (sign != 1) {
-        for (int64_t k = 0; k < taps; ++k) negative[k] = -row[k];
-        row = negative;
-      }
-      int64_t from = at, odd = -1;  // of several identity elements in one row each gets a call of its own
-      T m_odd = 0;
-      const auto run_to = [&](int64_t to) { arrays.run(loop, row, from, to - from, odd < 0 ? -1 : odd - from, m_odd); };
-      diagonal.each_before(at + n, [&](const auto& tap) {
-        if (odd >= 0) {
-          const int64_t cut = odd / taps * taps + taps;
-          run_to(cut);
-          from = cut;
-        }
-        odd = tap.at;
-        m_odd = tap.m * sign;
-      });
-      run_to(at + n);
-    });
-    return true;
-  }
-  if (mult.is_segments()) {
-    mult.each_row(begin, end, [&](const T* row, int64_t at, int64_t n) {
-      const T m = *row * sign;
-      around_diagonal(at, n, [&](int64_t from, int64_t count) { arrays.run(constant, &m, from, count); });
-    });
-    return true;
-  }
-  if (mult.is_arrays() && sign == 1) {
-    mult.each_row(begin, end, [&](const T* row, int64_t at, int64_t n) {
-      around_diagonal(at, n, [&](int64_t from, int64_t count) { arrays.run(array, row + (from - at), from, count); });
-    });
-    return true;
-  }
-  return false;
-}
-
-// Steps a chunk that is stored as S and computed in T.
-template <typename Update, typename S, typename T>
-void step_chunk(const Chunk& chunk, const typename Update::Hyper& hyper, const Multiplier<T>& mult) {
-  constexpr int64_t kBlock = 1024;  // elements that a scratch array holds: 4 arrays of 4 KiB stay in L1
-  const int variant = hyper.variant(chunk.first), states = hyper.states();
+// Steps a chunk that is stored as S and computed in T, with states that are stored as S or, narrow, as bfloat16.
+template <bool kNarrow, typename Update, typename S, typename T, typename Mult>
+void step_chunk(const Chunk& chunk, const typename Update::Hyper& hyper, const Mult& mult) {
+  constexpr bool kWide = std::is_same_v<S, T>;
+  constexpr int kStates = Update::kStates;
+  using State = std::conditional_t<kNarrow, BFloat16, T>;
+  const int variant = hyper.variant(chunk.first), used = hyper.states();
   const T sign = hyper.maximize ? -1 : 1;  // (−g) M and g (−M) have the same bits
-  auto* p = static_cast<S*>(chunk.params);
-  auto* g = static_cast<S*>(chunk.grads);
-  // No loop touches a state that the update does not use, so the parameter stands in for it; __restrict is then
-  // vacuous.
-  std::array<S*, Update::kStates> s;
-  for (int k = 0; k < Update::kStates; ++k) s[k] = k < states ? static_cast<S*>(chunk.states[k]) : p;
+  const T clip = static_cast<T>(chunk.clip), rest = static_cast<T>(chunk.rest);
   const auto numbers = hyper.template numbers<T>();
-
-  if constexpr (std::is_same_v<S, T>) {
-    if (chunk.grad_scale != nullptr) {
-      const T by = static_cast<T>(*chunk.grad_scale);
-      for (int64_t i = chunk.begin; i < chunk.end; ++i) g[i] = g[i] / by;
+  auto* const params = static_cast<S*>(chunk.params);
+  auto* const grads = static_cast<S*>(chunk.grads);
+  auto* const average = static_cast<T*>(chunk.average);
+  alignas(64) T wide_p[kWide ? 1 : kRun], wide_g[kWide ? 1 : kRun];
+  alignas(64) T wide_s[kStates][kWide || kNarrow ? 1 : kRun];
+  std::conditional_t<kNarrow, RunBits<kStates>, char> random;
+  each_run(mult, sign, chunk.begin, chunk.end, [&](const T* m, int64_t at, int64_t n) {
+    S *const p = params + at, *const g = grads + at;
+    StepRun<Update, T, State> run{};
+    if constexpr (kNarrow) {
+      for (int k = 0; k < kStates; ++k) run.states[k] = static_cast<State*>(chunk.states[k]) + at;
+      run.bits = random.draw(*chunk.random, chunk.first_element + at, n);
     }
-    if (step_in_place<Update, T>({p, g, s, numbers}, variant, mult, sign, chunk.begin, chunk.end)) return;
-  }
-  // Any other course of M, and bf16 / fp16: M is written out for a block at a time.
-  const auto array = StepTable<Update, T>::best().array[variant];
-  alignas(64) T m[kBlock], wide_p[kBlock], wide_g[kBlock];
-  alignas(64) std::array<std::array<T, kBlock>, Update::kStates> wide_s;
-  const int64_t block = kBlock / mult.period() * mult.period();
-  for (int64_t at = chunk.begin; at < chunk.end; at += block) {
-    const int64_t n = std::min(block, chunk.end - at);
-    mult.fill(at, n, m);
-    if (sign != 1)
-      for (int64_t i = 0; i < n; ++i) m[i] *= sign;
-    if constexpr (std::is_same_v<S, T>) {
-      StepArrays<Update, T>{p, g, s, numbers}.run(array, m, at, n);
-    } else {
-      for (int64_t i = 0; i < n; ++i) wide_p[i] = static_cast<T>(p[at + i]);
-      for (int64_t i = 0; i < n; ++i) wide_g[i] = static_cast<T>(g[at + i]);
-      if (chunk.grad_scale != nullptr)
-        for (int64_t i = 0; i < n; ++i) g[at + i] = static_cast<S>(wide_g[i] = wide_g[i] / *chunk.grad_scale);
-      StepArrays<Update, T> arrays{wide_p, wide_g, {}, numbers};
-      for (int k = 0; k < Update::kStates; ++k) {
-        arrays.states[k] = wide_s[k].data();
-        if (k < states && Update::reads_states(variant))
-          for (int64_t i = 0; i < n; ++i) wide_s[k][i] = static_cast<T>(s[k][at + i]);
+    TailLoops::on_best([&](auto loops) {
+      if constexpr (kWide) {
+        if (chunk.grad_scale != nullptr) loops.divide(g, n, static_cast<T>(*chunk.grad_scale));
+        run.p = p;
+        run.g = g;
+        run.e = average == nullptr ? nullptr : average + at;
+        // No loop touches a state that the update does not use, so the parameter stands in for it; __restrict is then
+        // vacuous.
+        if constexpr (!kNarrow)
+          for (int k = 0; k < kStates; ++k) run.states[k] = k < used ? static_cast<T*>(chunk.states[k]) + at : p;
+        run(variant, m, n, numbers, clip, rest);
+      } else {
+        loops.widen_all(p, n, wide_p);
+        loops.widen_all(g, n, wide_g);
+        if (chunk.grad_scale != nullptr) {
+          loops.divide(wide_g, n, static_cast<T>(*chunk.grad_scale));
+          loops.narrow_all(wide_g, n, g);
+        }
+        run.p = wide_p;
+        run.g = wide_g;
+        if constexpr (!kNarrow)
+          for (int k = 0; k < kStates; ++k) {
+            run.states[k] = wide_s[k];
+            if (k < used && Update::reads_states(variant))
+              loops.widen_all(static_cast<const S*>(chunk.states[k]) + at, n, wide_s[k]);
+          }
+        run(variant, m, n, numbers, clip, rest);
+        loops.narrow_all(wide_p, n, p);
+        if constexpr (!kNarrow)
+          for (int k = 0; k < used; ++k) loops.narrow_all(wide_s[k], n, static_cast<S*>(chunk.states[k]) + at);
+        if (average != nullptr) loops.average(p, n, average + at, rest);
       }
-      arrays.run(array, m, 0, n);
-      for (int64_t i = 0; i < n; ++i) p[at + i] = static_cast<S>(wide_p[i]);
-      for (int k = 0; k < states; ++k)
-        for (int64_t i = 0; i < n; ++i) s[k][at + i] = static_cast<S>(wide_s[k][i]);
-    }
-  }
+    });
+  });
 }
 
 }  // namespace gradrep

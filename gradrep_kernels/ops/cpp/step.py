@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from gradrep_kernels.ops.dense import alike, is_dense, share_memory
-from gradrep_kernels.ops.reference.step_tail import one_each
+from gradrep_kernels.ops.reference.multiply import compute_dtype
+from gradrep_kernels.ops.reference.step_tail import COLUMNS, one_each
 from gradrep_kernels.ops.registry import OPS, registered
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_STOCHASTIC = COLUMNS.index("stochastic")
 
 
 def takes(
@@ -23,12 +25,22 @@ def takes(
     elements: Tensor | None = None,
     stochastic: bool = False,
 ) -> bool:
-    """Tell whether a kernel can update `p`: its tensors share shape, device, a dtype of DTYPES, and dense strides."""
-    if p.dtype not in DTYPES or not is_dense(p) or average is not None or elements is not None or stochastic:
+    """Tell whether a kernel can update `p`: its tensors share shape, device, a dtype of DTYPES, and dense strides.
+
+    States may be in bfloat16, all or none of them, where they are rounded by random bits.
+    """
+    if p.dtype not in DTYPES or not is_dense(p):
         return False
+    if elements is not None and not (elements.is_cpu and elements.dtype == torch.int64 and elements.numel() == 1):
+        return False
+    narrow = stochastic and bool(states) and all(s.dtype == torch.bfloat16 for s in states)
+    stored = torch.bfloat16 if narrow else p.dtype
+    others = [(grad, p.dtype), *((s, stored) for s in states)]
+    if average is not None:
+        others.append((average, compute_dtype(p.dtype)))
     return all(
-        t.dtype == p.dtype and t.device == p.device and t.shape == p.shape and alike(p.shape, t.stride(), p.stride())
-        for t in (grad, *states)
+        t.dtype == dtype and t.device == p.device and t.shape == p.shape and alike(p.shape, t.stride(), p.stride())
+        for t, dtype in others
     )
 
 
@@ -45,8 +57,11 @@ def step_front(name: str) -> Callable[..., None]:
     @functools.wraps(reference)
     def front(*arguments, **named) -> None:
         call = rule.dealt(arguments, named)
-        hyper = call.hyper
+        hyper, tail, clip = call.hyper, call.tail, call.clip
         keeps_state = rule.keeps_state(hyper) if hyper.is_cpu else [True] * len(hyper)
+        stochastic = tail is not None and (not tail.is_cpu or float(tail[_STOCHASTIC]) != 0)
+        if clip is not None and clip.dtype not in (torch.float32, torch.float64):
+            clip = clip.double()
         more = one_each(len(call.columns[0]), call.averages, call.numbers, call.elements)
         rest: list[tuple] = []
         taken: dict[torch.device, list[tuple]] = {}
@@ -55,9 +70,9 @@ def step_front(name: str) -> Callable[..., None]:
             p, grad, states, _, _, group = rule.taken_apart(row)
             average, _, elements = tail_row
             used = states if keeps_state[group] else ()
-            if takes(p, grad, used, average, elements, call.tail is not None) and call.clip is None:
+            if takes(p, grad, used, average, elements, stochastic):
                 taken.setdefault(p.device, []).append((*row, *tail_row))
-                tensors.setdefault(p.device, []).append((p, grad, *used))
+                tensors.setdefault(p.device, []).append((p, grad, *used, *(() if average is None else (average,))))
             else:
                 rest.append((*row, *tail_row))
         numbers = [None if number is None else number.float() for number in (call.grad_scale, call.found_inf)]
@@ -65,12 +80,12 @@ def step_front(name: str) -> Callable[..., None]:
             if device.type != "cpu" and share_memory(tensors[device]):
                 rest += rows
                 continue
-            there = [None if number is None else number.to(device) for number in (*numbers, call.clip)]
+            there = [None if number is None else number.to(device) for number in (*numbers, clip)]
             columns = list(map(list, zip(*rows)))
-            table = hyper if hyper.is_cpu else hyper.to(device)
-            kernel(*columns[:-3], table, *there, *columns[-3:], call.tail)
+            tables = [table if table is None or table.is_cpu else table.to(device) for table in (hyper, tail)]
+            kernel(*columns[:-3], tables[0], *there, *columns[-3:], tables[1])
         if rest:
             columns = list(map(list, zip(*rest)))
-            reference(*columns[:-3], hyper, *numbers, call.clip, *columns[-3:], call.tail)
+            reference(*columns[:-3], hyper, *numbers, clip, *columns[-3:], tail)
 
     return front
