@@ -45,7 +45,10 @@ class Multiplier {
   }
   // M stays the same over long stretches; or is read from memory over long stretches.
   bool is_segments() const { return !dims_.empty() && dims_.back().stride == 0 && is_long(); }
-  bool is_arrays() const { return !dims_.empty() && dims_.back().stride == 1 && is_long(); }
+  bool is_arrays() const { return taps() == 0 && !dims_.empty() && dims_.back().stride == 1 && is_long(); }
+
+  // Chunks of work begin at multiples of this: where M repeats its taps at their first one, and on a cache line.
+  int64_t period() const { return 16 * std::max<int64_t>(1, taps()); }
 
   // Elements over which M repeats the same taps.
   int64_t row_length() const { return dims_.back().size * (dims_.size() > 1 ? dims_[dims_.size() - 2].size : 1); }

@@ -15,9 +15,11 @@ class Pieces {
     int64_t begin, end, before;  // elements of the array; elements of all pieces before this one
   };
 
-  void add(size_t array, int64_t numel) {
-    for (int64_t begin = 0; begin < numel; begin += kMost) {
-      const int64_t end = std::min(numel, begin + kMost);
+  // The pieces of an array begin at multiples of `period`.
+  void add(size_t array, int64_t numel, int64_t period) {
+    const int64_t step = std::max<int64_t>(1, kMost / period) * period;
+    for (int64_t begin = 0; begin < numel; begin += step) {
+      const int64_t end = std::min(numel, begin + step);
       pieces_.push_back({array, begin, end, total_});
       total_ += end - begin;
     }

@@ -34,7 +34,7 @@ Tensor rep_grad_norm_cpu(std::vector<Tensor> grads, std::vector<std::optional<Te
     } else {
       row.mult32 = Multiplier<float>(scales[k], identities[k], sizes, strides);
     }
-    pieces.add(k, grads[k].numel());
+    pieces.add(k, grads[k].numel(), std::max(row.mult32.period(), row.mult64.period()));
   }
   const double norm = std::sqrt(pieces.sum([&](const Pieces::Piece& piece) {
     const Gradient& row = rows[piece.array];

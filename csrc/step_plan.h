@@ -7,13 +7,14 @@
 // - kStates: how many arrays it keeps per parameter. Each has the parameter's shape and strides, and its dtype or
 //   bfloat16.
 // - Multipliers: the multipliers of all parameters, size() of them. Its of<T>(k, sizes, strides) makes a One<T> for
-//   parameter k, as GradMults does. One<T> has write_out(), and each_run has an overload for it.
+//   parameter k, as GradMults does. One<T> has period() and write_out(), and step_in_place and each_run have overloads for
+//   it.
 // - Hyper: a row of the hyper-parameter table, made of a pointer to its kColumns numbers. Its states() is how many of
 //   the arrays a step uses, all or none, maximize the sign, variant(first) which loops to take, numbers<T>() what they
 //   need.
 // - Numbers<T>: what the loops need of a row, in the dtype that is computed in.
-// - kVariants: how many variants the loops have. reads_states(variant) says whether one reads the states or only writes
-//   them.
+// - kVariants: how many variants the loops have. is_frequent(variant) says whether one is worth loops of its own for
+//   repeated taps, reads_states(variant) whether it reads the states or only writes them.
 // - element<variant>(p, g, m, numbers, states...): the rule, for one element.
 #pragma once
 
@@ -45,7 +46,7 @@ class StepPlan : public PlannedStep {
         row.mult32.write_out(row.numel);
         row.mult64.write_out(row.numel);
       }
-      pieces_.add(k, row.numel);
+      pieces_.add(k, row.numel, std::max(row.mult32.period(), row.mult64.period()));
       is_double_ = is_double_ || row.dtype == aoti_torch_dtype_float64();
       rows_.push_back(std::move(row));
     };
@@ -69,13 +70,14 @@ class StepPlan : public PlannedStep {
       overlapping_ = overlap(grad_scale.has_value());
       moved_ = grad_scale.has_value();
     }
-    const float unscale = grad_scale ? one_float(*grad_scale) : 1;
-    StepNumbers numbers{grad_scale ? &unscale : nullptr, 1, 1 - table.ema_decay(), table.seed(), table.count()};
+    StepNumbers numbers{{}, {}, 1 - table.ema_decay(), table.seed(), table.count()};
+    if (grad_scale) numbers.grad_scale = one_float(*grad_scale);
     if (options.norm) {
-      const double norm = gradient_norm() / unscale;
+      const double norm = gradient_norm() / numbers.grad_scale.value_or(1);
       write_number(*options.norm, norm);
       numbers.clip = is_double_ ? clip_factor(norm, options.max_norm)
-                                : static_cast<double>(clip_factor(static_cast<float>(norm), options.max_norm));
+                                : clip_factor(static_cast<float>(norm), options.max_norm);
+      if (*numbers.clip == 1) numbers.clip.reset();
     } else if (options.clip) {
       numbers.clip = read_number(*options.clip);
     }
@@ -103,8 +105,9 @@ class StepPlan : public PlannedStep {
 
   // What all groups share.
   struct StepNumbers {
-    const float* grad_scale;
-    double clip, rest;
+    std::optional<float> grad_scale;
+    std::optional<double> clip;
+    double rest;
     uint64_t seed, count;
   };
 
@@ -132,29 +135,23 @@ class StepPlan : public PlannedStep {
                         this->g,
                         this->s.data(),
                         this->e,
-                        numbers.grad_scale,
-                        numbers.clip,
+                        numbers.grad_scale ? &*numbers.grad_scale : nullptr,
+                        numbers.clip ? &*numbers.clip : nullptr,
                         numbers.rest,
                         narrow ? &random : nullptr,
                         static_cast<uint64_t>(this->first_element),
                         this->first,
                         begin,
                         end};
-      narrow ? step<true>(chunk, hyper) : step<false>(chunk, hyper);
-    }
-
-   private:
-    template <bool kNarrow>
-    void step(const Chunk& chunk, const Hyper& hyper) const {
       const int32_t dtype = this->dtype;
       if (dtype == aoti_torch_dtype_float32())
-        step_chunk<kNarrow, Update, float, float>(chunk, hyper, mult32);
+        step_chunk<Update, float>(chunk, hyper, mult32);
       else if (dtype == aoti_torch_dtype_float64())
-        step_chunk<kNarrow, Update, double, double>(chunk, hyper, mult64);
+        step_chunk<Update, double>(chunk, hyper, mult64);
       else if (dtype == aoti_torch_dtype_bfloat16())
-        step_chunk<kNarrow, Update, BFloat16, float>(chunk, hyper, mult32);
+        step_chunk<Update, BFloat16>(chunk, hyper, mult32);
       else
-        step_chunk<kNarrow, Update, Half, float>(chunk, hyper, mult32);
+        step_chunk<Update, Half>(chunk, hyper, mult32);
     }
   };
 

@@ -52,6 +52,16 @@ struct TailLoops {
   }
 
   template <typename T>
+  static void round_all(const T* __restrict from, const uint16_t* __restrict bits, int64_t n, BFloat16* __restrict to) {
+    for (int64_t i = 0; i < n; ++i) to[i].bits = round_by(static_cast<float>(from[i]), bits[i]);
+  }
+
+  template <typename T>
+  static void multiply(const T* from, T by, int64_t n, T* to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i] * by;
+  }
+
+  template <typename T>
   static void divide(T* g, int64_t n, T by) {
     for (int64_t i = 0; i < n; ++i) g[i] = g[i] / by;
   }
@@ -61,8 +71,7 @@ struct TailLoops {
     for (int64_t i = 0; i < n; ++i) g[i] = narrow<S>(widen(g[i]) * by);
   }
 
-  // Of a weight that is stored otherwise than it is computed with.
-  template <typename S, typename T>
+    template <typename S, typename T>
   static void average(const S* __restrict p, int64_t n, T* __restrict e, T rest) {
     for (int64_t i = 0; i < n; ++i) e[i] = averaged(e[i], widen(p[i]), rest);
   }
