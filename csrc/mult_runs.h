@@ -8,7 +8,7 @@
 
 namespace gradrep {
 
-constexpr int64_t kRun = 512;  // the most elements of a run: its values, and what is computed beside them, stay in L1
+constexpr int64_t kRun = 1024;  // the most elements of a run: its values, and what is computed beside them, stay in L1
 
 // f(values, position, n) for runs over the elements [begin, end), with `sign` times M as Out. The values are f's to
 // read.

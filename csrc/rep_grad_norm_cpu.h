@@ -20,12 +20,17 @@ template <typename S, typename Mult>
 double sum_of_squares(const S* g, const Mult& mult, int64_t begin, int64_t end) {
   constexpr int kLanes = base::GradNormLoops::kLanes;
   double sums[kLanes] = {};
-  each_run(mult, 1.0, begin, end, [&](const double* m, int64_t at, int64_t n) {
-    GradNormLoops::on_best([&](auto loops) { loops.add_squares(g + at, m, n, sums); });
-  });
+  const bool constant = mult.is_constant();
+  if (constant)
+    GradNormLoops::on_best(
+        [&](auto loops) { loops.template add_squares<false>(g + begin, nullptr, end - begin, sums); });
+  else
+    each_run(mult, 1.0, begin, end, [&](const double* m, int64_t at, int64_t n) {
+      GradNormLoops::on_best([&](auto loops) { loops.template add_squares<true>(g + at, m, n, sums); });
+    });
   double sum = 0;
   for (const double lane : sums) sum += lane;
-  return sum;
+  return constant ? sum * static_cast<double>(mult.constant()) : sum;
 }
 
 template <typename Mult32, typename Mult64>

@@ -14,9 +14,9 @@
 #include <type_traits>
 #include <utility>
 
-#define GRADREP_LOOPS "step_loops.h"
-#include "for_each_target.h"
 #define GRADREP_LOOPS "tail_loops.h"
+#include "for_each_target.h"
+#define GRADREP_LOOPS "step_loops.h"
 #include "for_each_target.h"
 
 namespace gradrep {
@@ -71,18 +71,21 @@ struct StepTable<Update, T, std::index_sequence<state...>> {
 };
 
 // The loops of TailStepLoops for float32, in the same way.
-template <typename Update, bool kAverages, typename State, typename = std::make_index_sequence<Update::kStates>>
+template <typename Update, bool kAverages, typename = std::make_index_sequence<Update::kStates>>
 struct TailStepTable;
 
-template <typename Update, bool kAverages, typename State, size_t... state>
-struct TailStepTable<Update, kAverages, State, std::index_sequence<state...>> {
+template <typename Update, bool kAverages, size_t... state>
+struct TailStepTable<Update, kAverages, std::index_sequence<state...>> {
   template <size_t, typename Same>
   using Each = Same;
   using Numbers = typename Update::template Numbers<float>;
   using Loop = void (*)(float*, const float*, const float*, int64_t, Numbers, float, float*, float,
-                        Each<state, State*>..., Each<state, const uint16_t*>...);
+                        Each<state, float*>...);
+  using RandomLoop = void (*)(float*, const float*, const float*, int64_t, Numbers, float, float*, float,
+                              const RandomStream&, uint64_t, Each<state, BFloat16*>...);
 
   Loop array[Update::kVariants];
+  RandomLoop random[Update::kVariants];
 
   static const TailStepTable& best() {
     static const TailStepTable table = TailStepLoops::on_best(
@@ -90,17 +93,31 @@ struct TailStepTable<Update, kAverages, State, std::index_sequence<state...>> {
     return table;
   }
 
-  // Calls a loop with the elements from `at` on of each array, and the random bits of these elements.
-  static void run(Loop loop, float* p, const float* g, const float* m, int64_t at, int64_t n, const Numbers& numbers,
-                  float clip, float* e, float rest, const std::array<State*, Update::kStates>& states,
-                  const std::array<const uint16_t*, Update::kStates>& bits) {
-    loop(p + at, g + at, m, n, numbers, clip, e + at, rest, states[state] + at..., bits[state]...);
+  // Calls a loop with the states from `at` on, behind the other arguments.
+  template <typename AnyLoop, typename State, typename... Arguments>
+  static void run(AnyLoop loop, const std::array<State*, Update::kStates>& states, int64_t at, Arguments&&... others) {
+    loop(others..., states[state] + at...);
   }
 
  private:
   template <typename Loops, int... variant>
   static constexpr TailStepTable of(std::integer_sequence<int, variant...>) {
-    return {{&Loops::template Of<Update, variant, kAverages, float, Each<state, State>...>::array...}};
+    return {{array_loop<Loops, variant>()...}, {random_loop<Loops, variant>()...}};
+  }
+  // Without an average and random bits there is only clipping, which step_in_parts does.
+  template <typename Loops, int variant>
+  static constexpr Loop array_loop() {
+    if constexpr (kAverages && Update::is_frequent(variant))
+      return &Loops::template Of<Update, variant, true, float, Each<state, float>...>::array;
+    else
+      return nullptr;
+  }
+  template <typename Loops, int variant>
+  static constexpr RandomLoop random_loop() {
+    if constexpr (Update::is_frequent(variant))
+      return &Loops::template Of<Update, variant, kAverages, float, Each<state, BFloat16>...>::random;
+    else
+      return nullptr;
   }
 };
 
@@ -188,28 +205,6 @@ bool step_in_place(const StepArrays<Update, T>& arrays, int variant, const Multi
   return false;
 }
 
-// The random bits of a run, those of each state beside the others.
-template <int kStates>
-class RunBits {
- public:
-  std::array<const uint16_t*, kStates> draw(const RandomStream& stream, uint64_t element, int64_t n) {
-    constexpr int kGroup = base::TailLoops::kGroup;
-    const int64_t skipped = element % kGroup;
-    std::array<const uint16_t*, kStates> begin;
-    for (int k = 0; k < kStates; ++k) {
-      TailLoops::on_best([&](auto loops) {
-        loops.random_bits(stream, k, element / kGroup, (skipped + n + kGroup - 1) / kGroup, bits_[k]);
-      });
-      begin[k] = bits_[k] + skipped;
-    }
-    return begin;
-  }
-
- private:
-  // A run may begin within a group, and a vector of eight groups may write seven beyond the last.
-  alignas(64) uint16_t bits_[kStates][kRun + 8 * base::TailLoops::kGroup];
-};
-
 // A chunk of a parameter of any dtype.
 struct Chunk {
   void *params, *grads;
@@ -234,23 +229,26 @@ std::array<S*, Update::kStates> states_of(const Chunk& chunk, int used) {
 }
 
 // Steps a chunk of a float32 parameter, of which an average is kept or states are in bfloat16, in one loop.
-template <typename Update, bool kAverages, typename State>
+template <typename Update, bool kAverages>
 void step_fused(const Chunk& chunk, const typename Update::Hyper& hyper, const Multiplier<float>& mult) {
-  using Table = TailStepTable<Update, kAverages, State>;
-  const auto loop = Table::best().array[hyper.variant(chunk.first)];
+  using Table = TailStepTable<Update, kAverages>;
+  const Table& table = Table::best();
+  const int variant = hyper.variant(chunk.first);
   const auto numbers = hyper.template numbers<float>();
   const float clip = chunk.clip == nullptr ? 1 : static_cast<float>(*chunk.clip), rest = static_cast<float>(chunk.rest);
-  const auto states = states_of<Update, State>(chunk, hyper.states());
-  auto *p = static_cast<float*>(chunk.params), *g = static_cast<float*>(chunk.grads);
+  const auto states = states_of<Update, float>(chunk, hyper.states());
+  const auto in_bfloat16 = states_of<Update, BFloat16>(chunk, hyper.states());
+  auto *const params = static_cast<float*>(chunk.params), *const grads = static_cast<float*>(chunk.grads);
   // Without an average the loop does not touch it.
-  auto* average = static_cast<float*>(kAverages ? chunk.average : chunk.params);
-  RunBits<Update::kStates> random;
-  std::array<const uint16_t*, Update::kStates> bits{};
+  auto* const average = static_cast<float*>(kAverages ? chunk.average : chunk.params);
   each_run(mult, hyper.maximize ? -1.0f : 1.0f, chunk.begin, chunk.end, [&](const float* m, int64_t at, int64_t n) {
-    if constexpr (std::is_same_v<State, BFloat16>) bits = random.draw(*chunk.random, chunk.first_element + at, n);
-    if (chunk.grad_scale != nullptr)
-      TailLoops::on_best([&](auto loops) { loops.divide(g + at, n, *chunk.grad_scale); });
-    Table::run(loop, p, g, m, at, n, numbers, clip, average, rest, states, bits);
+    float *const p = params + at, *const g = grads + at, *const e = average + at;
+    if (chunk.grad_scale != nullptr) TailLoops::on_best([&](auto loops) { loops.divide(g, n, *chunk.grad_scale); });
+    if (chunk.random == nullptr)
+      Table::run(table.array[variant], states, at, p, g, m, n, numbers, clip, e, rest);
+    else
+      Table::run(table.random[variant], in_bfloat16, at, p, g, m, n, numbers, clip, e, rest, *chunk.random,
+                 chunk.first_element + at);
   });
 }
 
@@ -267,7 +265,8 @@ void step_in_parts(const Chunk& chunk, const typename Update::Hyper& hyper, cons
   const auto stored = states_of<Update, S>(chunk, used);
   const auto in_bfloat16 = states_of<Update, BFloat16>(chunk, used);
   alignas(64) T wide_p[kRun], wide_g[kRun], wide_s[kStates][kRun];
-  RunBits<kStates> random;
+  constexpr int kGroup = base::RandomBits::kGroup, kDrawn = base::RandomBits::kDrawn;
+  alignas(64) uint16_t bits[kGroup + kRun + kDrawn];  // a run may begin within a group and end within a draw
   const T sign = hyper.maximize ? -1 : 1;
   each_run(mult, sign, chunk.begin, chunk.end, [&](const T* m, int64_t at, int64_t n) {
     S *const p = static_cast<S*>(chunk.params) + at, *const g = static_cast<S*>(chunk.grads) + at;
@@ -300,9 +299,10 @@ void step_in_parts(const Chunk& chunk, const typename Update::Hyper& hyper, cons
         }
       }
       arrays.run(loop, m, 0, n);
-      if (narrow) {
-        const auto bits = random.draw(*chunk.random, chunk.first_element + at, n);
-        for (int k = 0; k < used; ++k) loops.round_all(wide_s[k], bits[k], n, in_bfloat16[k] + at);
+      for (int k = 0; k < used && narrow; ++k) {
+        const uint64_t element = chunk.first_element + at, skipped = element % kGroup;
+        loops.random_bits(*chunk.random, k, element / kGroup, skipped + n, bits);
+        loops.round_all(wide_s[k], bits + skipped, n, in_bfloat16[k] + at);
       }
       if constexpr (!kWide) {
         loops.narrow_all(wide_p, n, p);
@@ -318,10 +318,10 @@ void step_in_parts(const Chunk& chunk, const typename Update::Hyper& hyper, cons
 template <typename Update, typename S, typename T>
 void step_chunk(const Chunk& chunk, const typename Update::Hyper& hyper, const Multiplier<T>& mult) {
   if constexpr (std::is_same_v<S, float>) {
-    if (chunk.random != nullptr)
-      return chunk.average != nullptr ? step_fused<Update, true, BFloat16>(chunk, hyper, mult)
-                                      : step_fused<Update, false, BFloat16>(chunk, hyper, mult);
-    if (chunk.average != nullptr) return step_fused<Update, true, float>(chunk, hyper, mult);
+    if (Update::is_frequent(hyper.variant(chunk.first))) {
+      if (chunk.average != nullptr) return step_fused<Update, true>(chunk, hyper, mult);
+      if (chunk.random != nullptr) return step_fused<Update, false>(chunk, hyper, mult);
+    }
   }
   if constexpr (std::is_same_v<S, T>) {
     if (chunk.random == nullptr && chunk.average == nullptr && chunk.clip == nullptr && chunk.grad_scale == nullptr) {

@@ -7,14 +7,14 @@
 // - kStates: how many arrays it keeps per parameter. Each has the parameter's shape and strides, and its dtype or
 //   bfloat16.
 // - Multipliers: the multipliers of all parameters, size() of them. Its of<T>(k, sizes, strides) makes a One<T> for
-//   parameter k, as GradMults does. One<T> has period() and write_out(), and step_in_place and each_run have overloads for
-//   it.
+//   parameter k, as GradMults does. One<T> is a Multiplier<T>, or each_run, step_in_place and sum_of_squares have
+//   overloads for it.
 // - Hyper: a row of the hyper-parameter table, made of a pointer to its kColumns numbers. Its states() is how many of
 //   the arrays a step uses, all or none, maximize the sign, variant(first) which loops to take, numbers<T>() what they
 //   need.
 // - Numbers<T>: what the loops need of a row, in the dtype that is computed in.
 // - kVariants: how many variants the loops have. is_frequent(variant) says whether one is worth loops of its own for
-//   repeated taps, reads_states(variant) whether it reads the states or only writes them.
+//   repeated taps, averages and random bits, reads_states(variant) whether it reads the states or only writes them.
 // - element<variant>(p, g, m, numbers, states...): the rule, for one element.
 #pragma once
 

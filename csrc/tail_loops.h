@@ -2,43 +2,65 @@
 // for_each_target.h and step_chunk.h.
 namespace gradrep::GRADREP_TARGET {
 
-struct TailLoops {
-  static constexpr int kGroup = 8;  // elements that share a counter
+// Draws the random bits of one parameter in one step.
+class RandomBits {
+ public:
+  static constexpr int kGroup = 8, kGroups = 8, kDrawn = kGroup * kGroups;  // elements that share a counter; of a draw
 
-  // The random bits of n groups of elements and more, as many as a vector has: `out` must have room for
-  // kGroup * (n + 7) numbers.
-  static void random_bits(const RandomStream& stream, uint32_t state, uint64_t first_group, int64_t n,
-                          uint16_t* __restrict out) {
 #if GRADREP_X86_TARGETS
-    // A counter's words lie in lanes of 64 bits, each in the lower half of a lane; the upper half may be anything.
-    typedef uint64_t Lanes __attribute__((vector_size(GRADREP_VECTOR)));
-    constexpr int kLanes = GRADREP_VECTOR / 8;
-    const Lanes multipliers[2] = {Lanes{} + kPhiloxMultipliers[0], Lanes{} + kPhiloxMultipliers[1]};
-    Lanes group;
-    for (int lane = 0; lane < kLanes; ++lane) group[lane] = first_group + lane;
-    for (int64_t i = 0; i < n; i += kLanes, group += kLanes) {
-      Lanes c0 = group, c1 = Lanes{} + stream.parameter, c2 = Lanes{} + stream.step, c3 = Lanes{} + state;
-      uint32_t k0 = stream.key[0], k1 = stream.key[1];
+  // Keys are made beforehand: one by one in each draw, they take a quarter of its time.
+  GRADREP_INLINE explicit RandomBits(const RandomStream& stream)
+      : parameter_(Lanes{} + stream.parameter), step_(Lanes{} + stream.step) {
+    for (uint32_t round = 0; round < kPhiloxRounds; ++round)
+      for (int k = 0; k < 2; ++k) keys_[round][k] = Lanes{} + (stream.key[k] + round * kPhiloxWeyl[k]);
+  }
+
+  // Those of a state's elements from kGroup * group on.
+  GRADREP_INLINE void draw(uint32_t state, uint64_t group, uint16_t* out) const {
+    for (int part = 0; part < kGroups / kLanes; ++part) {
+      // Words of 32 bits lie in lanes of 64, each in the lower half; the upper half may be anything.
+      Lanes c0, c1 = parameter_, c2 = step_, c3 = Lanes{} + state;
+      for (int lane = 0; lane < kLanes; ++lane) c0[lane] = lane;
+      c0 += group + part * kLanes;
       for (int round = 0; round < kPhiloxRounds; ++round) {
-        const Lanes first = lower_product(c0, multipliers[0]), second = lower_product(c2, multipliers[1]);
-        c0 = (second >> 32) ^ c1 ^ (Lanes{} + k0);
+        const Lanes first = lower_product(c0, Lanes{} + kPhiloxMultipliers[0]),
+                    second = lower_product(c2, Lanes{} + kPhiloxMultipliers[1]);
+        c0 = (second >> 32) ^ c1 ^ keys_[round][0];
         c1 = second;
-        c2 = (first >> 32) ^ c3 ^ (Lanes{} + k1);
+        c2 = (first >> 32) ^ c3 ^ keys_[round][1];
         c3 = first;
-        k0 += kPhiloxWeyl[0];
-        k1 += kPhiloxWeyl[1];
       }
       const Lanes front = (c0 & 0xffffffffu) | c1 << 32, back = (c2 & 0xffffffffu) | c3 << 32;
       uint64_t words[2 * kLanes];
       for (int lane = 0; lane < kLanes; ++lane) words[2 * lane] = front[lane], words[2 * lane + 1] = back[lane];
-      memcpy(out + kGroup * i, words, sizeof words);
+      memcpy(out + part * kGroup * kLanes, words, sizeof words);
     }
+  }
+
+ private:
+  typedef uint64_t Lanes __attribute__((vector_size(GRADREP_VECTOR)));
+  static constexpr int kLanes = GRADREP_VECTOR / 8;
+  Lanes parameter_, step_, keys_[kPhiloxRounds][2];
 #else
-    for (int64_t i = 0; i < n; ++i) {
-      const RandomWords words = stream.words(kGroup * (first_group + i), state);
-      for (int k = 0; k < kGroup; ++k) out[kGroup * i + k] = static_cast<uint16_t>(words.of(k));
+  GRADREP_INLINE explicit RandomBits(const RandomStream& stream) : stream_(stream) {}
+
+  GRADREP_INLINE void draw(uint32_t state, uint64_t group, uint16_t* out) const {
+    for (int n = 0; n < kGroups; ++n) {
+      const RandomWords words = stream_.words(kGroup * (group + n), state);
+      for (int k = 0; k < kGroup; ++k) out[kGroup * n + k] = static_cast<uint16_t>(words.of(k));
     }
+  }
+
+ private:
+  const RandomStream& stream_;
 #endif
+};
+
+struct TailLoops {
+  // Those of n elements and more: `out` must have room for whole draws.
+  static void random_bits(const RandomStream& stream, uint32_t state, uint64_t group, int64_t n, uint16_t* out) {
+    const RandomBits bits(stream);
+    for (int64_t i = 0; i < n; i += RandomBits::kDrawn, group += RandomBits::kGroups) bits.draw(state, group, out + i);
   }
 
   template <typename S, typename T>
