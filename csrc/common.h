@@ -57,4 +57,22 @@ inline float one_float(const Tensor& t) {
   return *static_cast<const float*>(t.const_data_ptr());
 }
 
+// A float32 or float64 CPU tensor of one element.
+inline bool is_number(const Tensor& t) {
+  return t.is_cpu() && t.numel() == 1 &&
+         (dtype_of(t) == aoti_torch_dtype_float32() || dtype_of(t) == aoti_torch_dtype_float64());
+}
+inline double read_number(const Tensor& t) {
+  const void* data = t.const_data_ptr();
+  return dtype_of(t) == aoti_torch_dtype_float64() ? *static_cast<const double*>(data)
+                                                   : *static_cast<const float*>(data);
+}
+inline void write_number(const Tensor& t, double value) {
+  void* data = t.mutable_data_ptr();
+  if (dtype_of(t) == aoti_torch_dtype_float64())
+    *static_cast<double*>(data) = value;
+  else
+    *static_cast<float*>(data) = static_cast<float>(value);
+}
+
 }  // namespace gradrep

@@ -12,6 +12,7 @@
 // Both sets have FMA, but the build turns contraction off, so every product and sum is rounded on its own.
 // GCC prefers vectors of 256 bits where it tunes for certain machines. These loops were measured with 512.
 #define GRADREP_TARGET avx512
+#define GRADREP_VECTOR 64
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"))), \
                              apply_to = function)
@@ -24,8 +25,10 @@
 #pragma GCC pop_options
 #endif
 #undef GRADREP_TARGET
+#undef GRADREP_VECTOR
 
 #define GRADREP_TARGET avx2
+#define GRADREP_VECTOR 32
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2"))), apply_to = function)
 #include GRADREP_LOOPS
@@ -37,10 +40,13 @@
 #pragma GCC pop_options
 #endif
 #undef GRADREP_TARGET
+#undef GRADREP_VECTOR
 
 #endif
 
 #define GRADREP_TARGET base
+#define GRADREP_VECTOR 16
 #include GRADREP_LOOPS
 #undef GRADREP_TARGET
+#undef GRADREP_VECTOR
 #undef GRADREP_LOOPS

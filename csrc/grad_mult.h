@@ -31,21 +31,21 @@ class Multiplier {
 
   // ---- the course of M through memory
 
+  static constexpr int64_t kMostTaps = 1024;
+
   bool is_constant() const {
     return diagonal_.empty() && (dims_.empty() || (dims_.size() == 1 && dims_[0].stride == 0));
   }
   T constant() const { return scale_.data == nullptr ? T(1) : scale_.data[0]; }
 
-  // K where M repeats K taps that lie side by side, for the K that the loops are compiled for; else 0.
+  // K where M repeats K taps that lie side by side, as it does over the input channels of a convolution; else 0.
   int64_t taps() const {
-    if (dims_.empty() || dims_.back().stride != 1) return 0;
-    const int64_t k = dims_.back().size;
-    const bool repeats = dims_.size() == 1 || dims_[dims_.size() - 2].stride == 0;
-    return repeats && (k == 9 || k == 25 || k == 49) ? k : 0;
+    const bool repeats = dims_.size() > 1 && dims_.back().stride == 1 && dims_[dims_.size() - 2].stride == 0;
+    return repeats && dims_.back().size <= kMostTaps ? dims_.back().size : 0;
   }
   // M stays the same over long stretches; or is read from memory over long stretches.
   bool is_segments() const { return !dims_.empty() && dims_.back().stride == 0 && is_long(); }
-  bool is_arrays() const { return !dims_.empty() && dims_.back().stride == 1 && is_long(); }
+  bool is_arrays() const { return taps() == 0 && !dims_.empty() && dims_.back().stride == 1 && is_long(); }
 
   // Chunks of work begin at multiples of this: where M repeats its taps at their first one, and on a cache line.
   int64_t period() const { return 16 * std::max<int64_t>(1, taps()); }
@@ -57,7 +57,7 @@ class Multiplier {
   // in memory.
   template <typename F>
   void each_row(int64_t begin, int64_t end, const F& f) const {
-    const bool repeats = taps() != 0 && dims_.size() > 1;
+    const bool repeats = taps() != 0;
     const size_t outer = dims_.size() - (repeats ? 2 : 1);
     const int64_t row = dims_.back().size * (repeats ? dims_[outer].size : 1);
     for (int64_t at = begin; at < end;) {
@@ -65,7 +65,7 @@ class Multiplier {
       const int64_t inside = at - index * row, n = std::min(row - inside, end - at);
       const T* values = scale_.data;
       for (size_t d = outer; d-- > 0; index /= dims_[d].size) values += index % dims_[d].size * dims_[d].stride;
-      f(!repeats && dims_.back().stride == 1 && taps() == 0 ? values + inside : values, at, n);
+      f(!repeats && dims_.back().stride == 1 ? values + inside : values, at, n);
       at += n;
     }
   }
@@ -75,11 +75,14 @@ class Multiplier {
     const int64_t k = taps();
     if (dims_.empty()) {
       std::fill(out, out + n, constant());
-    } else if (k != 0 && at % k == 0) {
+    } else if (k != 0) {
       each_row(at, at + n, [&](const T* row, int64_t position, int64_t count) {
         T* to = out + (position - at);
-        for (; count >= k; count -= k) to = std::copy_n(row, k, to);
-        std::copy_n(row, count, to);
+        for (int64_t tap = position % k; count > 0; tap = 0) {  // a row begins at its first tap
+          const int64_t some = std::min(k - tap, count);
+          to = std::copy_n(row + tap, some, to);
+          count -= some;
+        }
       });
     } else {
       const Level last = dims_.back();

@@ -18,7 +18,7 @@ struct SgdUpdate {
   // A first step puts the gradient itself into the buffer. A variant is 2 * mode, and one more with weight decay.
   enum Mode { kNone, kPlain, kNesterov, kFirst, kFirstNesterov, kModes };
   static constexpr int kVariants = 2 * kModes;
-  // First steps are rare, so they go without loops of their own for repeated taps.
+  // First steps are rare, so they go without loops of their own.
   static constexpr bool is_frequent(int variant) { return variant / 2 <= kNesterov; }
   GRADREP_HD static constexpr bool reads_states(int variant) {
     return variant / 2 == kPlain || variant / 2 == kNesterov;
