@@ -160,7 +160,7 @@ def test_sixty_two_parameters_of_several_dtypes_and_groups(uploads):
     for n in range(0, 62, 5):
         ours.change_dtype(n, torch.float64)
     handle = ours.planned()
-    for n in range(2):
+    for _ in range(2):
         before = len(uploads)
         ours.new_step(gradients=False)
         LAUNCHES.clear()

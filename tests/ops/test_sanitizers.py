@@ -30,6 +30,10 @@ SELECTED = {
         "(references_bits and (float32 or bfloat16) and (repopt or dense or per_input))"
         " or test_unscaling or zeros_infinities"
     ),
+    "ops/test_step_tail.py": (
+        "(references_bits and not scaled and (float32 or float16) and (repopt or dense or per_input))"
+        " or (planned_steps_clip and not float64) or parts_of_a_parameter or unaligned or scaled_gradients"
+    ),
     "ops/test_rep_grad_norm.py": "test_kernel_agrees_with_the_reference and float32 and (repopt or dense or per_input)",
     "optim/test_contract_memory.py": "sgd-auto and (memory_has_moved or share_memory or bumps_the_version)",  # the plan
     "optim/test_contract_amp.py": "sgd-auto and (bumps_the_version or lazy_clone)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import cases
 import implementations
@@ -35,7 +36,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
     ],
 )
 def test_philox_has_the_known_answers(counter, key, words):
-    """Those of kat_vectors in Random123, of the authors of the generator. tests/support/instruction_sets.cpp: in C++."""
+    """Those of kat_vectors in Random123, of the generator's authors. tests/support/instruction_sets.cpp has the C++."""
     assert tuple(map(int, rounding_rule.philox(counter, key))) == words
 
 
@@ -229,7 +230,7 @@ def test_parts_of_a_parameter_have_the_bits_of_the_whole(backend, device):
     parts = whole.clone(device)
     for name in ("params", "grads", "buffers", "averages"):
         t = getattr(parts, name)[0]
-        setattr(parts, name, [None if t is None else t[a:b] for a, b in zip(cuts, cuts[1:])])
+        setattr(parts, name, [None if t is None else t[a:b] for a, b in pairwise(cuts)])
     n = len(cuts) - 1
     parts.scales, parts.identities, parts.first, parts.groups = [None] * n, [None] * n, [False] * n, [0] * n
     parts.numbers, parts.elements = [7] * n, [torch.tensor([a]) for a in cuts[:-1]]
@@ -242,7 +243,7 @@ def test_parts_of_a_parameter_have_the_bits_of_the_whole(backend, device):
 
 @pytest.mark.parametrize(("backend", "device"), STEP)
 def test_what_the_kernel_does_not_take_goes_to_the_reference(backend, device):
-    """Explicit numbers of elements, an average in another dtype, some states in bfloat16 that are not rounded by bits."""
+    """Explicit numbers of elements, averages of other dtypes or strides, bfloat16 states rounded to the nearest."""
     step = implementations.get("rep_sgd_step", backend, device)
     shapes = [(40,), (30, 20), (8, 6, 3, 3), (50,)]
     problem = Tailed(random.Random(6), torch.float32, "repopt", shapes, True, channels_last=False)

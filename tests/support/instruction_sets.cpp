@@ -4,6 +4,9 @@
 #include "pair_counting.h"
 #include "pair_ranges_cpu.h"
 #include "rep_sgd_update.h"
+#include "rounding.h"
+#include "step_tail.h"
+#include "stored.h"
 
 #include <cmath>
 #include <cstdio>
@@ -13,6 +16,8 @@
 
 #define GRADREP_LOOPS "rep_grad_norm_loops.h"
 #include "for_each_target.h"
+#define GRADREP_LOOPS "tail_loops.h"
+#include "for_each_target.h"
 #define GRADREP_LOOPS "step_loops.h"
 #include "for_each_target.h"
 
@@ -21,6 +26,7 @@ using namespace gradrep;
 namespace {
 
 using GradNormLoops = PerTarget<base::GradNormLoops, avx2::GradNormLoops, avx512::GradNormLoops>;
+using TailLoops = PerTarget<base::TailLoops, avx2::TailLoops, avx512::TailLoops>;
 
 constexpr int64_t kSizes[] = {
     0, 1, 15, 16, 33, 64, 127, 1000, 16 * 49 * 2 + 5};  // tails and whole vectors of any width
@@ -140,13 +146,116 @@ void check_steps() {
   check_step<T>("49 taps", {{}, {Base::template taps<49>, Avx2::template taps<49>, Avx512::template taps<49>}});
 }
 
-template <typename T>
-void check_norm(const std::string& dtype) {
-  const auto g = values<T>(kMost, 5, true), m = values<T>(kMost, 6, true);
+template <typename S>
+std::vector<float> widened(const std::vector<S>& stored) {
+  std::vector<float> wide;
+  for (const S value : stored) wide.push_back(widen(value));
+  return wide;
+}
+
+// A step with an average or random bits, by variant, in the loops of one instruction set.
+template <typename Loops, int variant, bool averages, typename State>
+std::vector<float> tail_step(int64_t n, uint64_t element) {
+  using Of = typename Loops::template Of<SgdUpdate, variant, averages, float, State>;
+  static const auto g = values<float>(kMost, 21), m = values<float>(kMost, 22);
+  const SgdUpdate::Numbers<float> h{0.1f, 0.9f, 0.8f, 1e-4f};
+  auto p = values<float>(kMost, 23), e = values<float>(kMost, 24);
+  auto state = values<State>(kMost, 25);
+  if constexpr (std::is_same_v<State, float>)
+    Of::array(p.data(), g.data(), m.data(), n, h, 0.7f, e.data(), 0.1f, state.data());
+  else
+    Of::random(p.data(), g.data(), m.data(), n, h, 0.7f, e.data(), 0.1f, RandomStream(1, 2, 3), element, state.data());
+  return joined(joined(p, e), widened(state));
+}
+
+template <int variant, bool averages, typename State>
+void check_tail_step(const char* desc) {
   for (const int64_t n : kSizes)
-    check("weighted_sum " + dtype, [&](Target target) {
-      const auto sum = [&](auto loops) { return loops.weighted_sum(g.data(), m.data(), n); };
-      return std::vector<double>{GradNormLoops::on(target, sum)};
+    for (const uint64_t element : {uint64_t{0}, uint64_t{5}, (uint64_t{1} << 35) - 64})
+      check(desc, [&](Target target) {
+        if (target == Target::kAvx512) return tail_step<avx512::TailStepLoops, variant, averages, State>(n, element);
+        if (target == Target::kAvx2) return tail_step<avx2::TailStepLoops, variant, averages, State>(n, element);
+        return tail_step<base::TailStepLoops, variant, averages, State>(n, element);
+      });
+}
+
+template <typename S>
+void check_stored(const std::string& dtype) {
+  using T = Arithmetic<S>;
+  const auto stored = values<S>(kMost, 26);
+  const auto wide = values<T>(kMost, 27);
+  const auto bits = bin_numbers(2 * kMost, 28);
+  for (const int64_t n : kSizes)
+    check("loops of the tail " + dtype, [&](Target target) {
+      auto made = values<T>(kMost, 29), multiplied = values<T>(kMost, 34);
+      auto average = values<T>(kMost, 30), divided = values<T>(kMost, 31);
+      auto narrowed = values<S>(kMost, 32), scaled = stored;
+      auto rounded = values<BFloat16>(kMost, 33);
+      TailLoops::on(target, [&](auto loops) {
+        if constexpr (!std::is_same_v<S, T>) {
+          loops.widen_all(stored.data(), n, made.data());
+          loops.narrow_all(wide.data(), n, narrowed.data());
+        }
+        loops.multiply(wide.data(), T(0.3), n, multiplied.data());
+        loops.round_all(wide.data(), reinterpret_cast<const uint16_t*>(bits.data()), n, rounded.data());
+        loops.divide(divided.data(), n, T(3));
+        loops.scale(scaled.data(), n, T(0.3));
+        loops.average(stored.data(), n, average.data(), T(0.1));
+      });
+      std::vector<T> all = joined(joined(made, multiplied), joined(average, divided));
+      for (const S value : joined(narrowed, scaled)) all.push_back(widen(value));
+      for (const BFloat16 value : rounded) all.push_back(widen(value));
+      return all;
+    });
+}
+
+// Philox against kat_vectors of Random123, and the draws of each instruction set against one element at a time.
+void check_random_bits() {
+  const RandomWords answers[3] = {{{0x5f6fb709u, 0x0d893f64u, 0x4f121f81u, 0x4f730a48u}},
+                                  {{0x5207ddc2u, 0x45165e59u, 0x4d8ee751u, 0x8c52f662u}},
+                                  {{0x4dfccabau, 0x190a87f0u, 0xc47362bau, 0xb6b5242au}}};
+  const RandomWords given[3] = {
+      philox(0, 0, 0, 0, 0, 0), philox(~0u, ~0u, ~0u, ~0u, ~0u, ~0u),
+      philox(0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u, 0xa4093822u, 0x299f31d0u)};
+  if (std::memcmp(answers, given, sizeof answers) != 0) ++failures, std::printf("philox: not the known answers\n");
+  const RandomStream stream((uint64_t{5} << 32) + 7, 9, 11);
+  for (const uint64_t group : {uint64_t{0}, uint64_t{3}, (uint64_t{1} << 32) - 2})  // the counter wraps
+    for (const Target target : {Target::kBase, Target::kAvx2, Target::kAvx512}) {
+      if (!supports(target)) continue;
+      std::vector<uint16_t> drawn(kMost + base::RandomBits::kDrawn);
+      TailLoops::on(target, [&](auto loops) { loops.random_bits(stream, 1, group, kMost, drawn.data()); });
+      int unlike = 0;
+      for (int64_t i = 0; i < kMost; ++i) unlike += drawn[i] != stream.words(8 * group + i, 1).of(i);
+      if (unlike > 0) ++failures, std::printf("random_bits: %d are not those of their elements\n", unlike);
+    }
+}
+
+void check_tails() {
+  check_random_bits();
+  check_tail_step<2 * SgdUpdate::kNone + 1, true, float>("average");
+  check_tail_step<2 * SgdUpdate::kPlain + 1, true, float>("average");
+  check_tail_step<2 * SgdUpdate::kNesterov, true, float>("average");
+  check_tail_step<2 * SgdUpdate::kPlain, false, BFloat16>("random bits");
+  check_tail_step<2 * SgdUpdate::kNesterov + 1, false, BFloat16>("random bits");
+  check_tail_step<2 * SgdUpdate::kPlain + 1, true, BFloat16>("average and random bits");
+  check_stored<float>("float32");
+  check_stored<double>("float64");
+  check_stored<BFloat16>("bfloat16");
+  check_stored<Half>("float16");
+}
+
+template <typename S>
+void check_norm(const std::string& dtype) {
+  const auto g = values<S>(kMost, 5, true);
+  const auto m = values<double>(kMost, 6, true);
+  for (const int64_t n : kSizes)
+    check("add_squares " + dtype, [&](Target target) {
+      std::vector<double> sums(2 * base::GradNormLoops::kLanes, 0.5);
+      GradNormLoops::on(target, [&](auto loops) {
+        loops.template add_squares<true>(g.data(), m.data(), n, sums.data());
+        loops.template add_squares<false>(g.data(), nullptr, n, sums.data() + base::GradNormLoops::kLanes);
+      });
+      return sums;
     });
 }
 
@@ -261,8 +370,11 @@ void check_counting() {
 int main() {
   check_steps<float>();
   check_steps<double>();
+  check_tails();
   check_norm<float>("float32");
   check_norm<double>("float64");
+  check_norm<BFloat16>("bfloat16");
+  check_norm<Half>("float16");
   check_pairs_of<float>("float32");
   check_pairs_of<double>("float64");
   check_pairs_of<BFloat16>("bfloat16");

@@ -80,9 +80,11 @@ def finish_kernel(
     BLOCK: tl.constexpr,
 ):
     total = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, count, BLOCK):
+    start = 0
+    while start < count:
         place = start + tl.arange(0, BLOCK)
         total += tl.load(partial + place, mask=place < count, other=0.0).to(tl.float64)
+        start += BLOCK
     root = tl.sqrt(tl.sum(total, axis=0))
     if grad_scale is not None:
         root = root / tl.load(grad_scale).to(tl.float64)
