@@ -45,9 +45,9 @@ def incoming(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None, clip: 
     g = grad.to(dtype)
     real = g.real.dtype if g.is_complex() else dtype
     if grad_scale is not None:
-        g = g / grad_scale.to(device=g.device, dtype=real).reshape(())
+        g = g / grad_scale.reshape(()).to(device=g.device, dtype=real).reshape(())
         grad.copy_(g)
-    return g if clip is None else g * clip.to(device=g.device, dtype=real).reshape(())
+    return g if clip is None else g * clip.reshape(()).to(device=g.device, dtype=real).reshape(())
 
 
 def store_state(state: Tensor, value: Tensor, tail: Tail, number: int, elements: Tensor | None, which: int = 0) -> None:
