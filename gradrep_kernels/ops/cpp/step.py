@@ -17,6 +17,11 @@ DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _STOCHASTIC = COLUMNS.index("stochastic")
 
 
+def as_number(t: Tensor) -> Tensor:
+    """One number in a dtype that kernels read."""
+    return t if t.dtype in (torch.float32, torch.float64) else t.double()
+
+
 def takes(
     p: Tensor,
     grad: Tensor,
@@ -60,8 +65,7 @@ def step_front(name: str) -> Callable[..., None]:
         hyper, tail, clip = call.hyper, call.tail, call.clip
         keeps_state = rule.keeps_state(hyper) if hyper.is_cpu else [True] * len(hyper)
         stochastic = tail is not None and (not tail.is_cpu or float(tail[_STOCHASTIC]) != 0)
-        if clip is not None and clip.dtype not in (torch.float32, torch.float64):
-            clip = clip.double()
+        clip = None if clip is None else as_number(clip)
         more = one_each(len(call.columns[0]), call.averages, call.numbers, call.elements)
         rest: list[tuple] = []
         taken: dict[torch.device, list[tuple]] = {}
