@@ -146,7 +146,7 @@ def accuracies(
 def averaged(trainee: Trainee, data: Data, options: Options, seed: int) -> Iterator[None]:
     """Make the weights the averages, and the statistics of batch norms theirs, of some training batches.
 
-    With the statistics of the weights, averages lose four points on digits (bench/study_momentum.py).
+    With the statistics of the weights, averages lose three points on digits (bench/study_momentum.py).
     """
     batches = _training_batches(data, options, derived_seed(seed, _AVERAGES))
     buffers = {name: buffer.clone() for name, buffer in trainee.model.named_buffers()}
