@@ -313,7 +313,7 @@ def keep_dtypes(
             if not isinstance(value, Tensor) or not isinstance(cast, Tensor):
                 continue
             new = state.dtype(p.dtype, getattr(p, "grad_dtype", None) or p.dtype)
-            if optimizer.update_rule.stochastic and state is not AVERAGE:
+            if optimizer.update_rule.stochastic or state is AVERAGE:
                 loaded[state.key] = value.to(cast.device, new)
             elif value.dtype != cast.dtype and value.dtype in (new, compute_dtype(p.dtype)):
                 loaded[state.key] = value.to(cast.device)

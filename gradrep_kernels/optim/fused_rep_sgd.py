@@ -61,7 +61,8 @@ class FusedRepSGD(RepOptimizer, SGD):
             `swap_ema`, `ema_state_dict`.
         momentum_dtype: torch.bfloat16 keeps momentum in half the bytes. It is rounded by random bits that depend on
             nothing but `rounding_seed`, the step's number, the parameter's position and the element
-            (ops/reference/rounding_rule.py), so that the mean of many roundings is the exact value.
+            (ops/reference/rounding_rule.py), so that the mean of many roundings is the exact value. Complex parameters
+            are refused, and sparse gradients where there is a momentum.
 
     Steps are counted where `ema_decay` or `momentum_dtype` need it. Those that a GradScaler skips on a GPU count too.
     A step never changes `.grad`, except that with fused=True it unscales under GradScaler, as torch's fused optimizers

@@ -31,6 +31,13 @@ class GradScaler(torch.amp.GradScaler):
     squares in a chunk of some thousand elements must be below 3e38 too.
     """
 
+    def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().step(optimizer, *args, **kwargs)
+        finally:
+            if isinstance(optimizer, RepOptimizer):
+                optimizer.forget_norm()  # a step that was not taken leaves it
+
     def _check_inf_per_device(self, optimizer: Optimizer) -> dict[torch.device, Tensor]:
         # torch calls it in `step`, for an optimizer that unscales itself and has not been unscaled before. Should a
         # later torch call it no more, its own check takes place.

@@ -50,7 +50,7 @@ def norm_of_step(work: Gathered, multipliers: Multipliers, grad_scale: Tensor | 
     sparse = [p for _, p in work.sparse]
     params = [*rows, *sparse]
     if not params:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     grads = [*(row.shards[1] for row in rows.values()), *map(gradient_here, sparse)]
     norm = gradient_norm(params, grads, columns_of_parts(params, multipliers))
     return norm if grad_scale is None else norm / grad_scale.to(norm.device, norm.dtype)

@@ -47,8 +47,6 @@ class StepPlan:
     ) -> StepPlan | None:
         """Make the plan of steps like the one that was gathered, or None where some parameter does not suit it.
 
-        It holds as long as the options of `tail` do.
-
         None is made in a CUDA graph capture: copies of multipliers would be filled at the graph's replays only.
         """
         if len(gathered.arguments) != 1:
@@ -89,6 +87,7 @@ class StepPlan:
         active = set(map(id, params))
         self._idle = [p for p in self._listed if id(p) not in active]
         self._written = params + [kept for row in rows for kept in (*row.states, row.average) if kept is not None]
+        self._options, self._options_version = tail, tail.version
         self._tail = tail if tail.is_used else None
         self._norm_dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
         self._multipliers, self._version = multipliers, multipliers.version
@@ -126,6 +125,7 @@ class StepPlan:
         """All gradients, or None where the plan no longer holds."""
         if (
             self._multipliers.version != self._version
+            or self._options.version != self._options_version
             or backends.planner(self._op, self._device.type) is not self._planner
             or not self._holds(groups, state)
             or not all(map(is_, map(_grad, self._idle), repeat(None)))

@@ -64,7 +64,6 @@ class RepOptimizer(StepEnd):
     """
 
     update_rule: ClassVar[UpdateRule]
-    _swapped: bool
 
     def __init__(
         self,
@@ -172,7 +171,7 @@ class RepOptimizer(StepEnd):
 
         Raises RuntimeError where an array, such as a momentum buffer, would be made in a CUDA graph capture.
         """
-        if self._swapped:
+        if self._tail.swapped:
             raise RuntimeError("a step inside swap_ema would train the averages: leave its block first")
         loss = None
         if closure is not None:
@@ -254,7 +253,8 @@ class RepOptimizer(StepEnd):
             if grad_scale is not None:
                 in_place(p.grad, lambda grad: grad.div_(grad_scale))
             rule.functional(self, {**group, "params": [p]}, functools.partial(self._multiplied, clip=clip))
-            if options.averages and p not in work.without_average:
+        for p in dict.fromkeys(p for _, p in work.sparse) if options.averages else ():
+            if p not in work.without_average:
                 step_tail.update_average(self.state[p][AVERAGE.key], p, step_tail.Tail.of(tail))
         for p in work.without_average:
             self.state[p][AVERAGE.key] = first_average(p)
@@ -287,7 +287,11 @@ class RepOptimizer(StepEnd):
             )
 
     def _refuse_sparse(self, group: dict[str, Any], p: Tensor) -> None:
-        what = "a Grad Mult" if self._multipliers.total(p) is not None else self.update_rule.not_with_sparse(group)
+        what = self.update_rule.not_with_sparse(group)
+        if self.update_rule.stochastic and any(state.used(group) for state in self.update_rule.states):
+            what = "momentum_dtype"
+        if self._multipliers.total(p) is not None:
+            what = "a Grad Mult"
         if what is not None:
             self._refuse_layout(p, what)
 
@@ -314,7 +318,10 @@ class RepOptimizer(StepEnd):
                 raise ValueError(f"{option} is not an option of a parameter group: {instead}")
         with names_for_all(self.param_groups, param_group):
             super().add_param_group(param_group)
-        added = self.param_groups[-1]
+            added = self.param_groups[-1]
+            if self._tail.state_dtype is not None and any(p.is_complex() for p in added["params"]):
+                self.param_groups.pop()
+                raise ValueError("momentum_dtype=torch.bfloat16 cannot hold a complex momentum: leave it at None")
         added.update({"fused": None, checkpoint.FINGERPRINT: self._multipliers.fingerprint(added["params"])})
         self._tail.save([added])
 

@@ -91,12 +91,12 @@ def element_numbers_of(p: Tensor) -> Tensor | None:
 
 
 def _element_numbers(p: Tensor) -> Tensor:
-    shard, numbers, inside = local(p), torch.zeros((), dtype=torch.int64), 1
+    shard, numbers, inside = local(p), torch.zeros((), dtype=torch.int64, device="cpu"), 1
     for dim in sorted(range(p.dim()), key=lambda d: p.stride(d)):  # from the innermost in memory
         along = [-1 if d == dim else 1 for d in range(p.dim())]
         numbers = numbers + (_held(p, dim).cpu() * inside).view(along)
         inside *= p.shape[dim]
-    first = numbers.reshape(-1)[:1] if shard.numel() else torch.zeros(1, dtype=torch.int64)
+    first = numbers.reshape(-1)[:1] if shard.numel() else torch.zeros(1, dtype=torch.int64, device="cpu")
     run = element_numbers(shard, first).cpu()
     return first.clone() if torch.equal(run, numbers.expand(shard.shape)) else numbers.to(shard.device)
 

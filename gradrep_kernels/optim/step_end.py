@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import Optimizer, _global_optimizer_pre_hooks
 
 from gradrep_kernels.dtensor import local
 from gradrep_kernels.optim.eager import eager
@@ -22,13 +22,10 @@ from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, TailOptions, clip_fact
 class StepEnd(Optimizer):
     """The part of RepOptimizer that clips and averages."""
 
-    _swapped = False
-
     # What RepOptimizer has.
     _tail: TailOptions
     _plan: StepPlan | None
     _multipliers: Multipliers
-    _forget_plan: Callable[[], None]
     _refuse_layout: Callable[[Tensor, str], None]
 
     # ---- options
@@ -78,8 +75,7 @@ class StepEnd(Optimizer):
     def _set_tail(self, max_grad_norm: float | None, ema_decay: EmaDecay | None) -> None:
         wanted = TailOptions(max_grad_norm, ema_decay, self.state_dtype)
         wanted.check(self.defaults["differentiable"])
-        self._tail.max_grad_norm, self._tail.ema_decay = wanted.max_grad_norm, wanted.ema_decay
-        self._forget_plan()
+        self._tail.take_over(wanted)
 
     # ---- clipping
 
@@ -109,15 +105,21 @@ class StepEnd(Optimizer):
     def norm_before_step(self) -> Tensor | None:
         """Return √(Σ M ⊙ g²) of the gradients as they are  # [], for the step that comes next to clip by.
 
-        The gradients must not change in between. With `grad_scale` the step divides the norm by it. None without
-        gradients. GradScaler calls it.
+        The gradients must not change in between, so a step with pre-hooks takes the norm anew. With `grad_scale` the
+        step divides the norm by it. None without gradients. GradScaler calls it.
         """
         norm, grads = self._norm()
         if not grads:
             return None
-        if self.max_grad_norm is not None:
+        # Hooks may change the gradients.
+        hooks = self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
+        if self.max_grad_norm is not None and not hooks:
             self._tail.known_norm = norm
         return norm
+
+    def forget_norm(self) -> None:
+        """Have the next step take the norm itself, after `norm_before_step`."""
+        self._tail.known_norm = None
 
     def _norm(self) -> tuple[Tensor, list[Tensor]]:
         """√(Σ M ⊙ g²) over all parameters that have a gradient, and these as this rank holds them."""
@@ -126,7 +128,7 @@ class StepEnd(Optimizer):
             return planned
         params = [p for p in dict.fromkeys(parameters_of(self.param_groups)) if p.grad is not None]
         if not params:
-            return torch.zeros(()), []
+            return torch.zeros((), device="cpu"), []
         for p in params:
             if p.grad.layout != torch.strided and self._multipliers.total(p) is not None:
                 self._refuse_layout(p, "a Grad Mult")
@@ -166,7 +168,7 @@ class StepEnd(Optimizer):
         Raises RuntimeError where there are no averages, in a second `swap_ema` inside the first, and where a step is
         taken inside.
         """
-        if self._swapped:
+        if self._tail.swapped:
             raise RuntimeError("swap_ema inside swap_ema: the weights are the averages already")
         params = dict.fromkeys(parameters_of(self.param_groups))
         averaged = [(p, average) for p in params if (average := self._average(p)) is not None]
@@ -174,7 +176,7 @@ class StepEnd(Optimizer):
             self._require_averages()
         with torch.no_grad():
             kept = [local(p).detach().clone() for p, _ in averaged]
-            self._swapped = True
+            self._tail.swapped = True
             try:
                 for p, average in averaged:
                     local(p).copy_(local(average))
@@ -192,7 +194,7 @@ class StepEnd(Optimizer):
         for (p, _), weight in zip(averaged, kept):
             local(p).copy_(weight)
             torch.autograd.graph.increment_version(p)
-        self._swapped = False
+        self._tail.swapped = False
 
     def _average(self, p: Tensor) -> Tensor | None:
         return self.state.get(p, {}).get(AVERAGE.key)
@@ -203,8 +205,11 @@ class StepEnd(Optimizer):
         Averages have the dtype of their weight. Buffers and weights that this optimizer does not average are the
         model's own, and share its memory, as in `model.state_dict()`.
 
-        Raises RuntimeError where there are no averages, or none of a weight of this model.
+        Raises TypeError for what is no model, and RuntimeError where there are no averages, or none of a weight of this
+        model. FullyShardedDataParallel gathers weights that are not its parameters: take its state_dict in `swap_ema`.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         entries = model.state_dict(keep_vars=True)
         found = False
         for name, value in entries.items():
@@ -216,7 +221,10 @@ class StepEnd(Optimizer):
                 entries[name] = value.detach()
         if not found:
             self._require_averages()
-            raise RuntimeError("no weight of this model has an average yet: they begin with the first step")
+            raise RuntimeError(
+                "no weight of this model has an average yet: they begin with the first step. If the model's state_dict "
+                "holds others than its parameters, as FullyShardedDataParallel's does, take it inside swap_ema"
+            )
         return entries
 
     def _require_averages(self) -> None:

@@ -37,11 +37,14 @@ class TailOptions:
     ):
         self.max_grad_norm, self.ema_decay = _checked_norm(max_grad_norm), _checked_option(ema_decay)
         self.state_dtype = state_dtype
+        self.version = 0  # counts the changes of options, so that a plan can tell
+        self.swapped = False  # whether the weights are the averages now
         self.last_norm: Tensor | None = None
         self.known_norm: Tensor | None = None  # of the gradients that the next step finds, before unscaling
         self.seed, self.steps = 0, 0
         self._replays: Tensor | None = None
         self._counts_on_device = False
+        self._asked: float | Tensor | None = None  # the decay that a schedule gave for the step that comes next
 
     def check(self, differentiable: bool) -> None:
         if differentiable and self.is_used:
@@ -49,6 +52,11 @@ class TailOptions:
                 "differentiable=True takes torch's functional step, which has no max_grad_norm, ema_decay or "
                 "momentum_dtype: leave these at None"
             )
+
+    def take_over(self, other: TailOptions) -> None:
+        """Change the options that may change in a training."""
+        self.max_grad_norm, self.ema_decay, self._asked = other.max_grad_norm, other.ema_decay, None
+        self.version += 1
 
     @property
     def averages(self) -> bool:
@@ -72,7 +80,9 @@ class TailOptions:
             return []
         decay, step = self.ema_decay, self.steps + 1
         if callable(decay):
-            decay = checked_decay(decay(step), f"ema_decay({step})")
+            if self._asked is None:  # a planned step that cannot be taken has asked already
+                self._asked = checked_decay(decay(step), f"ema_decay({step})")
+            decay = self._asked
         elif isinstance(decay, Tensor):  # it may have been written to
             checked_decay(decay, "ema_decay")
         if device.type != "cpu":
@@ -97,8 +107,10 @@ class TailOptions:
         return norm / grad_scale.to(norm.device, norm.dtype)
 
     def took(self, device: torch.device, norm: Tensor | None) -> None:
-        """Count a step that has been taken, or that a graph has captured. `norm` is that of its gradients."""
-        self.last_norm = norm
+        """Count a step that has been taken, or that a graph has captured. `norm` is that of its gradients, where known."""
+        self._asked = None
+        if norm is not None:
+            self.last_norm = norm
         if not self.counts:
             return
         if self._counts_on_device and self._replays is not None and self._replays.device == device:
@@ -118,12 +130,13 @@ class TailOptions:
                 group.update({STEPS: self.steps + self.replays(), SEED: self.seed})
 
     def restore(self, groups: list[dict[str, Any]]) -> None:
-        """Take over what `save` put into the groups of a checkpoint, where they have it."""
+        """Take over what `save` put into the groups of a checkpoint. Without it no step has been taken."""
         counted = [group for group in groups if STEPS in group]
+        if self._replays is not None:
+            self._replays.zero_()
+        self.steps, self._asked = max((group[STEPS] for group in counted), default=0), None
         if counted:
-            if self._replays is not None:
-                self._replays.zero_()
-            self.steps, self.seed = max(group[STEPS] for group in counted), counted[0].get(SEED, 0)
+            self.seed = counted[0].get(SEED, 0)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -132,7 +145,8 @@ class TailOptions:
             "steps": self.steps + self.replays(),
             "_replays": None,
             "_counts_on_device": False,
-            "last_norm": None,
+            **dict.fromkeys(("last_norm", "known_norm", "_asked")),
+            "swapped": False,
         }
 
 

@@ -158,6 +158,8 @@ def test_a_state_dict_of_averages(case, wrapped, dtype):
 
 def test_averages_of_another_models_weights(case):
     _, opt = trained(case)
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
+        opt.ema_state_dict(list(net().parameters()))
     with pytest.raises(RuntimeError, match="no weight of this model has an average yet"):
         opt.ema_state_dict(net())
 
@@ -259,6 +261,33 @@ def test_a_plain_optimizers_checkpoint_says_nothing_of_it(case):
     assert tailed.state_dict()["param_groups"][0]["step_count"] == STEADY
 
 
+@pytest.mark.parametrize("make", [lambda t: t.double(), lambda t: t.bfloat16()])
+def test_an_average_of_another_dtype_is_loaded_as_one_of_this_optimizer(case, make):
+    model, opt = trained(case, dtype=torch.bfloat16)
+    state = copy.deepcopy(opt.state_dict())
+    for entry in state["state"].values():
+        entry["ema"] = make(entry["ema"])
+    opt.load_state_dict(state)
+    for n, p in enumerate(model.parameters()):
+        assert opt.ema(p).dtype == torch.float32
+        assert torch.equal(opt.ema(p), state["state"][n]["ema"].float())
+
+
+def test_the_count_of_steps_is_that_of_the_checkpoint(case):
+    """A checkpoint without a count, of torch's or an earlier version, has the schedule begin anew."""
+    asked = []
+    model, opt = trained(case, steps=2, ema_decay=lambda step: asked.append(step) or 0.5)
+    saved = copy.deepcopy(opt.state_dict())
+    trained(case, model, 3, optimizer=opt)
+    opt.load_state_dict(copy.deepcopy(saved))
+    trained(case, model, 1, optimizer=opt)
+    for group in saved["param_groups"]:
+        del group["step_count"], group["rounding_seed"]
+    opt.load_state_dict(saved)
+    trained(case, model, 1, optimizer=opt)
+    assert asked == [1, 2, 3, 4, 5, 3, 1]
+
+
 # ---- momentum in bfloat16
 
 
@@ -314,6 +343,46 @@ def test_wrong_seeds(value, message):
     opt = FusedRepSGD([nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(ValueError, match=message):
         opt.rounding_seed = value
+
+
+def test_complex_momentum_is_not_narrowed():
+    weight, other = nn.Parameter(torch.ones(2, dtype=torch.complex64)), nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"momentum_dtype=torch\.bfloat16 cannot hold a complex momentum"):
+        FusedRepSGD([weight], lr=0.1, momentum_dtype=torch.bfloat16)
+    opt = FusedRepSGD([other], lr=0.1, momentum_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="complex momentum"):
+        opt.add_param_group({"params": [("weight", weight)]})
+    assert [list(group["params"]) for group in opt.param_groups] == [[other]]
+    assert "param_names" not in opt.param_groups[0]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_momentum_of_sparse_gradients_is_not_narrowed(momentum):
+    weight = nn.Parameter(torch.ones(3, 2))
+    opt = FusedRepSGD([weight], lr=0.5, momentum=momentum, momentum_dtype=torch.bfloat16)
+    weight.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (3, 2), check_invariants=True)
+    if momentum:
+        with pytest.raises(ValueError, match=r"momentum_dtype cannot be applied to a gradient of layout torch\.sparse"):
+            opt.step()
+        assert not opt.state
+    else:
+        opt.step()
+    assert weight.detach().tolist() == [[1, 1], [1, 1] if momentum else [0.5, 0.5], [1, 1]]
+
+
+def test_a_default_device_has_no_say(case):
+    narrow = {"momentum_dtype": torch.bfloat16} if case is SGD else {}
+    model, _ = trained(case, **narrow)
+    twin, opt = trained(case, steps=0, **narrow)
+    for step in range(STEADY):
+        set_grads(twin.parameters(), step)
+        with torch.device("meta"):
+            opt.step()
+    assert all_equal(values(model), values(twin))
+    opt.zero_grad()
+    with torch.device("meta"):
+        opt.step()
+        assert float(opt.last_grad_norm) == float(opt.clip_grad_norm_(1.0)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, "bfloat16"])

@@ -125,8 +125,9 @@ def test_a_drawn_step_equals_separate_calls(case):
                     torch._foreach_lerp_(averages, [q.detach() for q in twins], 1 - decay)
             ulps = 4 * torch.finfo(dtype).eps
             for n, (p, q, w) in enumerate(zip(ours, twins, before)):
-                # A factor that is rounded otherwise moves g by an ulp. Against momentum the rest of g can be small.
-                size = torch.maximum(w.abs(), (q.detach() - w).abs()) + variant.options["lr"] * q.grad.abs()
+                # Gradient and momentum may cancel each other, and their products are rounded before.
+                arrays = sum(opt.state[p][key].abs() for key in case.states if key in opt.state.get(p, {}))
+                size = torch.maximum(w.abs(), variant.options["lr"] * (2 * q.grad.abs() + arrays))
                 assert bool(((p - q).abs() <= ulps * size + torch.finfo(dtype).tiny).all())
                 if decay is not None:
                     bound = torch.maximum(averages[n].abs(), size)
@@ -301,6 +302,21 @@ def test_sparse_gradients(case):
         torch.testing.assert_close(opt.ema(sparse), averages)
 
 
+def test_a_sparse_parameter_listed_twice_is_averaged_once_a_step(case):
+    if case.not_with_sparse and not case.not_with_sparse[0][0]:
+        pytest.skip("it takes none")
+    weight = nn.Parameter(torch.ones(3, 2))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        opt = case.make([weight, weight], lr=0.5, ema_decay=DECAY)
+    average = None
+    for _ in range(3):
+        weight.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (3, 2), check_invariants=True)
+        opt.step()
+        own = weight.detach().clone()
+        average = own if average is None else average + (own - average) * (1 - DECAY)
+        assert torch.equal(opt.ema(weight), average)
+
+
 # ---- the number of the step
 
 
@@ -321,6 +337,19 @@ def test_a_schedule_is_asked_once_a_step(case):
         average = own if average is None else average + (own - average) * (1 - step / (10 + step))
         assert_close(opt.ema(weight), average)
     assert asked == list(range(1, 9))
+
+
+def test_a_schedule_is_asked_once_where_a_planned_step_cannot_be_taken(case):
+    asked = []
+    params = [nn.Parameter(torch.ones(5)) for _ in range(2)]
+    opt = case.make(params, **{"lr": 0.1, **case.hyper}, ema_decay=lambda step: asked.append(step) or 0.5)
+    for step in range(STEADY + 3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        if step == STEADY:
+            params[1].grad = None
+        opt.step()
+    assert asked == list(range(1, STEADY + 4))
 
 
 @pytest.mark.parametrize("steps", [0, STEADY])
@@ -362,6 +391,29 @@ def test_a_decay_in_a_tensor(case):
 # ---- options
 
 
+class Wrapper:
+    """Looks like the optimizer that it holds, as Lightning's wrappers do: its class is a child of the other's."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+        self.__class__ = type("Wrapped", (Wrapper, type(optimizer)), {})
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
+def test_options_are_set_through_a_wrapper(case):
+    """Its methods write attributes of the wrapper, which the optimizer inside does not see."""
+    pair = Tailed(case, max_norm=None, decay=None).train(STEADY)
+    wrapper = Wrapper(pair.opt)
+    wrapper.ema_decay, wrapper.max_grad_norm = 0.8, 0.2
+    pair.max_norm, pair.averages = 0.2, AveragedModel(pair.twin, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+    pair.train(STEADY, seed=60).assert_equal()
+    with wrapper.swap_ema(), pytest.raises(RuntimeError, match="a step inside swap_ema"):
+        pair.opt.step()
+    pair.train(1, seed=70).assert_equal()
+
+
 def test_options_change_in_mid_run(case):
     pair = Tailed(case, max_norm=None, decay=None).train(STEADY)
     pair.opt.max_grad_norm = pair.max_norm = 0.2
@@ -369,8 +421,12 @@ def test_options_change_in_mid_run(case):
     pair.opt.ema_decay = 0.8
     pair.averages = AveragedModel(pair.twin, multi_avg_fn=get_ema_multi_avg_fn(0.8))
     pair.train(STEADY, seed=60).assert_equal()
-    pair.opt.ema_decay = pair.opt.max_grad_norm = pair.max_norm = pair.averages = None
+    norm = pair.opt.last_grad_norm
+    pair.opt.max_grad_norm = pair.max_norm = None
     pair.train(STEADY, seed=70).assert_equal()
+    pair.opt.ema_decay = pair.averages = None
+    pair.train(STEADY, seed=80).assert_equal()
+    assert pair.opt.last_grad_norm is norm
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases_optim import CASES, STEADY, Pair, all_equal, amp_steps, named, overflow, scaled_step
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradrep_kernels as gr
@@ -104,6 +105,42 @@ def test_a_norm_is_of_one_step_alone(case):
     broken.grad = whole.mul_(1000)
     pair.opt.step()
     assert float(pair.opt.last_grad_norm) > 10 * float(norm)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_hook_that_changes_gradients_changes_their_norm(case, everywhere):
+    pair = pair_with(case, {"max_grad_norm": 0.4})
+    register = register_optimizer_step_pre_hook if everywhere else pair.opt.register_step_pre_hook
+    scaler = gr.GradScaler("cpu", init_scale=2.0)
+    for step in range(STEADY):
+        step_with(pair, scaler, step, overflows=False)
+    norm = float(pair.opt.last_grad_norm)
+
+    def hook(*_) -> None:
+        for p in pair.ours.parameters():
+            p.grad.mul_(100)
+
+    handle = register(hook)
+    try:
+        step_with(pair, scaler, STEADY - 1, overflows=False)
+    finally:
+        handle.remove()
+    assert float(pair.opt.last_grad_norm) == pytest.approx(100 * norm, rel=1e-5)
+
+
+def test_a_step_that_was_not_taken_leaves_no_norm(case):
+    pair = pair_with(case, {"max_grad_norm": 0.4, "ema_decay": 0.5})
+    scaler = gr.GradScaler("cpu", init_scale=2.0)
+    for step in range(STEADY):
+        step_with(pair, scaler, step, overflows=False)
+    with pair.opt.swap_ema(), pytest.raises(RuntimeError, match="a step inside swap_ema"):
+        step_with(pair, scaler, 9, overflows=False)
+    pair.opt.grad_scale = pair.opt.found_inf = None
+    for p in pair.ours.parameters():
+        p.grad.mul_(100)
+    expected = float(pair.opt.clip_grad_norm_(float("inf")))
+    pair.opt.step()
+    assert float(pair.opt.last_grad_norm) == pytest.approx(expected, rel=1e-6)
 
 
 def test_without_gradients(case):

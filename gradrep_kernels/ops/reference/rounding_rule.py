@@ -36,7 +36,8 @@ _MULTIPLIERS, _WEYL, _MASK = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85),
 
 def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int], rounds: int = ROUNDS) -> tuple[Tensor, ...]:
     """Four words of 32 bits for each counter of four such words  # int64 tensors that broadcast, or ints"""
-    c0, c1, c2, c3 = map(torch.as_tensor, counter)
+    # Not where torch.set_default_device says: numbers on the CPU go with tensors on any device.
+    c0, c1, c2, c3 = (c if isinstance(c, Tensor) else torch.tensor(c, device="cpu") for c in counter)
     k0, k1 = key
     for _ in range(rounds):
         # int64 products wrap, and their 64 bits are those of the unsigned product.
