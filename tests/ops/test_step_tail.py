@@ -188,7 +188,7 @@ def test_kernel_follows_every_hyper_parameter(backend, device, hyper):
 def test_what_is_not_finite_passes_through(backend, device, dtype):
     step = implementations.get("rep_sgd_step", backend, device)
     problem = Tailed(random.Random(2), dtype, "repopt", [(640,), (16, 16, 3, 3)], True)
-    problem.elements = None
+    problem.hyper = Problem([], hypers=(cases.HYPERS[6],)).hyper.expand(4, -1).contiguous()
     for n, value in enumerate((0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, 3e38)):
         for t in (*problem.params, *problem.grads, *problem.buffers, *(a for a in problem.averages if a is not None)):
             t.view(-1)[n::17] = value
