@@ -162,8 +162,9 @@ class StepEnd(Optimizer):
                 accuracy = evaluate(model)
 
         Weights are changed in place. Meanwhile they are kept aside, in as much memory as they take. Buffers, such as
-        the statistics of batch norms, stay the model's. Inside, `model.state_dict()` holds the averages. With
-        parameters that are sharded over ranks, all ranks must enter.
+        the statistics of batch norms, stay the model's. They belong to the weights, and averages that lag behind want
+        statistics of their own (torch.optim.swa_utils.update_bn). Inside, `model.state_dict()` holds the averages.
+        With parameters that are sharded over ranks, all ranks must enter.
 
         Raises RuntimeError where there are no averages, in a second `swap_ema` inside the first, and where a step is
         taken inside.
