@@ -107,8 +107,10 @@ class TailOptions:
         return norm / grad_scale.to(norm.device, norm.dtype)
 
     def took(self, device: torch.device, norm: Tensor | None) -> None:
-        """Count a step that has been taken, or that a graph has captured. `norm` is that of its gradients."""
-        self.last_norm, self._asked = norm, None
+        """Count a step that has been taken, or that a graph has captured. `norm` is that of its gradients, or None."""
+        self._asked = None
+        if norm is not None:
+            self.last_norm = norm
         if not self.counts:
             return
         if self._counts_on_device and self._replays is not None and self._replays.device == device:

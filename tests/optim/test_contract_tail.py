@@ -421,8 +421,12 @@ def test_options_change_in_mid_run(case):
     pair.opt.ema_decay = 0.8
     pair.averages = AveragedModel(pair.twin, multi_avg_fn=get_ema_multi_avg_fn(0.8))
     pair.train(STEADY, seed=60).assert_equal()
-    pair.opt.ema_decay = pair.opt.max_grad_norm = pair.max_norm = pair.averages = None
+    norm = pair.opt.last_grad_norm
+    pair.opt.max_grad_norm = pair.max_norm = None
     pair.train(STEADY, seed=70).assert_equal()
+    pair.opt.ema_decay = pair.averages = None
+    pair.train(STEADY, seed=80).assert_equal()
+    assert pair.opt.last_grad_norm is norm
 
 
 @pytest.mark.parametrize(
