@@ -107,7 +107,7 @@ class TailOptions:
         return norm / grad_scale.to(norm.device, norm.dtype)
 
     def took(self, device: torch.device, norm: Tensor | None) -> None:
-        """Count a step that has been taken, or that a graph has captured. `norm` is its gradients', or not known."""
+        """Count a step that has been taken, or that a graph has captured. `norm` is that of its gradients, or None."""
         self._asked = None
         if norm is not None:
             self.last_norm = norm
