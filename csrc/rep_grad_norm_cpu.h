@@ -16,17 +16,16 @@ namespace gradrep {
 using GradNormLoops = PerTarget<base::GradNormLoops, avx2::GradNormLoops, avx512::GradNormLoops>;
 
 // Over elements [begin, end) of a gradient that is stored as S. Every product of gradients is exact in double.
-template <typename S, typename Mult>
-double sum_of_squares(const S* g, const Mult& mult, int64_t begin, int64_t end) {
+template <typename S, typename T>
+double sum_of_squares(const S* g, const Multiplier<T>& mult, int64_t begin, int64_t end) {
   constexpr int kLanes = base::GradNormLoops::kLanes;
   double sums[kLanes] = {};
   const bool constant = mult.is_constant();
   if (constant)
-    GradNormLoops::on_best(
-        [&](auto loops) { loops.template add_squares<false>(g + begin, nullptr, end - begin, sums); });
+    GradNormLoops::on_best([&](auto loops) { loops.add_squares(g + begin, end - begin, sums); });
   else
-    each_run(mult, 1.0, begin, end, [&](const double* m, int64_t at, int64_t n) {
-      GradNormLoops::on_best([&](auto loops) { loops.template add_squares<true>(g + at, m, n, sums); });
+    each_run(mult, T(1), begin, end, [&](const T* m, int64_t at, int64_t n) {
+      GradNormLoops::on_best([&](auto loops) { loops.add_squares(g + at, n, sums, m); });
     });
   double sum = 0;
   for (const double lane : sums) sum += lane;

@@ -95,7 +95,7 @@ struct TailLoops {
     for (int64_t i = 0; i < n; ++i) g[i] = narrow<S>(widen(g[i]) * by);
   }
 
-    template <typename S, typename T>
+  template <typename S, typename T>
   static void average(const S* __restrict p, int64_t n, T* __restrict e, T rest) {
     for (int64_t i = 0; i < n; ++i) e[i] = averaged(e[i], widen(p[i]), rest);
   }

@@ -246,14 +246,15 @@ void check_tails() {
 
 template <typename S>
 void check_norm(const std::string& dtype) {
+  using M = std::conditional_t<std::is_same_v<S, double>, double, float>;  // as M is computed for gradients of S
   const auto g = values<S>(kMost, 5, true);
-  const auto m = values<double>(kMost, 6, true);
+  const auto m = values<M>(kMost, 6, true);
   for (const int64_t n : kSizes)
     check("add_squares " + dtype, [&](Target target) {
       std::vector<double> sums(2 * base::GradNormLoops::kLanes, 0.5);
       GradNormLoops::on(target, [&](auto loops) {
-        loops.template add_squares<true>(g.data(), m.data(), n, sums.data());
-        loops.template add_squares<false>(g.data(), nullptr, n, sums.data() + base::GradNormLoops::kLanes);
+        loops.add_squares(g.data(), n, sums.data(), m.data());
+        loops.add_squares(g.data(), n, sums.data() + base::GradNormLoops::kLanes);
       });
       return sums;
     });
