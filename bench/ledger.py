@@ -153,12 +153,6 @@ IN_README = (
         "clip, step and average, against torch's three calls *without* Grad Mults",
     ),
     Figure(
-        "rep_sgd_step",
-        "S5",
-        "extra memory for multipliers, RepOpt-VGG-B1",
-        "memory of all Grad Mults of RepOpt-VGG-B1 (published code: 199 MB)",
-    ),
-    Figure(
         "joint_histogram",
         "H1",
         "as fast as fast-histogram per channel and displacement, as published",

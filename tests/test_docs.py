@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -117,6 +118,19 @@ def test_every_measured_row_is_on_the_page_of_figures():
                 assert any(row["what"] in line and all(c in line for c in cells) for line in text.splitlines()), row
     assert "**missed**" in text
     assert "not measured: no GPU has run it" in text
+
+
+@results_are_here
+def test_the_overflows_of_the_first_page_are_those_of_the_replay():
+    """Each row names the versions of torch with one outcome, and each outcome has a row."""
+    told = {}
+    for run in json.loads((ledger.RESULTS / "overflow.json").read_text(encoding="utf-8")):
+        for situation, outcomes in run["outcomes"].items():
+            cells = [outcomes[way].partition(":")[0] for way in ("SGD(fused=True)", "FusedRepSGD(fused=True)")]
+            told.setdefault((situation, *cells), []).append(run["torch"])
+    rows = [f"| {' | '.join(cells)} | {', '.join(versions)} |" for cells, versions in told.items()]
+    text = ledger.README.read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if "overflow" in line and line.startswith("|")] == rows
 
 
 @results_are_here

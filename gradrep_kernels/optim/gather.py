@@ -76,6 +76,7 @@ class Gathered:
     sparse: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)  # group, parameter
     new_states: dict[tuple[Tensor, str], Tensor] = field(default_factory=dict)  # parameter and key: its first array
     without_average: dict[Tensor, None] = field(default_factory=dict)  # parameters whose average begins with this step
+    idle: dict[Tensor, Tensor] = field(default_factory=dict)  # parameters without a gradient: the averages they have
 
     @property
     def is_steady(self) -> bool:
@@ -115,10 +116,12 @@ def gather(
         used = [kept for kept in rule.states if kept.used(group)]
         for p in group["params"]:
             position += 1
-            if p.grad is None:
-                continue
             own = state.get(p, {})
             average = own.get(AVERAGE.key) if averages else None
+            if p.grad is None:
+                if average is not None:
+                    gathered.idle[p] = average
+                continue
             if averages and average is None:
                 _refuse_in_capture(p, AVERAGE.key)
                 gathered.without_average[p] = None

@@ -24,7 +24,7 @@ from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim.gather import Gathered, places_on_device
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, parameters_of
-from gradrep_kernels.optim.tail import AVERAGE, TailOptions, clip_factor
+from gradrep_kernels.optim.tail import AVERAGE, TailOptions, average_idle, clip_factor
 from gradrep_kernels.optim.update_rule import UpdateRule
 
 _params, _grad, _layout, _device = itemgetter("params"), *map(attrgetter, ("grad", "layout", "device"))
@@ -75,9 +75,10 @@ class StepPlan:
             averages=averages if any(average is not None for average in averages) else None,
             numbers=positions if rule.stochastic else None,
         )
-        return cls(planner, handle, rows, rule, groups, state, multipliers, tail) if handle else None
+        idle = list(gathered.idle.items())
+        return cls(planner, handle, rows, idle, rule, groups, state, multipliers, tail) if handle else None
 
-    def __init__(self, planner, handle, rows, rule, groups, state, multipliers, tail):
+    def __init__(self, planner, handle, rows, idle_averages, rule, groups, state, multipliers, tail):
         params = [row.param for row in rows]
         self._planner, self._handle, self._op, self._device = planner, handle, rule.op, params[0].device
         # Not __del__: at exit the op is gone before it. Not a parameter: it may be where no kernel frees plans by then.
@@ -85,7 +86,7 @@ class StepPlan:
         self._params = params
         self._listed = parameters_of(groups)
         active = set(map(id, params))
-        self._idle = [p for p in self._listed if id(p) not in active]
+        self._idle, self._idle_averages = [p for p in self._listed if id(p) not in active], idle_averages
         self._written = params + [kept for row in rows for kept in (*row.states, row.average) if kept is not None]
         self._options, self._options_version = tail, tail.version
         self._tail = tail if tail.is_used else None
@@ -94,7 +95,7 @@ class StepPlan:
         self._group_sizes = [len(group["params"]) for group in groups]
         self._state, self._keys = state, list(state)
         # For each kind of state: how to read it off an entry of `state`, and what was read.
-        averages = [AVERAGE] if any(row.average is not None for row in rows) else []
+        averages = [AVERAGE] if tail.averages else []
         self._kept = [
             (key, itemgetter(key), _read(state, key)) for key in (kept.key for kept in (*rule.states, *averages))
         ]
@@ -161,9 +162,9 @@ class StepPlan:
         tail, norm, clip, numbers = self._tail, None, None, ()
         if tail is not None:
             numbers = tail.numbers(self._device)
-            known = tail.known_norm
-            if known is not None:
-                norm = tail.take_known_norm(grad_scale)
+            decay = numbers[0] if numbers else 0.0
+            norm = tail.take_known_norm(grad_scale)
+            if norm is not None:
                 clip = clip_factor(norm, tail.max_grad_norm)
             elif tail.max_grad_norm is not None:
                 norm = self._new_norm()
@@ -188,10 +189,10 @@ class StepPlan:
             if all(g is not None and g.layout == torch.strided for g in grads):
                 raise
         if not taken:
-            if clip is not None:
-                tail.known_norm = known  # for the step that is gathered anew
             return False
         torch.autograd.graph.increment_version(self._written if grad_scale is None else self._written + grads)
+        if self._idle_averages:
+            average_idle(self._idle_averages, decay, found_inf)
         if tail is not None:
             tail.took(self._device, norm)
         return True

@@ -30,7 +30,7 @@ from gradrep_kernels.optim.parameters import (
 )
 from gradrep_kernels.optim.plan import Scaler, StepPlan
 from gradrep_kernels.optim.step_end import StepEnd
-from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, TailOptions, clip_factor, first_average
+from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, TailOptions, average_idle, clip_factor, first_average
 from gradrep_kernels.optim.update_rule import UpdateRule
 
 # ZeroRedundancyOptimizer puts all its keyword arguments into the groups, on every rank.
@@ -256,6 +256,8 @@ class RepOptimizer(StepEnd):
         for p in dict.fromkeys(p for _, p in work.sparse) if options.averages else ():
             if p not in work.without_average:
                 step_tail.update_average(self.state[p][AVERAGE.key], p, step_tail.Tail.of(tail))
+        if work.idle:
+            average_idle(list(work.idle.items()), numbers[0], found_inf)
         for p in work.without_average:
             self.state[p][AVERAGE.key] = first_average(p)
         options.took(device, norm)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradrep_kernels.captures import capturing
+from gradrep_kernels.dtensor import local
 from gradrep_kernels.ops.reference.multiply import compute_dtype
 from gradrep_kernels.optim.update_rule import State
 
@@ -153,6 +154,28 @@ class TailOptions:
 def first_average(param: Tensor) -> Tensor:
     """The average of a parameter at its beginning: its weight."""
     return param.detach().to(compute_dtype(param.dtype), copy=True)
+
+
+@torch.no_grad()
+def average_idle(idle: Sequence[tuple[Tensor, Tensor]], decay: float | Tensor, found_inf: Tensor | None) -> None:
+    """e ← e + (1 − decay) (W − e) where there is no gradient, which no step op sees: averages go on as all others do.
+
+    Args:
+        idle: weights and their averages
+    """
+    kinds = [(average.device, average.dtype) for _, average in idle]
+    for device, dtype in dict.fromkeys(kinds):
+        pairs = [(local(p), local(average)) for (p, average), kind in zip(idle, kinds) if kind == (device, dtype)]
+        averages = [average for _, average in pairs]
+        moved = torch._foreach_sub([p.to(dtype) for p, _ in pairs], averages)
+        rest = 1 - decay
+        torch._foreach_mul_(moved, rest.reshape(()).to(device, dtype.to_real()) if isinstance(rest, Tensor) else rest)
+        torch._foreach_add_(moved, averages)
+        if found_inf is not None:
+            skipped = found_inf.to(device) != 0
+            moved = [torch.where(skipped, *both) for both in zip(averages, moved)]
+        torch._foreach_copy_(averages, moved)
+    torch.autograd.graph.increment_version([average for _, average in idle])
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -229,6 +229,38 @@ def test_the_average_of_a_late_parameter_begins_with_it(case, late):
     assert not torch.equal(pair.opt.ema(params[2]), params[2])
 
 
+@pytest.mark.parametrize("frozen", [[0, 2], [0, 1, 2, 3]], ids=["two", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_average_goes_on_where_there_is_no_gradient(case, frozen, dtype):
+    """A backbone that is frozen in mid-training: its averages must reach its weights, as AveragedModel's do."""
+    pair = Tailed(case, dtype).train(STEADY)
+    assert len(list(pair.ours.parameters())) >= 4
+
+    def step(seed: int, **numbers) -> None:
+        pair.set_grads(seed)
+        for model in pair.models:
+            for n, p in enumerate(model.parameters()):
+                p.grad = None if n in frozen or len(frozen) == 4 else p.grad
+        for name, value in numbers.items():
+            setattr(pair.opt, name, value)
+        pair.step() if not numbers else pair.opt.step()
+
+    for seed in range(STEADY + 2):
+        step(seed)
+        if len(frozen) < 4:
+            pair.assert_equal(1e-6 if dtype == torch.float32 else ROUNDINGS)
+        for p, q in zip(pair.ours.parameters(), pair.averages.module.parameters()):
+            assert_close(pair.opt.ema(p), q, 1e-6 if dtype == torch.float32 else ROUNDINGS)
+    versions = [pair.opt.ema(p)._version for p in pair.ours.parameters()]
+    before = [pair.opt.ema(p).clone() for p in pair.ours.parameters()]
+    step(0, found_inf=torch.ones(()), grad_scale=torch.ones(()))
+    assert all_equal(before, [pair.opt.ema(p) for p in pair.ours.parameters()])
+    step(0, found_inf=torch.zeros(()), grad_scale=torch.ones(()))
+    for p, average, version in zip(pair.ours.parameters(), before, versions):
+        assert not torch.equal(pair.opt.ema(p), average)
+        assert pair.opt.ema(p)._version > version
+
+
 def test_a_group_that_joins(case):
     joined, others = nn.Parameter(torch.ones(3, dtype=torch.float64)), list(net(torch.float64).parameters())
     opt = case.make(others, **{"lr": 0.1, **case.hyper}, **OPTIONS)
@@ -350,6 +382,19 @@ def test_a_schedule_is_asked_once_where_a_planned_step_cannot_be_taken(case):
             params[1].grad = None
         opt.step()
     assert asked == list(range(1, STEADY + 4))
+
+
+@pytest.mark.parametrize("steps", [0, STEADY])
+def test_a_step_that_is_skipped_counts(case, steps):
+    """The host does not wait to hear that it was."""
+    asked = []
+    weight = nn.Parameter(torch.ones(5))
+    opt = case.make([weight], **{"lr": 0.1, **case.hyper}, fused=True, ema_decay=lambda step: asked.append(step) or 0.5)
+    for step in range(steps + 3):
+        weight.grad = torch.ones(5)
+        opt.grad_scale, opt.found_inf = torch.tensor(1.0), torch.tensor(float(step == steps))
+        opt.step()
+    assert asked == list(range(1, steps + 4))
 
 
 @pytest.mark.parametrize("steps", [0, STEADY])

@@ -246,15 +246,25 @@ def check_the_end_of_a_step():
             train(model, optimizer, range(STEPS))
             assert_same_tail(model, optimizer, expected, plain, case)
         averages = optimizer.ema_state_dict(model)
+        versions = [p._version for p in model.parameters()]
         with optimizer.swap_ema():
             for (name, p), q in zip(model.named_parameters(), expected.parameters()):
                 assert_close(whole(p.detach()), plain.ema(q))
                 assert_close(whole(averages[name]), plain.ema(q))
+            inside = [p._version for p in model.parameters()]
+        outside = [p._version for p in model.parameters()]
+        assert all(a < b < c for a, b, c in zip(versions, inside, outside)), "autograd misses that weights changed"
         assert_same(model, expected)
-        model = net(torch.float64)
-        optimizer = case.make(model.parameters(), lr=0.05, **case.hyper, **tail_of(case), grad_mults=mults(model))
-        train(nn.parallel.DistributedDataParallel(model), optimizer, range(STEPS))
-        assert_same_tail(model, optimizer, expected, plain, case)
+        alone = net(torch.float64)
+        own = case.make(alone.parameters(), lr=0.05, **case.hyper, **tail_of(case), grad_mults=mults(alone))
+        train(nn.parallel.DistributedDataParallel(alone), own, range(STEPS))
+        assert_same_tail(alone, own, expected, plain, case)
+        for p in (*model.parameters(), *expected.parameters()):
+            p.grad = None
+        optimizer.step()
+        plain.step()
+        for p, q in zip(model.parameters(), expected.parameters()):
+            assert_close(whole(optimizer.ema(p)), plain.ema(q))
 
 
 def check_fsdp2_uneven_shards():
