@@ -80,8 +80,11 @@ class Loading:
         self._averages: str | None = None  # what is to be said of averages of the weights
 
     def judge(self, optimizer: Optimizer, hooked: dict[str, Any]) -> None:
-        """As the last pre-hook: raise ValueError, before anything is changed, where Grad Mults differ."""
+        """As the last pre-hook: raise ValueError, before anything is changed, where Grad Mults or sizes differ."""
         groups = optimizer.param_groups
+        sizes = _other_sizes(hooked, optimizer)
+        if sizes:
+            raise ValueError(f"the checkpoint is of parameters of other sizes: {first_few(sizes)}")
         states_moved = not _same(self._given["state"], hooked["state"])
         self._hooked, self._verdict = hooked, judge(self._given, hooked, states_moved, groups, self._live)
         if hooked["state"] and not states_moved:
@@ -135,6 +138,22 @@ def _about_averages(optimizer: Any) -> str | None:
     if stepped and not has and optimizer.ema_decay is not None:
         return "the checkpoint has no averages of the weights: they begin anew with the next step"
     return None
+
+
+def _other_sizes(hooked: Mapping[str, Any], optimizer: Any) -> list[str]:
+    """List the states that have another number of elements than their parameter. A step would fail half done."""
+    groups, saved_groups = optimizer.param_groups, hooked["param_groups"]
+    if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
+        return []  # torch refuses it, in its own words
+    found = []
+    keys = [state.key for state in (*optimizer.update_rule.states, AVERAGE)]
+    for position, (n, p) in enumerate(zip(_ids(saved_groups), parameters_of(groups))):
+        entry = hooked["state"].get(n)
+        for key in keys if isinstance(entry, Mapping) else ():
+            value = entry.get(key)
+            if isinstance(value, Tensor) and value.numel() != p.numel():
+                found.append(f"{described(groups, position)} has shape {list(p.shape)}, its {key} {list(value.shape)}")
+    return found
 
 
 def _dicts_copied(value: Any, levels: int) -> Any:

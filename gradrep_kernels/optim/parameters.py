@@ -20,13 +20,18 @@ def parameters_of(groups: ParamGroups) -> list[Tensor]:
     return [p for group in groups for p in group["params"]]
 
 
-def position_of(groups: ParamGroups, param: Tensor) -> int:
-    """The number of `param` in that order. Raises ValueError where it is not among them."""
+def position_of(groups: ParamGroups, param: Tensor, of_mults: bool = False) -> int:
+    """The number of `param` in that order.
+
+    Raises ValueError where it is not among them, with advice about the keys of multipliers for `of_mults`.
+    """
     for n, p in enumerate(parameters_of(groups)):
         if p is param:
             return n
     what = f"shape {list(param.shape)}" if isinstance(param, Tensor) else type(param).__name__
-    if isinstance(param, nn.Parameter):
+    if not of_mults:
+        hint = ""
+    elif isinstance(param, nn.Parameter):
         hint = ". If it is another model's, make the multipliers from this one. If it is to join later, freeze it first"
     else:
         hint = "; keys are parameters of the model, as in what csla.grad_mults gives"

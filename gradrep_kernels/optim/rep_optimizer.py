@@ -121,7 +121,7 @@ class RepOptimizer(StepEnd):
         With total=True it is the product with what `set_spatial_scaling` set.
         """
         if not is_frozen(param):
-            position_of(self.param_groups, param)
+            position_of(self.param_groups, param, of_mults=True)
         return self._multipliers.product(param) if total else self._multipliers.caller(param)
 
     def set_spatial_scaling(self, param: Tensor, scaling: Tensor | None) -> None:
@@ -152,7 +152,7 @@ class RepOptimizer(StepEnd):
         if is_frozen(param) and not self._holds(param):
             name = f"frozen parameter of shape {list(param.shape)}"
         else:
-            name = described(self.param_groups, position_of(self.param_groups, param))
+            name = described(self.param_groups, position_of(self.param_groups, param, of_mults=True))
         if mult is None:
             return None
         try:

@@ -16,7 +16,7 @@ from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.norm import columns_of_parts, gradient_here, gradient_norm, scale_in_place
 from gradrep_kernels.optim.parameters import parameters_of, position_of
 from gradrep_kernels.optim.plan import StepPlan
-from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, TailOptions, clip_factor, first_average
+from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, TailOptions, as_number, clip_factor, first_average
 
 
 class StepEnd(Optimizer):
@@ -91,7 +91,7 @@ class StepEnd(Optimizer):
 
         Raises RuntimeError where the norm is NaN or inf and error_if_nonfinite is True.
         """
-        max_norm = float(max_norm)
+        max_norm = as_number(max_norm, "max_norm")
         norm, grads = self._norm()
         if error_if_nonfinite and not bool(torch.isfinite(norm)):
             raise RuntimeError(
@@ -203,29 +203,31 @@ class StepEnd(Optimizer):
     def ema_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """Return `model.state_dict()` with averages in place of the weights that have one.
 
-        Averages have the dtype of their weight. Buffers and weights that this optimizer does not average are the
-        model's own, and share its memory, as in `model.state_dict()`.
+        Averages are copies in the dtype of their weight. Buffers and weights without an average are the model's own,
+        and share its memory, as in `model.state_dict()`.
 
-        Raises TypeError for what is no model, and RuntimeError where there are no averages, or none of a weight of this
-        model. FullyShardedDataParallel gathers weights that are not its parameters: take its state_dict in `swap_ema`.
+        Raises TypeError for what is no model, RuntimeError where no averages are kept, and ValueError for a model of
+        which this optimizer has no parameter: a copy, say. FullyShardedDataParallel gathers weights that are not its
+        parameters: take its state_dict in `swap_ema`.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        entries = model.state_dict(keep_vars=True)
-        found = False
+        entries, own, averaged = model.state_dict(keep_vars=True), set(parameters_of(self.param_groups)), False
+        if own.isdisjoint(value for value in entries.values() if isinstance(value, nn.Parameter)):
+            raise ValueError(
+                "this optimizer has no parameter of this model. If the model is a copy, give the one that is trained. "
+                "If its state_dict holds others than its parameters, as FullyShardedDataParallel's does, take it "
+                "inside swap_ema"
+            )
         for name, value in entries.items():
             average = self._average(value) if isinstance(value, nn.Parameter) else None
             if average is not None:
-                found = True
+                averaged = True
                 entries[name] = average.detach().to(value.dtype, copy=True)
             elif isinstance(value, Tensor):
                 entries[name] = value.detach()
-        if not found:
+        if not averaged:
             self._require_averages()
-            raise RuntimeError(
-                "no weight of this model has an average yet: they begin with the first step. If the model's state_dict "
-                "holds others than its parameters, as FullyShardedDataParallel's does, take it inside swap_ema"
-            )
         return entries
 
     def _require_averages(self) -> None:

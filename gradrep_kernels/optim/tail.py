@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -183,6 +184,15 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
+def as_number(value: Any, what: str) -> float:
+    """Return a number, or a tensor of one, as a float. Raises TypeError otherwise: float() would take a string."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    raise TypeError(f"{what} must be a number, got {type(value).__name__}")
+
+
 def checked_decay(decay: Any, what: str) -> float | Tensor:
     """Return a decay as it is. A number must be in [0, 1]. A tensor on a device is not looked at, for that waits."""
     if isinstance(decay, Tensor):
@@ -190,11 +200,7 @@ def checked_decay(decay: Any, what: str) -> float | Tensor:
             raise ValueError(f"{what} must be one floating-point number, got {decay.dtype} {list(decay.shape)}")
         if decay.device.type != "cpu":
             return decay
-    try:
-        inside = bool(0 <= decay <= 1)
-    except TypeError:
-        raise TypeError(f"{what} must be a number in [0, 1], got {type(decay).__name__}") from None
-    if not inside:
+    if not 0 <= as_number(decay, what) <= 1:
         raise ValueError(f"{what} must be a number in [0, 1], got {decay}")
     return decay
 
@@ -206,10 +212,7 @@ def _checked_option(decay: EmaDecay | None) -> EmaDecay | None:
 def _checked_norm(max_norm: float | None) -> float | None:
     if max_norm is None:
         return None
-    try:
-        number = float(max_norm)
-    except (TypeError, ValueError):
-        raise TypeError(f"max_grad_norm must be a number, got {type(max_norm).__name__}") from None
+    number = as_number(max_norm, "max_grad_norm")
     if not number > 0 or math.isnan(number):
         raise ValueError(f"max_grad_norm must be above 0, got {max_norm}; None turns clipping off")
     return number

@@ -95,7 +95,7 @@ def test_without_averages(case):
     for use in (lambda: opt.ema(weight), lambda: opt.ema_state_dict(model), lambda: opt.swap_ema().__enter__()):
         with pytest.raises(RuntimeError, match="this optimizer keeps no averages: give it an ema_decay"):
             use()
-    with pytest.raises(ValueError, match="unknown parameter"):
+    with pytest.raises(ValueError, match=r"unknown parameter \(shape \[2\]\): it is not in this optimizer's param_groups$"):
         opt.ema(nn.Parameter(torch.ones(2)))
     opt.step()
 
@@ -109,8 +109,9 @@ def test_before_the_first_step(case):
     assert weight.abs().sum() > 0
     with opt.swap_ema():
         pass
-    with pytest.raises(RuntimeError, match="no weight of this model has an average yet"):
-        opt.ema_state_dict(model)
+    entries = opt.ema_state_dict(model)
+    assert list(entries) == list(model.state_dict())
+    assert all(torch.equal(entries[name], value) for name, value in model.state_dict().items())
 
 
 class Tied(nn.Module):
@@ -157,11 +158,12 @@ def test_a_state_dict_of_averages(case, wrapped, dtype):
 
 
 def test_averages_of_another_models_weights(case):
-    _, opt = trained(case)
+    model, opt = trained(case)
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
         opt.ema_state_dict(list(net().parameters()))
-    with pytest.raises(RuntimeError, match="no weight of this model has an average yet"):
-        opt.ema_state_dict(net())
+    for other in (net(), copy.deepcopy(model)):
+        with pytest.raises(ValueError, match="this optimizer has no parameter of this model. If the model is a copy"):
+            opt.ema_state_dict(other)
 
 
 # ---- checkpoints
@@ -286,6 +288,20 @@ def test_the_count_of_steps_is_that_of_the_checkpoint(case):
     opt.load_state_dict(saved)
     trained(case, model, 1, optimizer=opt)
     assert asked == [1, 2, 3, 4, 5, 3, 1]
+
+
+@pytest.mark.parametrize("which", ["ema", "state"])
+def test_a_checkpoint_of_a_network_of_another_width_is_refused(case, which):
+    """Torch takes it in silence, and a step then fails when some weights are updated already."""
+    model, opt = trained(case)
+    saved = opt.state_dict()
+    key = "ema" if which == "ema" else case.states[0]
+    entry = saved["state"][1]
+    saved = {**saved, "state": {**saved["state"], 1: {**entry, key: torch.cat([entry[key], entry[key]])}}}
+    before = {name: value.clone() for name, value in opt.state[next(model.parameters())].items()}
+    with pytest.raises(ValueError, match=rf"of parameters of other sizes: parameter .* has shape .*, its {key} \["):
+        opt.load_state_dict(saved)
+    assert all(torch.equal(value, before[name]) for name, value in opt.state[next(model.parameters())].items())
 
 
 # ---- momentum in bfloat16
