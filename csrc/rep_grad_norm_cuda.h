@@ -118,6 +118,7 @@ struct RootWork {
 
   template <typename T>
   GRADREP_HD GRADREP_INLINE void write(T root) const {
+    if (grad_scale != nullptr) root = root / static_cast<T>(*grad_scale);
     *static_cast<T*>(norm) = root;
     if (factor == nullptr) return;
     const T f = clip_factor(root, max_norm);
@@ -135,8 +136,7 @@ GRADREP_HD GRADREP_INLINE void root_block(const RootWork& work, double* shared, 
   sum_over_threads(shared, phases);
   phases([&](int thread) {
     if (thread != 0) return;
-    double root = sqrt(shared[0]);
-    if (work.grad_scale != nullptr) root = root / static_cast<double>(*work.grad_scale);
+    const double root = sqrt(shared[0]);
     if (work.wide)
       work.write(root);
     else

@@ -73,10 +73,15 @@ class StepPlan : public PlannedStep {
     StepNumbers numbers{{}, {}, 1 - table.ema_decay(), table.seed(), table.count()};
     if (grad_scale) numbers.grad_scale = one_float(*grad_scale);
     if (options.norm) {
-      const double norm = gradient_norm() / numbers.grad_scale.value_or(1);
-      write_number(*options.norm, norm);
-      numbers.clip = is_double_ ? clip_factor(norm, options.max_norm)
-                                : clip_factor(static_cast<float>(norm), options.max_norm);
+      const auto clip_by = [&]<typename T>(T norm) {
+        norm /= numbers.grad_scale.value_or(1);
+        write_number(*options.norm, norm);
+        numbers.clip = clip_factor(norm, options.max_norm);
+      };
+      if (is_double_)
+        clip_by(gradient_norm());
+      else
+        clip_by(static_cast<float>(gradient_norm()));
       if (*numbers.clip == 1) numbers.clip.reset();
     } else if (options.clip) {
       numbers.clip = read_number(*options.clip);

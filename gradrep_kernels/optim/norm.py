@@ -82,7 +82,10 @@ def scale_in_place(grads: Sequence[Tensor], factor: Tensor) -> None:
         alike = list(grads) if len(set(kinds)) == 1 else [g for g, its in zip(grads, kinds) if its == kind]
         cls, layout, device, is_complex = kind
         if cls is Tensor and layout == torch.strided and not is_complex:
-            backends.implementation("scale_gradients_", device.type)(alike, factor.to(device))
+            by = factor.to(device)
+            backends.implementation("scale_gradients_", device.type)(alike, by)
+            if not by.is_cpu or by.item() != 1:  # else nothing was written
+                torch.autograd.graph.increment_version(alike)
             continue
         for g in alike:
             by = factor.to(g.device, compute_dtype(g.dtype).to_real())

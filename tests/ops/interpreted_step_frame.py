@@ -48,6 +48,7 @@ def test_the_tail_is_the_frames(dtype):
     averages = [[torch.zeros(shape, dtype=dtype) for shape in SHAPES] for _ in range(2)]
     more = {"grad_scale": torch.tensor(2.0), "clip": torch.tensor(0.7)}
     more["tail"] = torch.tensor([0.9, 1, 3, 4], dtype=torch.float64)
+    more["elements"] = [torch.tensor([first]) for first in (8, 2**20 + 5, 0, 2**31)]
     LAUNCHES.clear()
     second_step(*ours, HYPER, averages=averages[0], **more)
     reference(*twin, HYPER, averages=averages[1], **more)

@@ -14,6 +14,7 @@ from gradrep_kernels.ops import reference
 from gradrep_kernels.ops.triton import (
     addressing,
     plans,
+    rep_grad_norm,
     rep_sgd_plan,
     rep_sgd_plan_norm,
     rep_sgd_plan_step,
@@ -240,7 +241,13 @@ def test_the_norm_of_a_plan(uploads):
         if n == 0:
             made = len(uploads)
     assert len(uploads) == made
-    ours.assert_planned_step(1.0, handle=handle)
+    # A step divides the op's norm by the scale, in the norm's dtype, and clips as clip_factor does.
+    for seed in range(12):
+        scale, own = torch.tensor(3.0 + seed), torch.zeros(())
+        ours.grads = [g * (1.1 + seed) for g in ours.grads]
+        assert ours.planned_step(handle, 0.1, own, found_inf=torch.ones(1), grad_scale=scale)
+        assert own == rep_grad_norm(ours.grads, ours.scales, ours.identities) / scale
+        ours.assert_planned_step(0.1, handle=handle, grad_scale=scale)
     assert not rep_sgd_plan_norm(handle, ours.grads[1:], norm)
     empty = torch.zeros(0)
     nothing = rep_sgd_plan([empty], [empty.clone()], [None], [None], [0])

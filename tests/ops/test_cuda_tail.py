@@ -221,10 +221,12 @@ def test_a_planned_step_clips_by_its_own_norm(where, dtype, narrow):
         true = norm_of(problem, SCALE if amp else 1.0)
         assert plan.norm(norm)
         assert float(norm) == pytest.approx(norm_of(problem), rel=NORM.get(dtype, LOW))
+        whole = norm.cpu().clone()
         norm.zero_()
         on_device = {name: number.to(where.device) for name, number in numbers.items()}
         assert plan.step(**on_device, max_norm=share * true, norm=norm)
         assert float(norm) == pytest.approx(true, rel=NORM.get(dtype, LOW))
+        assert norm.cpu() == (whole / torch.tensor(SCALE, dtype=whole.dtype) if amp else whole)
         factor = factor_of(norm.cpu(), share * true)
         assert (factor < 1) == (share < 1)
         assert_same_tails(there, problem.run(reference.rep_sgd_step, clip=factor, **numbers))

@@ -341,8 +341,13 @@ def test_the_norm_of_a_plan_is_the_ops(dtype):
     plan = Planned(problem.clone())
     assert plan.norm(norm)
     op = implementations.get("rep_grad_norm", *STEP[0].values)
-    assert norm == op(problem.grads, problem.scales, problem.identities)
+    wanted = op(problem.grads, problem.scales, problem.identities)
+    assert norm == wanted
     assert_same_results(plan.problem, problem)
+    for scale in range(3, 30):  # a step divides it, in its dtype
+        plan.problem.grad_scale = torch.tensor(float(scale))
+        assert plan.step(max_norm=1.0, norm=norm, found_inf=torch.tensor(1.0))
+        assert norm == wanted / scale
 
 
 def test_a_skipped_planned_step_still_writes_the_norm():

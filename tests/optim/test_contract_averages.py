@@ -95,7 +95,9 @@ def test_without_averages(case):
     for use in (lambda: opt.ema(weight), lambda: opt.ema_state_dict(model), lambda: opt.swap_ema().__enter__()):
         with pytest.raises(RuntimeError, match="this optimizer keeps no averages: give it an ema_decay"):
             use()
-    with pytest.raises(ValueError, match=r"unknown parameter \(shape \[2\]\): it is not in this optimizer's param_groups$"):
+    with pytest.raises(
+        ValueError, match=r"unknown parameter \(shape \[2\]\): it is not in this optimizer's param_groups$"
+    ):
         opt.ema(nn.Parameter(torch.ones(2)))
     opt.step()
 

@@ -37,6 +37,32 @@ def test_a_step_bumps_the_version_counters(case, steps):
         loss.backward()
 
 
+@pytest.mark.parametrize("steps", [0, STEADY])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_clipping_bumps_the_version_counters_of_gradients(case, steps, dtype):
+    """Of those that it writes to. A saved gradient is one of a gradient penalty, say."""
+    pair = Pair(case, dtype)
+    pair.train(steps)
+    pair.set_grads(0)
+    grads = [p.grad for p in pair.ours.parameters()]
+    before = [g._version for g in grads]
+    pair.opt.clip_grad_norm_(1e9)
+    assert [g._version for g in grads] == before
+    pair.opt.clip_grad_norm_(1e-3)
+    assert all(g._version > version for g, version in zip(grads, before))
+
+
+@pytest.mark.parametrize("steps", [0, STEADY])
+def test_a_step_bumps_the_version_counters_of_averages(case, steps):
+    pair = Pair(case)
+    pair.opt.ema_decay = 0.9
+    pair.train(1 + steps)
+    averages = [pair.opt.ema(p) for p in pair.ours.parameters()]
+    before = [average._version for average in averages]
+    pair.train(1)
+    assert all(average._version > version for average, version in zip(averages, before))
+
+
 def test_arrays_of_another_dtype(case):
     """model.double() in mid-run leaves float32 arrays behind."""
     pair = Pair(case, torch.float32)

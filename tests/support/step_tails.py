@@ -12,6 +12,7 @@ from gradrep_kernels.ops import reference
 from gradrep_kernels.ops.reference.multiply import compute_dtype
 from gradrep_kernels.ops.reference.step_tail import COLUMNS
 from gradrep_kernels.ops.triton import rep_sgd_plan, rep_sgd_plan_step
+from gradrep_kernels.optim.tail import clip_factor
 
 WITH_AND_WITHOUT_MOMENTUM = (cases.HYPERS[6], cases.HYPERS[4], cases.HYPERS[1])
 
@@ -129,7 +130,7 @@ class Tailed(Problem):
         if norm is not None:
             norm = norm.cpu()
             wanted = reference.rep_grad_norm(twin.grads, twin.scales, twin.identities)
-            wanted = wanted if grad_scale is None else wanted / amp["grad_scale"]
+            wanted = wanted if grad_scale is None else wanted / amp["grad_scale"].to(wanted.dtype)
             torch.testing.assert_close(norm, wanted.to(norm.dtype), rtol=1e-6, atol=0, equal_nan=True)
-            clip = torch.clamp(torch.tensor(max_norm, dtype=norm.dtype) / (norm + 1e-6), max=1.0)
+            clip = clip_factor(norm, max_norm)
         self.assert_same_bits(twin.run(reference.rep_sgd_step, clip=clip, **amp))

@@ -67,6 +67,14 @@ def rep_grad_norm_kernel(
         tl.store(partial + tl.program_id(0), tl.sum(rest, axis=0))
 
 
+@triton.jit
+def quotient(a, b):
+    """Rounded as IEEE 754 says."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    return a / b
+
+
 @triton.jit(
     do_not_specialize_on_alignment=["partial", "grad_scale", "norm", "factor"], do_not_specialize=["count", "most"]
 )
@@ -85,19 +93,15 @@ def finish_kernel(
         place = start + tl.arange(0, BLOCK)
         total += tl.load(partial + place, mask=place < count, other=0.0).to(tl.float64)
         start += BLOCK
-    root = tl.sqrt(tl.sum(total, axis=0))
-    if grad_scale is not None:
-        root = root / tl.load(grad_scale).to(tl.float64)
     dtype: tl.constexpr = norm.dtype.element_ty
-    root = root.to(dtype)
+    root = tl.sqrt(tl.sum(total, axis=0)).to(dtype)
+    if grad_scale is not None:
+        root = quotient(root, tl.load(grad_scale).to(dtype))
     tl.store(norm, root)
     if factor is not None:
         below = root + tl.full((), 1e-6, tl.float64).to(dtype)
-        most = from_bits(most, tl.float64).to(dtype)
-        if dtype == tl.float32:
-            by = tl.div_rn(most, below)
-        else:
-            by = most / below
+        # As torch has a number over a tensor: the reciprocal, and a product.
+        by = quotient(tl.full((), 1.0, dtype), below) * from_bits(most, tl.float64).to(dtype)
         tl.store(factor, tl.where(by > 1, 1.0, by))  # NaN stays, as in torch.clamp
 
 

@@ -92,8 +92,8 @@ def block(
     for n in tl.static_range(STATES):
         if NARROW >> n & 1:
             piece, seed, step, stochastic = random
-            octet = tl.add(tl.load(piece + OCTET), octet, sanitize_overflow=False).to(tl.uint32)
-            bits = random_bits(octet, within, tl.load(piece + NUMBER), seed, step, n)
+            counted = tl.add(tl.load(piece + OCTET), octet, sanitize_overflow=False).to(tl.uint32)
+            bits = random_bits(counted, within, tl.load(piece + NUMBER), seed, step, n)
             tl.store(states[n] + place, rounded(new[n], bits, stochastic), mask=used)
         else:
             tl.store(states[n] + place, new[n], mask=used)
