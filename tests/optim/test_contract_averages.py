@@ -164,7 +164,7 @@ def test_averages_of_another_models_weights(case):
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
         opt.ema_state_dict(list(net().parameters()))
     for other in (net(), copy.deepcopy(model)):
-        with pytest.raises(ValueError, match="this optimizer has no parameter of this model. If the model is a copy"):
+        with pytest.raises(ValueError, match=r"this optimizer has no parameter of this model\. If the model is a copy"):
             opt.ema_state_dict(other)
 
 
