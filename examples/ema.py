@@ -25,11 +25,12 @@ def decay(step: int) -> float:
 def averaged_accuracy(model: nn.Module, optimizer: gr.FusedRepSGD) -> float:
     """Of the averages, with norm statistics of their own. Model and optimizer are afterwards as they were."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with optimizer.swap_ema():
-        update_bn(training_data(), model)
-        found = accuracy(model)
-    model.load_state_dict(buffers, strict=False)
-    return found
+    try:
+        with optimizer.swap_ema():
+            update_bn(training_data(), model)
+            return accuracy(model)
+    finally:
+        model.load_state_dict(buffers, strict=False)
 
 
 def train(epochs: int) -> nn.Module:

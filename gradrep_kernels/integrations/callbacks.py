@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
@@ -13,9 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gradrep_kernels.optim import clip_grad_norm_
+from gradrep_kernels.optim.rep_optimizer import RepOptimizer
 from gradrep_kernels.sgs import SpatialGradientScaling
+from gradrep_kernels.wrappers import inner_optimizer
 
-__all__ = ["ClipGradNorm", "SpatialGradientScalingCallback"]
+__all__ = ["ClipGradNorm", "SpatialGradientScalingCallback", "ValidateAverages"]
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +140,8 @@ class ClipGradNorm:
     with Grad Mult. Gradients are unscaled and accumulated by then. The norm of the last step, before clipping, is the
     attribute `last_grad_norm`  # []
 
-    Raises ValueError if `gradient_clip_val` is set too, and under a GradScaler for an optimizer with fused=True.
+    Raises ValueError if `gradient_clip_val` or the optimizer's `max_grad_norm` is set too, and under a GradScaler for
+    an optimizer with fused=True.
     """
 
     def __init__(self, max_norm: float):
@@ -158,7 +162,45 @@ class ClipGradNorm:
             raise ValueError(
                 "fused=True leaves gradients scaled until the step, so they cannot be clipped; leave it out"
             )
-        self.last_grad_norm = clip_grad_norm_(optimizer, self.max_norm)
+        inner = inner_optimizer(optimizer)
+        if isinstance(inner, RepOptimizer) and inner.max_grad_norm is not None:
+            raise ValueError(f"max_grad_norm is {inner.max_grad_norm}: the step clips, so leave ClipGradNorm out")
+        self.last_grad_norm = clip_grad_norm_(inner, self.max_norm)
+
+
+class ValidateAverages:
+    """Has each validation of a fit see the averages of the weights, of all optimizers that have an `ema_decay`.
+
+        trainer = Trainer(callbacks=[ValidateAverages()])
+
+    After it the weights are back. So a `ModelCheckpoint` that follows a metric of averages saves weights as the model's
+    own, and averages with the optimizer's state. Norm statistics stay those of the weights.
+
+    Raises ValueError, when training starts, where no optimizer has an `ema_decay`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._inside = contextlib.ExitStack()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not _averaging(trainer):
+            raise ValueError("no optimizer of the Trainer keeps averages: give one an ema_decay, such as 0.9998")
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        for optimizer in _averaging(trainer):
+            self._inside.enter_context(optimizer.swap_ema())
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._inside.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._inside.close()
+
+
+def _averaging(trainer: Any) -> list[RepOptimizer]:
+    inner = map(inner_optimizer, trainer.optimizers)
+    return [optimizer for optimizer in inner if isinstance(optimizer, RepOptimizer) and optimizer.ema_decay is not None]
 
 
 def _chosen(optimizers: list[Any], position: int | None) -> Any:

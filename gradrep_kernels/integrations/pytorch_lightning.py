@@ -4,7 +4,7 @@ from pytorch_lightning import Callback
 
 from gradrep_kernels.integrations import callbacks
 
-__all__ = ["ClipGradNorm", "SpatialGradientScalingCallback"]
+__all__ = ["ClipGradNorm", "SpatialGradientScalingCallback", "ValidateAverages"]
 
 
 class SpatialGradientScalingCallback(callbacks.SpatialGradientScalingCallback, Callback):
@@ -13,3 +13,7 @@ class SpatialGradientScalingCallback(callbacks.SpatialGradientScalingCallback, C
 
 class ClipGradNorm(callbacks.ClipGradNorm, Callback):
     __doc__ = callbacks.ClipGradNorm.__doc__
+
+
+class ValidateAverages(callbacks.ValidateAverages, Callback):
+    __doc__ = callbacks.ValidateAverages.__doc__

@@ -15,7 +15,7 @@ from gradrep_kernels.messages import first_few
 from gradrep_kernels.ops.reference.multiply import compute_dtype
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, described, names_of, parameters_of
-from gradrep_kernels.optim.tail import AVERAGE
+from gradrep_kernels.optim.tail import AVERAGE, check_counts
 from gradrep_kernels.optim.update_rule import State
 from gradrep_kernels.wrappers import saved_name
 
@@ -82,6 +82,7 @@ class Loading:
     def judge(self, optimizer: Optimizer, hooked: dict[str, Any]) -> None:
         """As the last pre-hook: raise ValueError, before anything is changed, where Grad Mults or sizes differ."""
         groups = optimizer.param_groups
+        check_counts(hooked["param_groups"])
         sizes = _other_sizes(hooked, optimizer)
         if sizes:
             raise ValueError(f"the checkpoint is of parameters of other sizes: {first_few(sizes)}")

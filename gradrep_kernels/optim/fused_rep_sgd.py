@@ -52,19 +52,19 @@ class FusedRepSGD(RepOptimizer, SGD):
             never saved: the fused kernels are used whenever they can be.
         grad_mults: {parameter: GradMult | Tensor that broadcasts to it}. None: plain SGD.
         max_grad_norm: The step multiplies gradients by min(1, max_grad_norm / (norm + 1e-6)), where norm = √(Σ M ⊙ g²)
-            over all parameters, after unscaling. `.last_grad_norm` is the norm. A non-finite norm makes the weights
-            non-finite, as torch.nn.utils.clip_grad_norm_ does, unless a GradScaler skips the step.
+            over all parameters, after unscaling. `.last_grad_norm` is the norm. As with torch.nn.utils.clip_grad_norm_,
+            a NaN in one gradient makes all weights NaN, and an inf its own weight, while all others get the factor 0.
         ema_decay: A number in [0, 1], a one-element tensor, or a function of the step's number, which is 1 at first.
             After the update the step moves averages of the weights by e ← e + (1 − ema_decay) (W − e). They are float32
             (float64 of float64 weights), and begin as the weight after a parameter's first step, as those of
-            torch.optim.swa_utils.AveragedModel do. Where a parameter has no gradient, its average stays. See `ema`,
-            `swap_ema`, `ema_state_dict`.
+            torch.optim.swa_utils.AveragedModel do. They go on in steps without a gradient, as those of a layer that
+            is frozen in mid-training. See `ema`, `swap_ema`, `ema_state_dict`.
         momentum_dtype: torch.bfloat16 keeps momentum in half the bytes. It is rounded by random bits that depend on
             nothing but `rounding_seed`, the step's number, the parameter's position and the element
             (ops/reference/rounding_rule.py), so that the mean of many roundings is the exact value. Complex parameters
             are refused, and sparse gradients where there is a momentum.
 
-    Steps are counted where `ema_decay` or `momentum_dtype` need it. Those that a GradScaler skips on a GPU count too.
+    Steps are counted where `ema_decay` or `momentum_dtype` need it. With fused=True those that GradScaler skips count.
     A step never changes `.grad`, except that with fused=True it unscales under GradScaler, as torch's fused optimizers
     do. bf16 and fp16 are computed in float32 and rounded once per stored tensor. Products and sums are rounded one by
     one. Where torch.compile traces the step, and with differentiable=True, torch's functional SGD takes M ⊙ g and

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ AVERAGE = State("ema", dtype=lambda param, grad: compute_dtype(param))
 
 STEPS, SEED = "step_count", "rounding_seed"
 """In each parameter group of a checkpoint. Distributed checkpoint drops what is beside states and groups."""
+
+MOST = 2**53
+"""Steps and seeds are below it: they go to the ops as float64."""
 
 
 class TailOptions:
@@ -150,6 +153,15 @@ class TailOptions:
             **dict.fromkeys(("last_norm", "known_norm", "_asked")),
             "swapped": False,
         }
+
+
+def check_counts(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ValueError where the groups of a checkpoint have a step count or a seed that none can be."""
+    for group in groups:
+        for key in (STEPS, SEED):
+            value = group.get(key, 0)
+            if not isinstance(value, int) or not 0 <= value < MOST:
+                raise ValueError(f"{key} of a group in the checkpoint must be an integer in [0, 2^53), got {value!r}")
 
 
 def first_average(param: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class Framework:
         self.pl = pytest.importorskip(FRAMEWORKS[name], reason="needs lightning: pip install gradrep_kernels[interop]")
         callbacks = importlib.import_module(f"gradrep_kernels.integrations.{name}")
         self.Updates, self.Clip = callbacks.SpatialGradientScalingCallback, callbacks.ClipGradNorm
+        self.Averages = callbacks.ValidateAverages
 
     def module(self, network, make, **methods):
         class Module(self.pl.LightningModule):
@@ -342,6 +343,55 @@ def test_scaled_gradients_are_not_clipped(lightning, tmp_path):
     trainer = lightning.trainer(tmp_path, [lightning.Clip(1.0)], precision=None, plugins=[scaled])
     with pytest.raises(ValueError, match="fused=True leaves gradients scaled until the step"):
         trainer.fit(lightning.module(network(torch.float32), make), DataLoader(data(torch.float32), batch_size=4))
+
+
+def test_clipping_by_the_step_too_is_refused(lightning, tmp_path):
+    trainer = lightning.trainer(tmp_path, [lightning.Clip(1.0)])
+    with pytest.raises(ValueError, match=r"max_grad_norm is 2\.0: the step clips, so leave ClipGradNorm out"):
+        trainer.fit(lightning.module(network(), clipping_and_averaging), loader())
+
+
+def clipping_and_averaging(model):
+    return gr.FusedRepSGD(model.parameters(), lr=0.1, momentum=0.9, max_grad_norm=2.0, ema_decay=0.5)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_validation_sees_the_averages(lightning, tmp_path, name, fails):
+    framework = Framework(name)
+    seen = []
+
+    def validation_step(module, batch, index):
+        seen.append({name: p.detach().clone() for name, p in module.net.named_parameters()})
+        if fails and not module.trainer.sanity_checking:
+            raise RuntimeError("a batch that cannot be read")
+
+    def on_save_checkpoint(module, checkpoint):
+        checkpoint["averages"] = module.optimizers(use_pl_optimizer=False).ema_state_dict(module)
+
+    methods = {"validation_step": validation_step, "on_save_checkpoint": on_save_checkpoint}
+    module = framework.module(network(), clipping_and_averaging, **methods)
+    trainer = framework.trainer(tmp_path, [framework.Averages()], max_epochs=2)
+    fit = lambda: trainer.fit(module, loader(), loader())  # noqa: E731
+    if fails:
+        with pytest.raises(RuntimeError, match="a batch that cannot be read"):
+            fit()
+    else:
+        fit()
+    optimizer = trainer.optimizers[0]
+    averages = {name: optimizer.ema(p) for name, p in module.net.named_parameters()}
+    assert_same(seen[-1], averages)
+    assert not any(torch.equal(p, averages[name]) for name, p in module.net.named_parameters() if p.dim() == 4)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert_same({name: saved["averages"]["net." + name] for name in averages}, averages)
+    assert_same(saved["state_dict"], module.state_dict())
+
+
+def test_averages_without_a_decay_are_refused(lightning, tmp_path):
+    trainer = lightning.trainer(tmp_path, [lightning.Averages()])
+    with pytest.raises(ValueError, match="no optimizer of the Trainer keeps averages: give one an ema_decay"):
+        trainer.fit(lightning.module(network(), fused), loader())
 
 
 RANKS = """

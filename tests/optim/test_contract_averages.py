@@ -292,6 +292,18 @@ def test_the_count_of_steps_is_that_of_the_checkpoint(case):
     assert asked == [1, 2, 3, 4, 5, 3, 1]
 
 
+@pytest.mark.parametrize(("key", "value"), [("step_count", -3), ("rounding_seed", "x"), ("rounding_seed", 2**53)])
+def test_a_checkpoint_with_a_count_that_is_none(case, key, value):
+    _, opt = trained(case)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0][key] = value
+    with pytest.raises(
+        ValueError, match=rf"{key} of a group in the checkpoint must be an integer in .*, got {value!r}"
+    ):
+        opt.load_state_dict(saved)
+    assert opt.state_dict()["param_groups"][0]["step_count"] == STEADY
+
+
 @pytest.mark.parametrize("which", ["ema", "state"])
 def test_a_checkpoint_of_a_network_of_another_width_is_refused(case, which):
     """Torch takes it in silence, and a step then fails when some weights are updated already."""
