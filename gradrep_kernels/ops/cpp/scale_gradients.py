@@ -12,7 +12,10 @@ from gradrep_kernels.ops.registry import registered
 
 
 def scale_gradients_(grads, factor: Tensor) -> None:
-    """Compute reference.scale_gradients_ with one call for each device. The result has the same bits."""
+    """Compute reference.scale_gradients_ with one call for each device.
+
+    The result has the same bits, but for 16-bit gradients that share memory: here each of them is scaled.
+    """
     taken: dict[torch.device, list[Tensor]] = {}
     rest: list[Tensor] = []
     for g in grads:
