@@ -90,7 +90,8 @@ class StepPlan:
         self._written = params + [kept for row in rows for kept in (*row.states, row.average) if kept is not None]
         self._options, self._options_version = tail, tail.version
         self._tail = tail if tail.is_used else None
-        self._norm_dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+        self._like_norm = torch.empty((), dtype=dtype, device=self._device)
         self._multipliers, self._version = multipliers, multipliers.version
         self._group_sizes = [len(group["params"]) for group in groups]
         self._state, self._keys = state, list(state)
@@ -146,7 +147,7 @@ class StepPlan:
         return (norm, grads) if self._planner.norm(self._handle, grads, norm) else None
 
     def _new_norm(self) -> Tensor:
-        return torch.empty((), dtype=self._norm_dtype, device=self._device)
+        return torch.empty_like(self._like_norm)  # half the time of torch.empty(())
 
     def step(self, groups: ParamGroups, state: Mapping[Tensor, Any], scaler: Scaler) -> bool:
         """Take the step. Returns False, with nothing done, where the plan no longer holds."""
