@@ -192,7 +192,7 @@ for section in SpeedOfLight MemoryWorkloadAnalysis MemoryWorkloadAnalysis_Tables
   sections+=(--section "$section")
 done
 # multi_tensor is torch's fused step.
-kernels="(step|hyper|diagonal|norm|root|extrema|ranges|numbers|histogram)_kernel|multi_tensor"
+kernels="(step|hyper|tail|diagonal|norm|root|finish|gradients|extrema|ranges|numbers|histogram)_kernel|multi_tensor"
 if [ -n "$dry" ]; then
   phase ncu 115 "$python" bench/profile_once.py --device cpu --quick --seconds 100
 elif [ -z "$ncu" ]; then

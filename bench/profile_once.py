@@ -91,11 +91,19 @@ def steps(tensors: Tensors, backend: str) -> Iterator[Call]:
     ours = {
         "structured Grad Mult": tensors.optimizer(gr.FusedRepSGD, grad_mults=tensors.grad_mults),
         "no multiplier": tensors.optimizer(gr.FusedRepSGD),
+        "whole tail": tensors.optimizer(
+            gr.FusedRepSGD,
+            grad_mults=tensors.grad_mults,
+            max_grad_norm=0.1,
+            ema_decay=0.999,
+            momentum_dtype=torch.bfloat16,
+        ),
     }
     for what, optimizer in ours.items():
         yield f"rep_sgd_step, {backend}, {what}", gr.use_backend(backend)(optimizer.step)
-    norm = ours["structured Grad Mult"].clip_grad_norm_
-    yield f"rep_grad_norm, {backend}", gr.use_backend(backend)(lambda: norm(1e9))
+    clip = ours["structured Grad Mult"].clip_grad_norm_
+    yield f"rep_grad_norm, {backend}", gr.use_backend(backend)(lambda: clip(1e9))
+    yield f"scale_gradients_, {backend}, after its norm", gr.use_backend(backend)(lambda: clip(1.0))
 
 
 def calls(device: torch.device, quick: bool) -> Iterator[Call]:
@@ -108,7 +116,7 @@ def calls(device: torch.device, quick: bool) -> Iterator[Call]:
         missing = {op: row[backend] for op, row in report.items() if row[backend] != "available"}
         for op, reason in missing.items():
             print(f"not called: {op}, {backend}: {reason}")
-        if not missing.keys() & {"rep_sgd_step", "rep_grad_norm"}:
+        if not missing.keys() & {"rep_sgd_step", "rep_grad_norm", "scale_gradients_"}:
             yield from steps(tensors, backend)
         if missing.keys() & {"pair_ranges", "joint_histogram", "joint_histogram_"}:
             continue
