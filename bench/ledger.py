@@ -67,7 +67,9 @@ CODES = {
     ),
     "T3": Code(
         "What the end of a step costs before any arithmetic",
-        "62 tensors of 1000 floats in 1 to 62 parameter groups, one thread.",
+        "62 tensors of 1000 floats in 1 to 62 parameter groups, one thread. Of 100 µs in one group on an undisturbed "
+        "core, 8 go into reading 62 gradients, 10 into finding that nothing else has changed, 5 into version counters, "
+        "25 into handing the list to the op and looking at its tensors, 30 into the arithmetic on 62,000 elements.",
     ),
     "T4": Code(
         "Clipping alone",
