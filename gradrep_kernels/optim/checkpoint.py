@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,8 +105,7 @@ class Loading:
                 # torch takes the names over from the checkpoint. Parameters that stand in another order would then
                 # bear each other's names.
                 group["param_names"] = own
-        states = (*optimizer.update_rule.states, AVERAGE)
-        keep_dtypes(self._hooked["state"], self._hooked["param_groups"], optimizer, states)
+        keep_dtypes(self._hooked, optimizer)
         self._averages = _about_averages(optimizer)
         for param, mult in self._restored:
             self._set(param, mult)
@@ -141,20 +140,32 @@ def _about_averages(optimizer: Any) -> str | None:
     return None
 
 
+def _as_many(saved_groups: ParamGroups, groups: ParamGroups) -> bool:
+    """Whether groups have as many parameters as those of a checkpoint. Torch refuses others, in its own words."""
+    return [len(group["params"]) for group in saved_groups] == [len(group["params"]) for group in groups]
+
+
+def _saved_states(hooked: Mapping[str, Any], optimizer: Any) -> Iterator[tuple[int, Tensor, State, Tensor]]:
+    """The arrays of a checkpoint that the rule or the average has: position, parameter, state and array."""
+    states = (*optimizer.update_rule.states, AVERAGE)
+    for position, (n, p) in enumerate(zip(_ids(hooked["param_groups"]), parameters_of(optimizer.param_groups))):
+        entry = hooked["state"].get(n)
+        for state in states if isinstance(entry, Mapping) else ():
+            value = entry.get(state.key)
+            if isinstance(value, Tensor):
+                yield position, p, state, value
+
+
 def _other_sizes(hooked: Mapping[str, Any], optimizer: Any) -> list[str]:
     """List the states that have another number of elements than their parameter. A step would fail half done."""
-    groups, saved_groups = optimizer.param_groups, hooked["param_groups"]
-    if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
-        return []  # torch refuses it, in its own words
-    found = []
-    keys = [state.key for state in (*optimizer.update_rule.states, AVERAGE)]
-    for position, (n, p) in enumerate(zip(_ids(saved_groups), parameters_of(groups))):
-        entry = hooked["state"].get(n)
-        for key in keys if isinstance(entry, Mapping) else ():
-            value = entry.get(key)
-            if isinstance(value, Tensor) and value.numel() != p.numel():
-                found.append(f"{described(groups, position)} has shape {list(p.shape)}, its {key} {list(value.shape)}")
-    return found
+    groups = optimizer.param_groups
+    if not _as_many(hooked["param_groups"], groups):
+        return []
+    return [
+        f"{described(groups, position)} has shape {list(p.shape)}, its {state.key} {list(value.shape)}"
+        for position, p, state, value in _saved_states(hooked, optimizer)
+        if value.numel() != p.numel()
+    ]
 
 
 def _dicts_copied(value: Any, levels: int) -> Any:
@@ -174,8 +185,8 @@ def judge(
         states_moved: whether they have given some parameter another state
     """
     verdict = Verdict()
-    if [len(g["params"]) for g in hooked["param_groups"]] != [len(g["params"]) for g in groups]:
-        return verdict  # torch refuses it, in its own words
+    if not _as_many(hooked["param_groups"], groups):
+        return verdict
     callers = live.callers(parameters_of(groups))
     if KEY not in given and KEY not in hooked:
         _judge_fingerprints(hooked["param_groups"], groups, live, callers, verdict)
@@ -316,24 +327,19 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def keep_dtypes(
-    saved: Mapping[int, Any], saved_groups: list[dict[str, Any]], optimizer: Any, states: tuple[State, ...]
-) -> None:
+def keep_dtypes(hooked: Mapping[str, Any], optimizer: Any) -> None:
     """Give states the dtype that they have here, where torch's load_state_dict gave them that of their parameter.
 
     The momentum of bf16 weights with float32 gradients is float32, and a resumed run must go on with its bits. So must
     one whose momentum is bfloat16. Momentum of a run without momentum_dtype is rounded to the nearest for one with it.
     """
-    for n, p in zip(_ids(saved_groups), parameters_of(optimizer.param_groups)):
-        entry, loaded = saved.get(n), optimizer.state.get(p)
-        if not isinstance(entry, Mapping) or loaded is None or not p.is_floating_point():
+    for _, p, state, value in _saved_states(hooked, optimizer):
+        loaded = optimizer.state.get(p, {})
+        cast = loaded.get(state.key)
+        if not isinstance(cast, Tensor) or not p.is_floating_point():
             continue
-        for state in states:
-            value, cast = entry.get(state.key), loaded.get(state.key)
-            if not isinstance(value, Tensor) or not isinstance(cast, Tensor):
-                continue
-            new = state.dtype(p.dtype, getattr(p, "grad_dtype", None) or p.dtype)
-            if optimizer.update_rule.stochastic or state is AVERAGE:
-                loaded[state.key] = value.to(cast.device, new)
-            elif value.dtype != cast.dtype and value.dtype in (new, compute_dtype(p.dtype)):
-                loaded[state.key] = value.to(cast.device)
+        new = state.dtype(p.dtype, getattr(p, "grad_dtype", None) or p.dtype)
+        if optimizer.update_rule.stochastic or state is AVERAGE:
+            loaded[state.key] = value.to(cast.device, new)
+        elif value.dtype != cast.dtype and value.dtype in (new, compute_dtype(p.dtype)):
+            loaded[state.key] = value.to(cast.device)

@@ -17,6 +17,7 @@ from gradrep_kernels.optim.gather import Gathered
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import are_plain, in_place
 from gradrep_kernels.optim.sharding import aligned_grad, norm_over_shards
+from gradrep_kernels.optim.tail import unscaled
 
 _facts = (attrgetter("layout"), attrgetter("device"), methodcaller("is_complex"))
 
@@ -52,8 +53,7 @@ def norm_of_step(work: Gathered, multipliers: Multipliers, grad_scale: Tensor | 
     if not params:
         return torch.zeros((), device="cpu")
     grads = [*(row.shards[1] for row in rows.values()), *map(gradient_here, sparse)]
-    norm = gradient_norm(params, grads, columns_of_parts(params, multipliers))
-    return norm if grad_scale is None else norm / grad_scale.to(norm.device, norm.dtype)
+    return unscaled(gradient_norm(params, grads, columns_of_parts(params, multipliers)), grad_scale)
 
 
 def gradient_here(p: Tensor) -> Tensor:

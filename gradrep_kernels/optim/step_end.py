@@ -16,7 +16,15 @@ from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.norm import columns_of_parts, gradient_here, gradient_norm, scale_in_place
 from gradrep_kernels.optim.parameters import parameters_of, position_of
 from gradrep_kernels.optim.plan import StepPlan
-from gradrep_kernels.optim.tail import AVERAGE, MOST, EmaDecay, TailOptions, as_number, clip_factor, first_average
+from gradrep_kernels.optim.tail import (
+    AVERAGE,
+    EmaDecay,
+    TailOptions,
+    as_number,
+    checked_count,
+    clip_factor,
+    first_average,
+)
 
 
 class StepEnd(Optimizer):
@@ -60,9 +68,7 @@ class StepEnd(Optimizer):
 
     @rounding_seed.setter
     def rounding_seed(self, value: int) -> None:
-        if not isinstance(value, int) or not 0 <= value < MOST:
-            raise ValueError(f"rounding_seed must be an integer in [0, 2^53), got {value!r}")
-        self._tail.seed = value
+        self._tail.seed = checked_count(value, "rounding_seed")
 
     @property
     def last_grad_norm(self) -> Tensor | None:

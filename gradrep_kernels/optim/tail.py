@@ -107,9 +107,7 @@ class TailOptions:
     def take_known_norm(self, grad_scale: Tensor | None) -> Tensor | None:
         """The norm of the next step's gradients after unscaling, where somebody has asked for it before the step."""
         norm, self.known_norm = self.known_norm, None
-        if norm is None or grad_scale is None:
-            return norm
-        return norm / grad_scale.to(norm.device, norm.dtype)
+        return None if norm is None else unscaled(norm, grad_scale)
 
     def took(self, device: torch.device, norm: Tensor | None) -> None:
         """Count a step that has been taken, or that a graph has captured. `norm` is that of its gradients, or None."""
@@ -159,9 +157,14 @@ def check_counts(groups: Iterable[Mapping[str, Any]]) -> None:
     """Raise ValueError where the groups of a checkpoint have a step count or a seed that none can be."""
     for group in groups:
         for key in (STEPS, SEED):
-            value = group.get(key, 0)
-            if not isinstance(value, int) or not 0 <= value < MOST:
-                raise ValueError(f"{key} of a group in the checkpoint must be an integer in [0, 2^53), got {value!r}")
+            checked_count(group.get(key, 0), f"{key} of a group in the checkpoint")
+
+
+def checked_count(value: Any, what: str) -> int:
+    """Return a number of steps or a seed as it is."""
+    if not isinstance(value, int) or not 0 <= value < MOST:
+        raise ValueError(f"{what} must be an integer in [0, 2^53), got {value!r}")
+    return value
 
 
 def first_average(param: Tensor) -> Tensor:
@@ -189,6 +192,11 @@ def average_idle(idle: Sequence[tuple[Tensor, Tensor]], decay: float | Tensor, f
             moved = [torch.where(skipped, *both) for both in zip(averages, moved)]
         torch._foreach_copy_(averages, moved)
     torch.autograd.graph.increment_version([average for _, average in idle])
+
+
+def unscaled(norm: Tensor, grad_scale: Tensor | None) -> Tensor:
+    """The norm that gradients have once they are divided by `grad_scale`  # []"""
+    return norm if grad_scale is None else norm / grad_scale.to(norm.device, norm.dtype)
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

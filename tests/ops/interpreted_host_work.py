@@ -14,7 +14,7 @@ import gradrep_kernels as gr
 from gradrep_kernels.ops.triton import launching, rep_sgd_plan_step
 
 TAIL = 550
-"""Bytecodes that the whole tail adds to a planned step, at most. They are 463."""
+"""Bytecodes that the whole tail adds to a planned step, at most. They are 458."""
 
 
 @pytest.mark.parametrize("way", host_work.GRADIENTS)

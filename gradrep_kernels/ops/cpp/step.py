@@ -10,11 +10,10 @@ from torch import Tensor
 
 from gradrep_kernels.ops.dense import alike, is_dense, share_memory
 from gradrep_kernels.ops.reference.multiply import compute_dtype
-from gradrep_kernels.ops.reference.step_tail import COLUMNS, one_each
+from gradrep_kernels.ops.reference.step_tail import Tail, one_each
 from gradrep_kernels.ops.registry import OPS, registered
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-_STOCHASTIC = COLUMNS.index("stochastic")
 
 
 def as_number(t: Tensor) -> Tensor:
@@ -64,7 +63,7 @@ def step_front(name: str) -> Callable[..., None]:
         call = rule.dealt(arguments, named)
         hyper, tail, clip = call.hyper, call.tail, call.clip
         keeps_state = rule.keeps_state(hyper) if hyper.is_cpu else [True] * len(hyper)
-        stochastic = tail is not None and (not tail.is_cpu or float(tail[_STOCHASTIC]) != 0)
+        stochastic = Tail.of(tail).stochastic if tail is None or tail.is_cpu else True
         clip = None if clip is None else as_number(clip)
         more = one_each(len(call.columns[0]), call.averages, call.numbers, call.elements)
         rest: list[tuple] = []

@@ -26,7 +26,7 @@ def scale_gradients_(grads: list[Tensor], factor: Tensor) -> None:
     for device, dtype in dict.fromkeys(kinds):
         alike = [g for g, kind in zip(grads, kinds) if kind == (device, dtype)]
         wide = compute_dtype(dtype)
-        by = factor.reshape(()).to(device, wide.to_real()).reshape(())
+        by = factor.reshape(()).to(device, wide.to_real())
         if wide == dtype:
             torch._foreach_mul_(alike, by)
             continue

@@ -27,8 +27,9 @@ class Tail(NamedTuple):
     step: int
 
     @classmethod
-    def of(cls, numbers: Tensor | None) -> Tail:
-        decay, stochastic, seed, step = (0.0, 0.0, 0, 0) if numbers is None else numbers.tolist()
+    def of(cls, numbers: Tensor | Sequence[float] | None) -> Tail:
+        given = numbers.tolist() if isinstance(numbers, Tensor) else numbers
+        decay, stochastic, seed, step = given or (0.0, 0.0, 0, 0)
         return cls(decay, stochastic != 0, int(seed), int(step))
 
 
@@ -45,9 +46,9 @@ def incoming(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None, clip: 
     g = grad.to(dtype)
     real = g.real.dtype if g.is_complex() else dtype
     if grad_scale is not None:
-        g = g / grad_scale.reshape(()).to(device=g.device, dtype=real).reshape(())
+        g = g / grad_scale.reshape(()).to(device=g.device, dtype=real)
         grad.copy_(g)
-    return g if clip is None else g * clip.reshape(()).to(device=g.device, dtype=real).reshape(())
+    return g if clip is None else g * clip.reshape(()).to(device=g.device, dtype=real)
 
 
 def store_state(state: Tensor, value: Tensor, tail: Tail, number: int, elements: Tensor | None, which: int = 0) -> None:

@@ -2,7 +2,7 @@
 
 Between the steps the plan compares what torch tells of every tensor with what it told before. Maps do so, whose
 functions are torch's own in C, not loops of Python: 1,150 bytecodes for a step of any number of parameters, and
-463 more where it clips, averages and rounds states by random bits.
+458 more where it clips, averages and rounds states by random bits.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class PlannedStep:
             return False
         if not {self._device}.issuperset(map(_DEVICE, on_device)) or (norm is not None and norm.device != self._device):
             return False
-        known = Tail(tail[0], tail[1] != 0, int(tail[2]), int(tail[3])) if tail else NO_TAIL
+        known = Tail.of(tail) if tail else NO_TAIL
         if places and len(numbers) + 1 in places:
             known = known._replace(stochastic=True)  # as it may be
         if self._needs_random_bits and not known.stochastic:

@@ -21,7 +21,7 @@ from gradrep_kernels.ops.triton.addressing import (  # by name: the key of Trito
     own_chunk,
     unaligned,
 )
-from gradrep_kernels.ops.triton.step_tail import from_bits, to_bits
+from gradrep_kernels.ops.triton.step_tail import from_bits, quotient, to_bits
 
 CHUNK = tl.constexpr(4096)
 SUMS = 4096  # partial sums that the finishing kernel adds at a time
@@ -65,14 +65,6 @@ def rep_grad_norm_kernel(
             rest += _squares(place, place < numel, unaligned(grad, DTYPE), row_of_piece, COMPUTE)
             start += TAIL
         tl.store(partial + tl.program_id(0), tl.sum(rest, axis=0))
-
-
-@triton.jit
-def quotient(a, b):
-    """Rounded as IEEE 754 says."""
-    if a.dtype == tl.float32:
-        return tl.div_rn(a, b)
-    return a / b
 
 
 @triton.jit(

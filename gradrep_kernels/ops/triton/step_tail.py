@@ -30,14 +30,19 @@ def to_bits(number: float, dtype: torch.dtype) -> int:
 
 
 @triton.jit
+def quotient(a, b):
+    """Rounded as IEEE 754 says."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    return a / b
+
+
+@triton.jit
 def incoming(grad, inside, grad_scale, clip, dtype: tl.constexpr):
     """g as an update takes it: unscaled in place where there is a grad_scale, then clipped elsewhere."""
     g = tl.load(grad, mask=inside).to(dtype)
     if grad_scale is not None:
-        if dtype == tl.float32:
-            g = tl.div_rn(g, tl.load(grad_scale))
-        else:
-            g = g / tl.load(grad_scale)
+        g = quotient(g, tl.load(grad_scale))
         tl.store(grad, g, mask=inside)
     if clip is not None:
         g = g * tl.load(clip)
