@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradrep_kernels as gr
 from gradrep_kernels.ops import backends, reference
-from gradrep_kernels.ops.triton import plans, rep_sgd_plan, rep_sgd_plan_free, rep_sgd_plan_step, rep_sgd_step, staging
+from gradrep_kernels.ops.triton import rep_sgd_plan, rep_sgd_plan_free, rep_sgd_plan_step, rep_sgd_step, staging
 from gradrep_kernels.ops.triton.launching import LAUNCHES
 from gradrep_kernels.ops.triton.planned_step import have_states
 
@@ -66,21 +66,6 @@ class Planned:
         assert not self.step(**more)
         assert not LAUNCHES
         assert_same_bits(self.ours, before)
-
-
-@pytest.fixture
-def uploads(monkeypatch):
-    """How many tables went to the device."""
-    seen, upload = [], staging.upload
-
-    def counted(table, *more, **named):
-        seen.append(table)
-        return upload(table, *more, **named)
-
-    monkeypatch.setattr(staging, "upload", counted)
-    monkeypatch.setattr(rep_sgd_step, "plans", plans.Plans("rep_sgd_step", plans.BLOCK, writes=True))
-    monkeypatch.setattr(rep_sgd_step, "hyper_tables", {})
-    return seen
 
 
 def test_the_backend_has_it():

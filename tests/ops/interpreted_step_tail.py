@@ -20,27 +20,11 @@ from gradrep_kernels.ops.triton import (
     rep_sgd_plan_step,
     rep_sgd_step,
     scale_gradients_,
-    staging,
 )
 from gradrep_kernels.ops.triton.launching import LAUNCHES
 
 SHAPES = [(1030,), (6, 5, 3, 3), (), (7, 6, 1, 1), (0, 3), (12, 4, 3, 3), (37, 29)]
 WIDE_DTYPES = [torch.float32, torch.float64, torch.float16]  # the interpreter does not round to bfloat16 as a GPU does
-
-
-@pytest.fixture
-def uploads(monkeypatch):
-    """The tables that went to the device."""
-    seen, upload = [], staging.upload
-
-    def counted(table, *more, **named):
-        seen.append(table)
-        return upload(table, *more, **named)
-
-    monkeypatch.setattr(staging, "upload", counted)
-    monkeypatch.setattr(rep_sgd_step, "plans", plans.Plans("rep_sgd_step", plans.BLOCK, writes=True))
-    monkeypatch.setattr(rep_sgd_step, "hyper_tables", {})
-    return seen
 
 
 @pytest.mark.parametrize("aligned", [True, False])

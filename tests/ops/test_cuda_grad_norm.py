@@ -20,11 +20,6 @@ TOLERANCE = {torch.float64: 1e-14}
 LOW = 7e-7  # csrc/rep_grad_norm_cuda.h
 
 
-@pytest.fixture
-def emulated(monkeypatch) -> Emulated:
-    return Emulated(monkeypatch)
-
-
 def agree(emulated: Emulated, problem: Problem) -> torch.Tensor:
     arguments = problem.grads, problem.scales, problem.identities
     actual, expected = emulated.norm(*arguments), reference.rep_grad_norm(*arguments)

@@ -13,8 +13,7 @@ import checks
 import pytest
 import torch
 from cases import Problem, assert_same_bits
-from cuda_steps import CHUNK, DTYPES, PLACES, OnGpu, Planned
-from emulated_step import Emulated
+from cuda_steps import CHUNK, DTYPES, OnGpu, Planned
 from implementations import on_gpu
 
 from gradrep_kernels.ops import backends, reference
@@ -26,16 +25,6 @@ SHAPES = [
 ]
 FOUR_GROUPS = [cases.HYPERS[n] for n in (0, 3, 4, 8)]
 SCALE, WENT_WELL, OVERFLOW = 3.0, 0.0, float("nan")
-
-
-@pytest.fixture
-def emulated(monkeypatch) -> Emulated:
-    return Emulated(monkeypatch)
-
-
-@pytest.fixture(params=PLACES)
-def where(request):
-    return OnGpu() if request.param == "cuda" else request.getfixturevalue("emulated")
 
 
 def agree(where, problem: Problem, **numbers: float) -> Problem:

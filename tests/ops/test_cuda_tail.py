@@ -11,8 +11,7 @@ import cases
 import pytest
 import torch
 from cases import Problem
-from cuda_steps import CHUNK, DTYPES, PLACES, OnGpu, Planned, Tailed, assert_same_tails
-from emulated_step import Emulated
+from cuda_steps import CHUNK, DTYPES, Planned, Tailed, assert_same_tails
 
 from gradrep_kernels.ops import reference
 from gradrep_kernels.ops.reference.rounding_rule import random_bits, rounded
@@ -22,16 +21,6 @@ SHAPES = [(0, 3), (), (1,), (257,), (129, 65), (17, 17, 3, 3), (5, 7, 3, 5), (19
 SCALE = 3.0
 NORM = {torch.float64: 1e-14}  # of the norm, relative
 LOW = 7e-7  # csrc/rep_grad_norm_cuda.h
-
-
-@pytest.fixture
-def emulated(monkeypatch) -> Emulated:
-    return Emulated(monkeypatch)
-
-
-@pytest.fixture(params=PLACES)
-def where(request):
-    return OnGpu() if request.param == "cuda" else request.getfixturevalue("emulated")
 
 
 def agree(where, problem: Tailed, **numbers: torch.Tensor) -> Tailed:

@@ -13,7 +13,9 @@ from cases_optim import (
     all_equal,
     amp_steps,
     assert_close,
+    assert_left_alone,
     csla_norm,
+    gradients_of,
     net,
     overflow,
     scaled_step,
@@ -146,12 +148,9 @@ def test_a_drawn_step_equals_separate_calls(case):
 def test_gradients_keep_their_values(case, steps):
     pair = Tailed(case, torch.float32).train(steps)
     pair.set_grads(9)
-    grads = [(p.grad, p.grad.clone(), p.grad._version) for p in pair.ours.parameters()]
+    before = gradients_of(pair.ours)
     pair.opt.step()
-    for p, (grad, values, version) in zip(pair.ours.parameters(), grads):
-        assert p.grad is grad
-        assert torch.equal(grad, values)
-        assert grad._version == version
+    assert_left_alone(pair.ours, before)
 
 
 def test_the_norm_of_each_step_is_a_tensor_of_its_own(case):

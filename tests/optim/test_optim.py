@@ -9,7 +9,21 @@ import warnings
 import cases
 import pytest
 import torch
-from cases_optim import CASES, SGD, Pair, assert_close, batch, csla_norm, dense, mults, named, net, set_grads
+from cases_optim import (
+    CASES,
+    SGD,
+    Pair,
+    assert_close,
+    assert_left_alone,
+    batch,
+    csla_norm,
+    dense,
+    gradients_of,
+    mults,
+    named,
+    net,
+    set_grads,
+)
 from files import through_a_file
 from torch import nn
 
@@ -94,12 +108,9 @@ def test_gradients_are_left_alone(case, plain):
     pair = Pair(case, torch.float32, hyper=case.plain if plain else case.hyper)
     for step in range(4):
         pair.set_grads(step)
-        before = [(p.grad, p.grad.clone(), p.grad._version) for p in pair.ours.parameters()]
+        before = gradients_of(pair.ours)
         pair.opt.step()
-        for p, (grad, value, version) in zip(pair.ours.parameters(), before):
-            assert p.grad is grad
-            assert torch.equal(grad, value)
-            assert grad._version == version
+        assert_left_alone(pair.ours, before)
 
 
 def test_multipliers_of_every_kind_of_argument(case):

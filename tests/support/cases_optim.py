@@ -273,6 +273,18 @@ def clip_twin(pair: Pair, max_norm: float) -> None:
         q.grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
 
 
+def gradients_of(model: nn.Module) -> list[tuple]:
+    """The gradients of a model, their values and versions, for `assert_left_alone`."""
+    return [(p.grad, p.grad.clone(), p.grad._version) for p in model.parameters()]
+
+
+def assert_left_alone(model: nn.Module, before: list[tuple]) -> None:
+    for p, (grad, values, version) in zip(model.parameters(), before):
+        assert p.grad is grad
+        assert torch.equal(grad, values)
+        assert grad._version == version
+
+
 def amp_steps(pair: Pair, scaler: torch.amp.GradScaler, steps: int = STEADY, clip: float | None = None) -> None:
     """Gradients times the scale for ours, as they are for the twin."""
     for step in range(steps):
