@@ -10,6 +10,7 @@ from torch import nn
 from gradrep_kernels import csla
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.optim import param_groups
+from gradrep_kernels.recipes import interrupts
 from gradrep_kernels.recipes.data import Data
 from gradrep_kernels.recipes.loader import derived_seed
 from gradrep_kernels.recipes.options import MODELS, Options
@@ -92,7 +93,8 @@ def _optimizer(
     settings = {"lr": lr, **{name: setting(options) for name, setting in kind.settings.items()}}
     if grad_mults is not None:
         settings["grad_mults"] = grad_mults
-    return kind.make(param_groups(model, options.weight_decay), **settings)
+    with interrupts.held_back():  # The first optimizer of a process imports torch._dynamo, and so Triton's C++ module.
+        return kind.make(param_groups(model, options.weight_decay), **settings)
 
 
 def multiplier_bytes(trainee: Trainee) -> int:

@@ -2,6 +2,8 @@
 
 Python prints and drops an exception that is raised while an object is being destroyed: a generator that closes, a
 callback of a weak reference, a `__del__`. A KeyboardInterrupt that hits such a moment would let a training go on.
+One that is raised while a C++ module begins can end the process by std::terminate: Triton's makes its enums by a call
+of Python that must not fail.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ import threading
 import time
 from collections.abc import Iterator
 
-__all__ = ["asked", "check", "kept_from_children", "noted"]
+__all__ = ["asked", "check", "held_back", "kept_from_children", "noted"]
 
 _ONE_PRESS = 1.0
 """Seconds within which signals are one: `timeout -s INT` sends its own twice, to the process and to its group."""
 
 _first: float | None = None  # when this process was asked to stop
+_held_back = False  # whether a block runs that must not be torn
 
 
 def asked() -> bool:
@@ -61,10 +64,23 @@ def _note(*_: object) -> None:
     global _first
     if _first is None:
         _first = time.monotonic()
-        raise KeyboardInterrupt
-    if time.monotonic() - _first > _ONE_PRESS:
+        if not _held_back:
+            raise KeyboardInterrupt
+    elif time.monotonic() - _first > _ONE_PRESS:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Let a Ctrl-C that `noted` notes wait for the end of the block, and raise it there."""
+    global _held_back
+    _held_back = True
+    try:
+        yield
+    finally:
+        _held_back = False
+    check()
 
 
 @contextlib.contextmanager

@@ -81,6 +81,58 @@ def test_one_press_that_comes_twice_is_one():
         signal.raise_signal(signal.SIGINT)
 
 
+def test_a_block_that_is_held_back_is_not_torn():
+    done = []
+
+    def hold():
+        with interrupts.held_back():
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                done.append("torn")
+            done.append("whole")
+
+    with interrupts.noted(), pytest.raises(KeyboardInterrupt):
+        hold()
+    assert done == ["whole"]
+    with pytest.raises(KeyboardInterrupt), interrupts.noted():
+        signal.raise_signal(signal.SIGINT)  # The next is raised at once again.
+
+
+def test_an_error_in_a_block_that_is_held_back_is_told():
+    with interrupts.noted(), pytest.raises(KeyError), interrupts.held_back():
+        raise KeyError
+
+
+# Interrupts a training while the C++ module of Triton is made, which calls Python's enum.
+INTERRUPTED_IN_TRITON = """
+import os, signal, sys
+from gradrep_kernels.cli import main
+
+def interrupt(frame, event, _):
+    if event == "call" and frame.f_code.co_filename.endswith("enum.py"):
+        while frame is not None:
+            if frame.f_code.co_name == "exec_module" and "libtriton" in frame.f_locals["module"].__name__:
+                print("in it")
+                sys.setprofile(None)
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            frame = frame.f_back
+
+sys.setprofile(interrupt)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_interrupt_while_triton_is_imported(tmp_path):
+    pytest.importorskip("triton")
+    arguments = ["train", "--epochs", "1", "--workers", "1", "--out", str(tmp_path)]
+    stopped = subprocess.run([sys.executable, "-c", INTERRUPTED_IN_TRITON, *arguments], capture_output=True, text=True)
+    assert stopped.stdout == "in it\n"
+    assert stopped.returncode == 130, stopped.stderr
+    assert stopped.stderr.splitlines()[-1] == "interrupted; --resume goes on after the last whole epoch"
+
+
 def test_processes_do_not_get_what_is_kept_from_them():
     code = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('lives')"
     start = [sys.executable, "-c", code]
