@@ -4,7 +4,7 @@ Grad Mult inside SGD, spatial gradient scaling, and the tools around them.
 """
 
 from gradrep_kernels import csla, models, moved, plots
-from gradrep_kernels.branch_scales import BranchScales
+from gradrep_kernels.branch_scales import Branch, BranchScales
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops.backends import use_backend
 from gradrep_kernels.optim import FusedRepSGD, GradScaler, clip_grad_norm_, param_groups
@@ -19,6 +19,7 @@ from gradrep_kernels.sgs import (
 from gradrep_kernels.version import __version__
 
 __all__ = [
+    "Branch",
     "BranchScales",
     "FusedRepSGD",
     "GradMult",

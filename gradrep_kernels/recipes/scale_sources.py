@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from gradrep_kernels import csla
-from gradrep_kernels.branch_scales import BranchScales
 
 __all__ = ["CHANNEL_MEAN", "INITIAL", "ONES", "SEARCHED", "ScaleSource", "initial_scales"]
 
@@ -36,12 +35,7 @@ def initial_scales(model: nn.Module) -> csla.Scales:
 
 
 def _each_tensor(scales: csla.Scales, change: Callable[[Tensor], Tensor]) -> csla.Scales:
-    changed = {}
-    for name, branch_scales in scales.items():
-        tensors = {branch: change(tensor) for branch, tensor in branch_scales.tensors().items()}
-        identity = tensors.get("identity", branch_scales.identity)
-        changed[name] = BranchScales(tensors["conv"], tensors.get("1x1"), identity)
-    return changed
+    return {name: branch_scales.mapped(change) for name, branch_scales in scales.items()}
 
 
 def _mean(tensor: Tensor) -> Tensor:
