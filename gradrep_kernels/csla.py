@@ -6,8 +6,10 @@ CSLA is constant-scale linear addition. Source: RepOptimizers (Ding et al., 2023
 
 from gradrep_kernels.branches.convert import merge
 from gradrep_kernels.branches.coverage import Coverage, coverage
-from gradrep_kernels.branches.csla import csla_model, extract_scales, hyper_search_model, reinitialize
-from gradrep_kernels.branches.scales import Scales, grad_mults, load_scales, save_scales
+from gradrep_kernels.branches.csla import csla_model, extract_scales, hyper_search_model
+from gradrep_kernels.branches.files import load_scales, save_scales
+from gradrep_kernels.branches.reinitialize import reinitialize
+from gradrep_kernels.branches.scales import Scales, grad_mults
 from gradrep_kernels.equivalence import Equivalence, check_equivalence
 
 __all__ = [

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_map
 
 from gradrep_kernels.branch_scales import BranchScales
 from gradrep_kernels.branches.convert import merge
-from gradrep_kernels.branches.csla import csla_model, extract_scales, hyper_search_model, reinitialize
+from gradrep_kernels.branches.csla import csla_model, extract_scales, hyper_search_model
 from gradrep_kernels.branches.pairs import floating_outputs
+from gradrep_kernels.branches.reinitialize import reinitialize
 from gradrep_kernels.branches.scales import Scales, grad_mults
 from gradrep_kernels.dtensor import is_dtensor
 from gradrep_kernels.optim import FusedRepSGD, param_groups
@@ -192,9 +193,7 @@ def _double(value: BranchScales) -> BranchScales:
     """Scales in float64, so that Σα² is not rounded to float32, as the branches' α·α is not."""
     if not isinstance(value, BranchScales):
         raise TypeError(f"scales must map names to BranchScales, got {type(value).__name__}")
-    one_by_one = None if value.one_by_one is None else value.one_by_one.double()
-    identity = value.identity if isinstance(value.identity, bool) else value.identity.double()
-    return BranchScales(value.kxk.double(), one_by_one, identity)
+    return value.mapped(Tensor.double)
 
 
 def _example_scales(model: nn.Module) -> Scales:
@@ -204,10 +203,7 @@ def _example_scales(model: nn.Module) -> Scales:
         factor = 0.5 + torch.rand(scale.shape, generator=generator, dtype=torch.float64)
         return scale.double() * factor.to(scale.device)
 
-    return {
-        name: BranchScales(varied(value.kxk), varied(value.one_by_one), value.has_identity and varied(value.identity))
-        for name, value in extract_scales(hyper_search_model(model)).items()
-    }
+    return {name: value.mapped(varied) for name, value in extract_scales(hyper_search_model(model)).items()}
 
 
 def _trained(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -236,6 +236,8 @@ def parameters(signature: str) -> dict[str, tuple[str, str | None, str | None]]:
 WIDER = {  # annotations that take more than then: (function, parameter) -> now
     # A Mapping's keys have one type, so that one of Tensors is not one of Parameters, which `csla.grad_mults` gives.
     ("gradrep_kernels.FusedRepSGD", "grad_mults"): "'GradMults | None'",
+    # A mapping and a function of (name, conv, depth) serve too.
+    ("gradrep_kernels.csla.hyper_search_model", "init"): "'Init'",
     # A user's own function names its arguments more narrowly than `object`.
     ("gradrep_kernels.SpatialGradientScaling.update", "forward"): "'Callable[..., object] | None'",
 }

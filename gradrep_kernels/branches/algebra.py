@@ -9,14 +9,18 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gradrep_kernels.ops.reference.multiply import diagonal_taps
 
 __all__ = [
+    "CentredAverage",
     "CentredConv2d",
     "MultiBranch",
+    "add_average",
     "add_centred",
     "add_diagonal",
+    "can_average",
     "fold",
     "has_shortcut",
     "plain_conv",
@@ -58,18 +62,25 @@ def plain_conv(like: nn.Conv2d, weight: nn.Parameter, bias: nn.Parameter | None 
     return conv.train(like.training)
 
 
-def _centred_padding(conv: nn.Conv2d, kernel_size: tuple[int, int]) -> list[int]:
+def _own_padding(conv: nn.Conv2d) -> tuple[int, int]:
+    """Return what `conv` pads on each side, as numbers (rows, columns)."""
+    if conv.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size))
+    return (0, 0) if conv.padding == "valid" else conv.padding
+
+
+def _centred_padding(conv: nn.Conv2d, kernel_size: tuple[int, int], dilation: int = 1) -> list[int]:
     """Return the padding (rows, columns) that puts a smaller kernel on the centre of `conv`.
 
-    Below 0 the input is cropped.
+    Below 0 the input is cropped. `dilation` counts taps of `conv`.
     """
-    if conv.padding == "same":
-        padding = [d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size)]
-    elif conv.padding == "valid":
-        padding = [0, 0]
-    else:
-        padding = conv.padding
-    return [p - d * (k - small) // 2 for p, d, k, small in zip(padding, conv.dilation, conv.kernel_size, kernel_size)]
+    sizes = zip(_own_padding(conv), conv.dilation, conv.kernel_size, kernel_size)
+    return [p - d * ((k - 1) - dilation * (small - 1)) // 2 for p, d, k, small in sizes]
+
+
+def can_average(conv: nn.Conv2d) -> bool:
+    """Whether an average pool fits beside `conv`: as many outputs as inputs and 'same' padding."""
+    return conv.in_channels == conv.out_channels and _centred_padding(conv, (1, 1)) == [0, 0]
 
 
 def has_shortcut(conv: nn.Conv2d) -> bool:
@@ -77,8 +88,7 @@ def has_shortcut(conv: nn.Conv2d) -> bool:
 
     It has one for as many outputs as inputs, stride 1 and 'same' padding.
     """
-    same_size = conv.stride == (1, 1) and _centred_padding(conv, (1, 1)) == [0, 0]
-    return same_size and conv.in_channels == conv.out_channels
+    return can_average(conv) and conv.stride == (1, 1)
 
 
 class CentredConv2d(nn.Conv2d):
@@ -86,18 +96,18 @@ class CentredConv2d(nn.Conv2d):
 
     It has no bias, and its weight is drawn as nn.Conv2d draws it. Where `like` pads less than 'same', the input is
     cropped by the difference. Elsewhere it is padded in the padding mode of `like`. The outputs have the size of like's
-    at every stride and dilation.
+    at every stride and dilation. `dilation` is the distance of the taps, in taps of `like`.
     """
 
-    def __init__(self, like: nn.Conv2d, kernel_size: tuple[int, int]):
-        padding = _centred_padding(like, kernel_size)
+    def __init__(self, like: nn.Conv2d, kernel_size: tuple[int, int], dilation: int = 1):
+        padding = _centred_padding(like, kernel_size, dilation)
         super().__init__(
             like.in_channels,
             like.out_channels,
             kernel_size,
             like.stride,
             tuple(max(p, 0) for p in padding),
-            like.dilation,
+            tuple(dilation * d for d in like.dilation),
             like.groups,
             bias=False,
             padding_mode=like.padding_mode,
@@ -114,15 +124,47 @@ class CentredConv2d(nn.Conv2d):
         return super().forward(x)
 
 
-def add_centred(kernel: Tensor, small: Tensor) -> None:
-    """Add `small`, padded with zeros, to the centre of `kernel`  # [O, I, kh, kw], both odd"""
-    row, column = ((big - n) // 2 for big, n in zip(kernel.shape[2:], small.shape[2:]))
-    kernel[:, :, row : row + small.shape[2], column : column + small.shape[3]] += small
+class CentredAverage(nn.Module):
+    """The average pool beside `like`, of each channel, whose window is the kernel of `like` and counts its padding."""
+
+    def __init__(self, like: nn.Conv2d):
+        super().__init__()
+        self.kernel_size, self.stride, self.dilation = like.kernel_size, like.stride, like.dilation
+        rows, columns = _own_padding(like)
+        self.padding = (columns, columns, rows, rows)
+        self.padding_mode = "constant" if like.padding_mode == "zeros" else like.padding_mode
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, C, H', W']
+        x = F.pad(x, self.padding, self.padding_mode)
+        if self.dilation == (1, 1):
+            return F.avg_pool2d(x, self.kernel_size, self.stride)
+        channels, (kh, kw) = x.shape[-3], self.kernel_size
+        window = x.new_full((channels, 1, kh, kw), 1 / (kh * kw))
+        return F.conv2d(x, window, None, self.stride, 0, self.dilation, channels)
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
+
+
+def add_centred(kernel: Tensor, small: Tensor, dilation: int = 1) -> None:
+    """Add `small`, padded with zeros, to the centre of `kernel`  # [O, I, kh, kw], both odd
+
+    `dilation` is the distance of its taps in `kernel`.
+    """
+    rows, columns = ((n - 1) * dilation + 1 for n in small.shape[2:])
+    top, left = (kernel.shape[2] - rows) // 2, (kernel.shape[3] - columns) // 2
+    kernel[:, :, top : top + rows : dilation, left : left + columns : dilation] += small
 
 
 def add_diagonal(kernel: Tensor, values: Tensor | float) -> None:
     """Add the identity branch times `values` to `kernel`  # [O] or a number, [O, I, kh, kw]"""
     kernel[diagonal_taps(kernel.shape, kernel.device)] += values
+
+
+def add_average(kernel: Tensor, value: Tensor | float) -> None:
+    """Add the average pool of each channel times `value` to `kernel`  # a number, [O, I, kh, kw]"""
+    output, its_input, _, _ = diagonal_taps(kernel.shape, kernel.device)
+    kernel[output, its_input] += value / (kernel.shape[2] * kernel.shape[3])
 
 
 def rounded(value: Tensor, like: Tensor) -> nn.Parameter:

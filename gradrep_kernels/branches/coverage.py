@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gradrep_kernels.branch_scales import BranchScales
-from gradrep_kernels.branches.algebra import has_shortcut
+from gradrep_kernels.branch_scales import BranchScales, branch_names
+from gradrep_kernels.branches.csla import CSLABlock
+from gradrep_kernels.branches.presets import Branches, kernel_text, layout_of
 from gradrep_kernels.branches.scales import match
 from gradrep_kernels.branches.sites import Where, convs_and_siblings, is_kxk, multi_branch_blocks, survey
 
@@ -43,26 +44,34 @@ class Coverage:
 
 
 def coverage(
-    model: nn.Module, scales: Mapping[str, BranchScales] | None = None, *, where: Where | None = None
+    model: nn.Module,
+    scales: Mapping[str, BranchScales] | None = None,
+    *,
+    where: Where | None = None,
+    branches: Branches = "repvgg",
 ) -> Coverage:
     """List every nn.Conv2d of a model: whether it has branches, would get them, or why not.
 
     - A model with blocks (Hyper-Search, CSLA, or blocks of other code): what has been converted.
-    - A plain model: what `hyper_search_model(model, where=where)` would convert.
+    - A plain model: what `hyper_search_model(model, branches=branches, where=where)` would convert.
     - A plain model and its scales: which convolutions have some, as `grad_mults(model, scales, partial=True)` takes
       them.
 
-    Raises ValueError if scales or `where` do not fit the model.
+    Raises ValueError if scales, `where` or `branches` do not fit the model.
     """
     blocks = multi_branch_blocks(model)
     if blocks and scales is None and where is None:
         return _of_blocks(model, blocks)
     found = survey(model, where, fake_quantized=scales is not None)
-    converted, what = {site.name: _branches(site.conv) for site in found.sites}, "would get branches"
     left = {name: reason for name, (_, reason) in found.left.items()}
-    if scales is not None:
+    if scales is None:
+        laid_out = {site.name: layout_of(branches, site.name, site.conv) for site in found.sites}
+        converted = {name: str(layout) for name, layout in laid_out.items() if layout is not None}
+        left |= {name: "`branches` leaves it plain" for name, layout in laid_out.items() if layout is None}
+        what = "would get branches"
+    else:
         matched = {site.name: value for site, value in match(model, scales, partial=True, fake_quantized=True)}
-        left = {**left, **{name: "no scales" for name in converted}}
+        left |= {site.name: "no scales" for site in found.sites}
         converted = {name: f"scales of {_listed(value)}" for name, value in matched.items()}
         what = "have scales"
     kernels = {name: tuple(conv.kernel_size) for name, conv in _convs(model)}
@@ -92,19 +101,25 @@ def _convs(model: nn.Module) -> list[tuple[str, nn.Conv2d]]:
     return [(sibling.name or "the model itself", sibling.conv) for sibling in convs_and_siblings(model)]
 
 
-def _branches(conv: nn.Conv2d) -> str:
-    rows, columns = conv.kernel_size
-    return f"{rows} x {columns}, 1 x 1" + (", identity" if has_shortcut(conv) else "")
-
-
 def _branches_of(block: nn.Module) -> str:
     """List the kernels of a block, and the identity where a child is called so, as those of ours and of RepVGG are."""
-    kernels = [" x ".join(map(str, m.kernel_size)) for m in block.modules() if isinstance(m, nn.Conv2d)]
+    dilations: dict[nn.Module, int] = {}
+    constants = []
+    if isinstance(block, CSLABlock):
+        dilations = {branch.conv: branch.dilation for branch in block.others or ()}
+        if block.constants is not None:
+            constants = ["constant identity"] * block.adds_input + ["constant average"] * (block.average is not None)
+    convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
+    kernels = [kernel_text(conv.kernel_size, dilations.get(conv, 1)) for conv in convs]
     identity = any("identity" in name for name, _ in block.named_children())
-    return ", ".join(kernels + ["identity"] * identity)
+    return ", ".join(kernels + ["identity"] * identity + constants)
 
 
 def _listed(value: BranchScales) -> str:
     names = {"conv": "k x k", "1x1": "1 x 1", "identity": "identity"}
-    branches = [names[branch] for branch in value.tensors()]
-    return ", ".join(branches + ["identity"] * (value.identity is True))
+    others = dict(zip(branch_names(value.others), value.others))
+    kernels = {name: kernel_text(branch.kernel_size, branch.dilation) for name, branch in others.items()}
+    branches = [kernels.get(branch) or names[branch] for branch in value.tensors()]
+    constants = ["constant identity"] * (value.constant_identity != 0)
+    constants += ["constant average"] * (value.constant_average != 0)
+    return ", ".join(branches + ["identity"] * (value.identity is True) + constants)

@@ -1,17 +1,13 @@
-"""Branch scales by the name of a conv or of its block: files, and matching with a model."""
+"""Branch scales by the name of a conv or of its block, and matching with a model."""
 
 from __future__ import annotations
 
-import os
-import pickle
 from collections.abc import Mapping
-from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradrep_kernels.branch_scales import BranchScales
-from gradrep_kernels.branches.algebra import has_shortcut
+from gradrep_kernels.branches.algebra import can_average, has_shortcut
 from gradrep_kernels.branches.sites import (
     Site,
     Survey,
@@ -24,25 +20,12 @@ from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.messages import first_few
 from gradrep_kernels.wrappers import saved_name
 
-__all__ = ["Scales", "grad_mults", "load_scales", "match", "save_scales"]
+__all__ = ["Scales", "checked", "grad_mults", "match"]
 
 Scales = dict[str, BranchScales]
 
-_BIASES = (".scale_conv.bias", ".scale_1x1.bias", ".scale_identity.bias")
-_GHOST_CONV = ".cheap_operation.1.weight"
-_CONTAINERS = ("model", "state_dict", "model_state_dict")  # keys under which checkpoints hold a model's state_dict
-# The branch that a key's ending names. Files are written with the first three; the others are those of the published
-# RepOpt-GhostNet file.
-_BRANCH_OF_SUFFIX = {
-    ".scale_conv.weight": "conv",
-    ".scale_1x1.weight": "1x1",
-    ".scale_identity.weight": "identity",
-    _GHOST_CONV: "conv",
-    ".fusion_scale.weight": "identity",
-}
 
-
-def _checked(scales: Mapping[str, BranchScales]) -> Mapping[str, BranchScales]:
+def checked(scales: Mapping[str, BranchScales]) -> Mapping[str, BranchScales]:
     """Return `scales`. Raises TypeError if they do not map names to BranchScales."""
     if not isinstance(scales, Mapping):
         raise TypeError(
@@ -69,9 +52,10 @@ def match(
     It warns where most k x k convolutions stay plain, unless `partial`.
 
     Raises ValueError, listing the first few mismatches, unless every name meets one conv, every conv has scales of its
-    channel count, and the identity is present exactly where the conv has a shortcut.
+    channel count whose branches lie inside its kernel, and the identity is present exactly where the conv has a
+    shortcut. Of a block with further or constant branches, which is described as a whole, it may be absent there too.
     """
-    _checked(scales)
+    checked(scales)
     if partial and not scales:
         raise ValueError("scales are empty: no convolution has any")
     refuse_blocks(model)
@@ -131,7 +115,15 @@ def _misfit(value: BranchScales, site: Site, taken: bool, partial: bool) -> tupl
         return f"scales of {value.channels} channels, {site.name} has {channels}", False
     if value.has_identity and not has_shortcut(site.conv):
         return f"an identity scale, but {site.name} has no shortcut", False
-    if has_shortcut(site.conv) and not value.has_identity and not partial:
+    if value.constant_identity and not has_shortcut(site.conv):
+        return f"a constant identity, but {site.name} has no shortcut", False
+    if value.constant_average and not can_average(site.conv):
+        return f"a constant average, but {site.name} has no 'same' padding or unlike numbers of channels", False
+    try:
+        value.branches(site.conv.kernel_size)
+    except ValueError as error:
+        return str(error), False
+    if has_shortcut(site.conv) and not value.has_identity and not value.is_general and not partial:
         return f"no identity scale, but {site.name} has one", True
     return None, False
 
@@ -155,116 +147,3 @@ def grad_mults(
     """
     pairs = match(model, scales, partial, fake_quantized=True)
     return {site.conv.weight: value.grad_mult(site.conv.kernel_size) for site, value in pairs}
-
-
-def save_scales(scales: Mapping[str, BranchScales], path: str | os.PathLike[str]) -> None:
-    """Write a flat dict of tensors [O] that `torch.load(weights_only=True)` reads.
-
-    The keys are NAME.scale_conv.weight, NAME.scale_1x1.weight and NAME.scale_identity.weight. `identity=True` (a
-    shortcut whose scale was not searched) is a tensor of no elements.
-
-    The file is written under a temporary name first, so that `path` is whole or as it was.
-    """
-    flat: dict[str, Tensor] = {}
-    for name, value in _checked(scales).items():
-        tensors = dict(value.tensors())
-        if value.identity is True:
-            tensors["identity"] = value.kxk.new_empty(0)
-        for branch, tensor in tensors.items():
-            flat[f"{name}.scale_{branch}.weight"] = tensor.detach().cpu().clone()
-    path = Path(path)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(flat, unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def load_scales(path: str | os.PathLike[str]) -> Scales:
-    """Read a file of `save_scales`, one that the RepOptimizers authors published, or the checkpoint of a Hyper-Search.
-
-    The tensors are on the CPU.
-
-    The published files name blocks (`stage1.0`), not convs. Everything that takes scales accepts both. Prefixes of
-    wrappers (`module.`) are taken off. In the RepOpt-GhostNet file `cheap_operation.1` is the k x k scale and
-    `fusion_scale` the identity's.
-
-    A checkpoint is any state_dict that holds such scales among other keys, bare or under 'model' or 'state_dict'. Never
-    unpickles code (`weights_only=True`).
-
-    Raises FileNotFoundError, or ValueError that lists the first few problems: no dict of tensors, no scales in it, the
-    same branch twice, a block without a k x k scale, channel counts that differ in a block, NaN or inf.
-    """
-    path = Path(path)
-    tensors, problems = _by_block(_read_flat(path))
-    scales: Scales = {}
-    for name, branches in tensors.items():
-        if "conv" not in branches:
-            problems.append(f"{name} has no scale_conv")
-            continue
-        identity = branches.get("identity", False)
-        if isinstance(identity, Tensor) and identity.shape == (0,):
-            identity = True
-        try:
-            scales[name] = BranchScales(branches["conv"], branches.get("1x1"), identity)
-        except (TypeError, ValueError) as error:
-            problems.append(f"{name}: {error}")
-    if problems or not scales:
-        raise ValueError(f"{path} is not a usable scales file: {first_few(problems) or 'it is empty'}")
-    return scales
-
-
-def _read_flat(path: Path) -> Mapping:
-    if not path.is_file():
-        raise FileNotFoundError(f"no scales file at {path}")
-    try:
-        flat = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is not a scales file: it is not torch's, or holds more than tensors; code is never unpickled. "
-            "If it is a checkpoint that holds a whole model, and you trust where it comes from, write its scales into "
-            "a file of their own: "
-            "csla.save_scales(csla.extract_scales(torch.load(path, weights_only=False)['model']), new)"
-        ) from error
-    except Exception as error:  # torch.load raises half a dozen unrelated classes for files that are not its own
-        raise ValueError(f"{path} is not a scales file: torch.load cannot read it ({type(error).__name__})") from error
-    if not isinstance(flat, Mapping):
-        raise ValueError(
-            f"{path} is not a scales file: it holds a {type(flat).__name__}, needed is a flat dict of tensors"
-        )
-    held = [flat, *(flat[key] for key in _CONTAINERS if isinstance(flat.get(key), Mapping))]
-    return next((part for part in held if any(map(_branch_of, part))), held[1] if len(held) > 1 else flat)
-
-
-def _branch_of(key: object) -> tuple[str, str] | None:
-    """Split a key into (name of the block, branch). None: it is no scale's."""
-    suffix = next((suffix for suffix in _BRANCH_OF_SUFFIX if isinstance(key, str) and key.endswith(suffix)), None)
-    name = saved_name(key.removesuffix(suffix)) if suffix else ""
-    return (name, _BRANCH_OF_SUFFIX[suffix]) if name else None
-
-
-def _by_block(flat: Mapping) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Sort a file into {name: {branch: tensor}}, and list the problems with its keys.
-
-    Where there are scales, other keys are those of a checkpoint and are passed over.
-    """
-    tensors: dict[str, dict[str, Tensor]] = {}
-    problems, others = [], []
-    # In a GhostNet without scales `cheap_operation.1` is a norm.
-    fused = {name for name, branch in filter(None, map(_branch_of, flat)) if branch == "identity"}
-    for key, tensor in flat.items():
-        name, branch = _branch_of(key) or ("", "")
-        if isinstance(key, str) and key.endswith(_BIASES) and isinstance(tensor, Tensor) and bool((tensor != 0).any()):
-            problems.append(f"{key} is not 0: a bias behind a scale is no part of a CSLA block")
-        elif not name or (key.endswith(_GHOST_CONV) and name not in fused):
-            others.append(f"unknown key {key!r}")
-        elif not isinstance(tensor, Tensor):
-            problems.append(f"{key} is a {type(tensor).__name__}, not a tensor")
-        elif branch in tensors.setdefault(name, {}):
-            problems.append(f"{key} is the second {branch} scale of {name}")
-        else:
-            tensors[name][branch] = tensor
-    if not tensors and others:
-        others[0] = f"it has no branch scales: {others[0]}"
-    return tensors, problems or ([] if tensors else others)
