@@ -27,6 +27,8 @@ _BRANCHES = {
     "1x1": ("1 x 1", "#D55E00", "s"),
     "identity": ("identity", "#009E73", "^"),
 }
+_FURTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+_FURTHER_MARKERS = ("D", "v", "P", "X", "*", "<", ">")
 _MOST_COLUMNS = 6
 _MOST_NUMBERS = 25  # Numbers stand in the cells of a map up to 5 x 5.
 
@@ -183,7 +185,7 @@ def scales_over_depth(scales: Mapping[str, BranchScales], initial: Mapping[str, 
     """Draw the mean scale α of each branch of each layer.
 
     Source: RepOptimizers, Figure 7. Bars show the standard deviation over channels. Curves join layers with an identity
-    branch, and stop where a layer has none.
+    branch, and stop where a layer has none. Further branches have their names of `BranchScales.tensors`.
 
     Args:
         scales:  {name: BranchScales} in the order of the layers, as `gr.csla.extract_scales` gives them.
@@ -206,7 +208,7 @@ def scales_over_depth(scales: Mapping[str, BranchScales], initial: Mapping[str, 
     names = list(scales)
     figure = new_figure(max(6.0, 0.28 * len(names) + 3), 4.2)
     axes = figure.subplots()
-    for branch, (label, colour, marker) in _BRANCHES.items():
+    for branch, (label, colour, marker) in _drawn(scales).items():
         for run in _runs(scales):
             at = [n for n in run if branch in scales[names[n]].tensors()]
             if not at:
@@ -242,6 +244,17 @@ def scales_over_depth(scales: Mapping[str, BranchScales], initial: Mapping[str, 
     tidy(axes)
     axes.legend(frameon=False)
     return figure
+
+
+def _drawn(scales: Mapping[str, BranchScales]) -> dict[str, tuple[str, str, str]]:
+    """Return label, colour and marker of each branch, those of the paper first."""
+    drawn = dict(_BRANCHES)
+    for value in scales.values():
+        for branch in value.tensors():
+            n = len(drawn) - len(_BRANCHES)
+            colour, marker = _FURTHER_COLOURS[n % len(_FURTHER_COLOURS)], _FURTHER_MARKERS[n % len(_FURTHER_MARKERS)]
+            drawn.setdefault(branch, (branch, colour, marker))
+    return drawn
 
 
 def _check_scales(name: str, scales: Mapping[str, BranchScales]) -> None:

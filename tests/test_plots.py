@@ -140,6 +140,16 @@ def test_scales_over_depth():
     assert [text.get_text() for text in started.axes[0].get_legend().get_texts()][-1] == "initial"
 
 
+def test_scales_over_depth_draws_further_branches():
+    ones = torch.ones(2)
+    others = [gr.Branch(3 * ones, 3, 2), gr.Branch(5 * ones, 3, 2)]
+    drawn = gr.plots.scales_over_depth({"a.conv": gr.BranchScales(ones, 2 * ones, others=others)}).axes[0]
+    assert [float(c.lines[0].get_ydata()[0]) for c in drawn.containers] == [1, 2, 3, 5]
+    legend = [text.get_text() for text in drawn.get_legend().get_texts()]
+    assert legend == ["k x k", "1 x 1", "3x3_d2", "3x3_d2.2"]
+    assert len({c.lines[0].get_color() for c in drawn.containers}) == 4
+
+
 def test_scales_over_depth_refuses():
     with pytest.raises(TypeError, match="scales must map names to BranchScales"):
         gr.plots.scales_over_depth({"a": torch.ones(2)})
