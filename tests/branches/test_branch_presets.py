@@ -153,6 +153,13 @@ def test_branches_of_another_kind(branches):
         csla.hyper_search_model(network(), branches=branches)
 
 
+def test_identities_and_averages_stand_where_they_can():
+    """An average only asks for 'same' padding, an identity for stride 1 too."""
+    found = csla.coverage(network(), branches=["kxk", "identity", "identity=1", "average=2"]).converted
+    assert found["0"] == "3 x 3, constant average"
+    assert found["3"] == "3 x 3, identity, constant identity, constant average"
+
+
 # ---- where scales start
 
 

@@ -74,13 +74,13 @@ def test_grad_mult_is_the_sum_of_squares_over_the_taps():
 
 
 def test_sums_are_rounded_once():
-    """In float32 1 + 2^-25 is 1, four times over. In float64 the four make 1 + 2^-23, which float32 has."""
-    small = torch.full((1,), 2.0**-12.5, dtype=torch.float64).float()
-    value = BranchScales(torch.ones(1), others=[Branch(small, 3) for _ in range(4)])
-    assert value.grad_mult(3).dtype == torch.float32
-    assert float(value.grad_mult(3).scale[0, 0, 0, 0]) == 1 + 2.0**-23
-    wide = BranchScales(torch.ones(1), others=[Branch(small.double(), 3)])
-    assert wide.grad_mult(3).dtype == torch.float64
+    scales = [double(64, seed).float() for seed in range(4)]
+    value = BranchScales(scales[0], others=[Branch(scale, 3) for scale in scales[1:]])
+    mult = value.grad_mult(3)
+    exact = sum(scale.double().square() for scale in scales)
+    assert torch.equal(mult.scale[:, 0, 0, 0], exact.float())
+    assert not torch.equal(sum(scale.square() for scale in scales), exact.float())  # in float32 some round otherwise
+    assert BranchScales(scales[0], others=[Branch(scales[1].double(), 3)]).grad_mult(3).dtype == torch.float64
 
 
 def test_names_of_branches():
