@@ -117,6 +117,9 @@ class BranchScales:
         constant_average:  c of a branch c · AvgPool2d(x) without parameters (QARepVGG), whose window is the kernel
                     and counts the padding. It enters the initial kernel and is no part of M.
 
+    Weight decay takes hold of the merged kernel as a whole, and so of constant branches too. With weight decay a block
+    that has some is equal to one whose constants decay.
+
     Tensors are copied, and keep float32 or float64 (lower precision and integers are raised to float32).
 
     Raises:

@@ -98,7 +98,8 @@ def check_equivalence(
                       from random targets, which needs no labels.
         forward:      forward(model, batch) instead of the calls above.
         steps:        how many. Fewer are made where `batches` cannot be begun again, and `.steps` counts them.
-        lr, momentum, weight_decay: of both optimizers. The weight decay is that of `gr.param_groups`.
+        lr, momentum, weight_decay: of both optimizers. The weight decay is that of `gr.param_groups`. Scales with
+                      constant branches need 0, for those decay with the merged kernel and not as branches.
         partial:      scales may leave out convolutions and identity branches.
         tolerance:    for `.agrees`. Where outputs are larger than 1e3 or steps many, rounding alone may exceed 1e-10.
 
