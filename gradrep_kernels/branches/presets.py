@@ -236,7 +236,7 @@ def _parsed(part: object, conv: nn.Conv2d) -> tuple[Kernel | str, float | None]:
     else:
         size, dilation, value = part, 1, None
     try:
-        branch = Branch(torch.ones(1), size, dilation)
+        branch = Branch(torch.ones(1, device="cpu"), size, dilation)
     except ValueError as error:
         raise ValueError(f"{part!r} is no branch ({error}), {_GRAMMAR}") from None
     return Kernel(branch.kernel_size, branch.dilation, value), None

@@ -467,6 +467,15 @@ def test_check_equivalence_tells_that_constants_do_not_decay():
     assert not csla.check_equivalence(plain, scales, batches, weight_decay=0.1)
 
 
+@named("branches", ["mobileone:2", "qarepvgg", ["kxk", (1, 3), "identity"]])
+def test_models_without_data(branches):
+    """Whatever the default device is, starts are computed on the CPU."""
+    with torch.device("meta"):
+        search = csla.hyper_search_model(network(), branches=branches)
+    assert {t.device.type for n, t in search[3].state_dict().items()} == {"meta"}
+    assert csla.coverage(search).counts == (3, 3)
+
+
 def test_a_pickle_of_a_search_steps_on():
     search = pickle.loads(pickle.dumps(csla.hyper_search_model(network(7), branches="unireplk")))
     optimizer = gr.FusedRepSGD(gr.param_groups(search, 1e-4), lr=0.1)
