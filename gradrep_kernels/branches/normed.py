@@ -1,4 +1,4 @@
-"""Blocks with a norm in every branch (RepVGG, ACB), the baselines of both papers.
+"""Blocks with a norm in every branch (RepVGG, ACB, RepGhost), the baselines of both papers.
 
 They re-parameterize the structure instead of the optimizer, and are merged after training.
 """
@@ -23,10 +23,10 @@ from gradrep_kernels.branches.algebra import (
 )
 from gradrep_kernels.branches.convert import with_blocks
 from gradrep_kernels.branches.pairs import check_pairs
-from gradrep_kernels.branches.sites import Site, conv_sites
+from gradrep_kernels.branches.sites import Site, Where, conv_sites
 from gradrep_kernels.messages import first_few
 
-__all__ = ["NormedBranches", "acb_model", "repvgg_model"]
+__all__ = ["NormedBranches", "acb_model", "repghost_model", "repvgg_model"]
 
 
 class NormedBranches(MultiBranch):
@@ -94,11 +94,23 @@ def acb_model(model: nn.Module) -> nn.Module:
     return _with_normed_branches(model, lambda kh, kw: [(1, kw), (kh, 1)], identity=False)
 
 
+def repghost_model(model: nn.Module, *, where: Where | None = None) -> nn.Module:
+    """Return a new model in RepGhost's training form (Chen et al., 2022).
+
+    A block is k x k + BN and a BN alone, the fusion layer. `where` chooses convolutions as in
+    `csla.hyper_search_model`. Otherwise as `repvgg_model`. Draws no random numbers.
+    """
+    return _with_normed_branches(model, lambda kh, kw: [], identity=True, where=where)
+
+
 def _with_normed_branches(
-    model: nn.Module, smaller: Callable[[int, int], list[tuple[int, int]]], identity: bool
+    model: nn.Module,
+    smaller: Callable[[int, int], list[tuple[int, int]]],
+    identity: bool,
+    where: Where | None = None,
 ) -> nn.Module:
     def blocks(model: nn.Module) -> Iterator[tuple[Site, NormedBranches]]:
-        sites = conv_sites(model)
+        sites = conv_sites(model, where)
         problems = [
             f"{site.name}: {type(site.norm).__name__}"
             for site in sites

@@ -82,7 +82,11 @@ def replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
 
 
 def convs_and_siblings(model: nn.Module) -> Iterator[Sibling]:
-    """Yield every nn.Conv2d in module order, with the module that is registered after it."""
+    """Yield every nn.Conv2d in module order, with the module that is registered after it.
+
+    A module whose class has an attribute `norms_after` says itself which norm follows a convolution below it, where
+    they are no siblings: {name of the convolution: name of the norm}.
+    """
     following: dict[nn.Module, nn.Module | None] = {}
     places: Counter[nn.Module] = Counter()
     holders: Counter[nn.Parameter] = Counter()
@@ -91,6 +95,9 @@ def convs_and_siblings(model: nn.Module) -> Iterator[Sibling]:
         places.update(children)
         following.update(zip(children, [*children[1:], None]))
         holders.update(p for p in module._parameters.values() if p is not None)
+    for module in model.modules():
+        for conv, norm in getattr(type(module), "norms_after", {}).items():
+            following[module.get_submodule(conv)] = module.get_submodule(norm)
     for name, conv in named_root(model).named_modules():
         if isinstance(conv, nn.Conv2d):
             after = conv._modules.get("bn", following.get(conv))  # prepare_qat fuses the norm into the convolution

@@ -1,6 +1,7 @@
-"""Networks to train: RepOpt-VGG, VGG and ResNet-18 for CIFAR, and multi-branch baselines."""
+"""Networks to train: RepOpt-VGG, RepOpt-GhostNet, VGG and ResNet-18 for CIFAR, and multi-branch baselines."""
 
-from gradrep_kernels.branches.normed import acb_model, repvgg_model
+from gradrep_kernels.branches.normed import acb_model, repghost_model, repvgg_model
+from gradrep_kernels.models.repopt_ghostnet import repopt_ghostnet, repopt_ghostnet_0_5x
 from gradrep_kernels.models.repopt_vgg import (
     repopt_vgg_b1,
     repopt_vgg_b2,
@@ -14,6 +15,9 @@ from gradrep_kernels.models.vgg import vgg11, vgg13, vgg16, vgg19
 
 __all__ = [
     "acb_model",
+    "repghost_model",
+    "repopt_ghostnet",
+    "repopt_ghostnet_0_5x",
     "repopt_vgg_b1",
     "repopt_vgg_b2",
     "repopt_vgg_deep",

@@ -6,7 +6,6 @@ weights load into the target form: `stage0`, `stageN.i`, below them `conv`, `bn`
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from gradrep_kernels import csla
 from gradrep_kernels.branches.normed import repvgg_model
+from gradrep_kernels.models.modes import ScalesOrPath, scales_of_mode
 
 __all__ = [
     "RepOptVGG",
@@ -25,8 +25,6 @@ __all__ = [
     "repopt_vgg_l2",
     "repopt_vgg_small",
 ]
-
-ScalesOrPath = csla.Scales | str | os.PathLike[str] | None
 
 _HALVED = (2, 2, 2, 2, 2)  # strides of stage0 and of the first block of each stage
 
@@ -113,16 +111,7 @@ def _build(
     scales: ScalesOrPath,
     in_channels: int,
 ) -> nn.Module:
-    if mode not in ("target", "hs", "csla", "repvgg"):
-        raise ValueError(f"mode must be 'target', 'hs', 'csla' or 'repvgg', got {mode!r}")
-    if (mode == "csla") != (scales is not None):
-        raise ValueError(
-            "mode='csla' needs scales (a dict or a file)"
-            if scales is None
-            else f"scales are for mode='csla', got mode={mode!r}"
-        )
-    if isinstance(scales, (str, os.PathLike)):
-        scales = csla.load_scales(scales)
+    scales = scales_of_mode(mode, scales, "repvgg")
     target = RepOptVGG(blocks, widths, strides, num_classes, in_channels, se)
     if mode == "hs":
         return csla.hyper_search_model(target)

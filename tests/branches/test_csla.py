@@ -114,6 +114,34 @@ def test_replaces_the_right_convs_and_logs_the_others(caplog):
     assert hs(torch.randn(2, 3, 12, 12)).shape == (2, 4)
 
 
+def test_a_class_names_the_norm_that_is_no_sibling():
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+            self.act = nn.ReLU()
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.act(self.norm(self.inner(x)))
+
+    with pytest.raises(ValueError, match=r"0\.inner\.0: no sibling follows"):
+        csla.hyper_search_model(nn.Sequential(Apart()))
+    Apart.norms_after = {"inner.0": "norm"}
+    model = nn.Sequential(Apart())
+    scales = csla.extract_scales(csla.hyper_search_model(model))
+    assert list(scales) == ["0.inner.0"]
+    model(torch.randn(2, 4, 6, 6))
+    with pytest.raises(ValueError, match=r"the norm after 0\.inner\.0 has seen 1 batches"):
+        csla.reinitialize(model, scales)
+    x = torch.randn(2, 4, 6, 6)
+    deployed = csla.merge(model.eval(), fold_norm=True)
+    assert isinstance(deployed[0].norm, nn.Identity)
+    torch.testing.assert_close(deployed(x), model(x))
+    block = gr.models.repvgg_model(model)
+    assert isinstance(csla.merge(block)[0].inner[0].bias, nn.Parameter)
+
+
 class OwnConv(nn.Conv2d):
     def forward(self, x):
         return super().forward(x.abs())

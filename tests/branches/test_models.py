@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from cases_csla import FORWARD_TOLERANCE, GEOMETRIES, Geometry, random_scales
+from cases_csla import FORWARD_TOLERANCE, GEOMETRIES, Geometry, random_scales, randomise_norms
 from torch import nn
 from torch.nn import functional as F
 
@@ -46,15 +46,6 @@ def target(name):
 
 def size(model):
     return sum(p.numel() for p in model.parameters())
-
-
-def randomise_norms(model):
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.running_mean)
-            nn.init.uniform_(norm.running_var, 0.5, 2)
-            nn.init.normal_(norm.weight)
-            nn.init.normal_(norm.bias)
 
 
 # ---- RepOpt-VGG

@@ -12,7 +12,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from cases_csla import random_scales, shared_data
+from cases_csla import official, random_scales
 from torch import nn
 
 import gradrep_kernels as gr
@@ -25,13 +25,6 @@ PUBLISHED = {
     "l2": ("RepOpt-VGG-L2-scales.pth", gr.models.repopt_vgg_l2),
 }
 GHOST = "RepOptGhostNet_0_5x_scales.pth"
-
-
-def official(name):
-    path = shared_data() / "official_scales" / name
-    if not path.is_file():
-        pytest.skip(f"{path} is not here")
-    return path
 
 
 def small():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -28,6 +29,24 @@ def shared_data() -> Path:
     """
     default = Path(__file__).resolve().parents[3] / "shared" / "data"
     return Path(os.environ.get("GRADREP_SHARED_DATA", default))
+
+
+def official(name: str) -> Path:
+    """One of the published scales files. The test that asks for it is skipped where it is not."""
+    path = shared_data() / "official_scales" / name
+    if not path.is_file():
+        pytest.skip(f"{path} is not here")
+    return path
+
+
+def randomise_norms(model: nn.Module) -> None:
+    """Draw the statistics, weights and biases of norms, as if they had been trained."""
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
 
 
 @dataclass(frozen=True)
