@@ -252,14 +252,19 @@ void step_fused(const Chunk& chunk, const typename Update::Hyper& hyper, const M
   });
 }
 
+// Steps a run of elements. `m` is what each_run gives: an array of M's values here.
+template <typename Update, typename T>
+void step_run(const StepArrays<Update, T>& arrays, int variant, const T* m, int64_t n) {
+  arrays.run(StepTable<Update, T>::best().array[variant], m, 0, n);
+}
+
 // Steps a chunk that is stored as S and computed in T, part by part: a run at a time is widened to T, as far as it is
 // not stored so, and clipped, stepped, rounded and averaged.
-template <typename Update, typename S, typename T>
-void step_in_parts(const Chunk& chunk, const typename Update::Hyper& hyper, const Multiplier<T>& mult) {
+template <typename Update, typename S, typename T, typename Mult>
+void step_in_parts(const Chunk& chunk, const typename Update::Hyper& hyper, const Mult& mult) {
   constexpr bool kWide = std::is_same_v<S, T>;
   constexpr int kStates = Update::kStates;
   const int variant = hyper.variant(chunk.first), used = hyper.states();
-  const auto loop = StepTable<Update, T>::best().array[variant];
   const auto numbers = hyper.template numbers<T>();
   const bool narrow = chunk.random != nullptr, reads = Update::reads_states(variant);
   const auto stored = states_of<Update, S>(chunk, used);
@@ -268,7 +273,7 @@ void step_in_parts(const Chunk& chunk, const typename Update::Hyper& hyper, cons
   constexpr int kGroup = base::RandomBits::kGroup, kDrawn = base::RandomBits::kDrawn;
   alignas(64) uint16_t bits[kGroup + kRun + kDrawn];  // a run may begin within a group and end within a draw
   const T sign = hyper.maximize ? -1 : 1;
-  each_run(mult, sign, chunk.begin, chunk.end, [&](const T* m, int64_t at, int64_t n) {
+  each_run(mult, sign, chunk.begin, chunk.end, [&](const auto& m, int64_t at, int64_t n) {
     S *const p = static_cast<S*>(chunk.params) + at, *const g = static_cast<S*>(chunk.grads) + at;
     TailLoops::on_best([&](auto loops) {
       StepArrays<Update, T> arrays{wide_p, wide_g, {}, numbers};
@@ -298,7 +303,7 @@ void step_in_parts(const Chunk& chunk, const typename Update::Hyper& hyper, cons
           if (!narrow && reads) loops.widen_all(stored[k] + at, n, wide_s[k]);
         }
       }
-      arrays.run(loop, m, 0, n);
+      step_run<Update>(arrays, variant, m, n);
       for (int k = 0; k < used && narrow; ++k) {
         const uint64_t element = chunk.first_element + at, skipped = element % kGroup;
         loops.random_bits(*chunk.random, k, element / kGroup, skipped + n, bits);
@@ -332,7 +337,7 @@ void step_chunk(const Chunk& chunk, const typename Update::Hyper& hyper, const M
         return;
     }
   }
-  step_in_parts<Update, S>(chunk, hyper, mult);
+  step_in_parts<Update, S, T>(chunk, hyper, mult);
 }
 
 }  // namespace gradrep

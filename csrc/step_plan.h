@@ -7,11 +7,11 @@
 // - kStates: how many arrays it keeps per parameter. Each has the parameter's shape and strides, and its dtype or
 //   bfloat16.
 // - Multipliers: the multipliers of all parameters, size() of them. Its of<T>(k, sizes, strides) makes a One<T> for
-//   parameter k, as GradMults does. One<T> is a Multiplier<T>, or each_run, step_in_place and sum_of_squares have
-//   overloads for it.
+//   parameter k, as GradMults does. One<T> is a Multiplier<T>, or each_run, step_chunk, step_run and sum_of_squares
+//   have overloads for it, as in adamw_chunk.h. The update then needs no `element`.
 // - Hyper: a row of the hyper-parameter table, made of a pointer to its kColumns numbers. Its states() is how many of
-//   the arrays a step uses, all or none, maximize the sign, variant(first) which loops to take, numbers<T>() what they
-//   need.
+//   the arrays a step uses, from the first, maximize the sign, variant(first) which loops to take, numbers<T>() what
+//   they need.
 // - Numbers<T>: what the loops need of a row, in the dtype that is computed in.
 // - kVariants: how many variants the loops have. is_frequent(variant) says whether one is worth loops of its own for
 //   repeated taps, averages and random bits, reads_states(variant) whether it reads the states or only writes them.

@@ -7,7 +7,7 @@ from gradrep_kernels import csla, models, moved, plots
 from gradrep_kernels.branch_scales import Branch, BranchScales
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops.backends import use_backend
-from gradrep_kernels.optim import FusedRepSGD, GradScaler, clip_grad_norm_, param_groups
+from gradrep_kernels.optim import FusedRepAdamW, FusedRepSGD, GradScaler, clip_grad_norm_, param_groups
 from gradrep_kernels.sgs import (
     SpatialGradientScaling,
     alpha_beta_scaling,
@@ -21,6 +21,7 @@ from gradrep_kernels.version import __version__
 __all__ = [
     "Branch",
     "BranchScales",
+    "FusedRepAdamW",
     "FusedRepSGD",
     "GradMult",
     "GradScaler",

@@ -9,13 +9,14 @@ from gradrep_kernels.branches.coverage import Coverage, coverage
 from gradrep_kernels.branches.csla import csla_model, extract_scales, hyper_search_model
 from gradrep_kernels.branches.files import load_scales, save_scales
 from gradrep_kernels.branches.reinitialize import reinitialize
-from gradrep_kernels.branches.scales import Scales, grad_mults
+from gradrep_kernels.branches.scales import Scales, branch_scales, grad_mults
 from gradrep_kernels.equivalence import Equivalence, check_equivalence
 
 __all__ = [
     "Coverage",
     "Equivalence",
     "Scales",
+    "branch_scales",
     "check_equivalence",
     "coverage",
     "csla_model",

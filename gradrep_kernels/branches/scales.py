@@ -20,7 +20,7 @@ from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.messages import first_few
 from gradrep_kernels.wrappers import saved_name
 
-__all__ = ["Scales", "checked", "grad_mults", "match"]
+__all__ = ["Scales", "branch_scales", "checked", "grad_mults", "match"]
 
 Scales = dict[str, BranchScales]
 
@@ -147,3 +147,13 @@ def grad_mults(
     """
     pairs = match(model, scales, partial, fake_quantized=True)
     return {site.conv.weight: value.grad_mult(site.conv.kernel_size) for site, value in pairs}
+
+
+def branch_scales(
+    model: nn.Module, scales: Mapping[str, BranchScales], *, partial: bool = False
+) -> dict[nn.Parameter, BranchScales]:
+    """Return {weight: BranchScales} of the plain `model`, for FusedRepAdamW, whose step Grad Mults do not determine.
+
+    Weights, arguments and errors are those of `grad_mults`. The model is not changed.
+    """
+    return {site.conv.weight: value for site, value in match(model, scales, partial, fake_quantized=True)}

@@ -40,6 +40,7 @@ def registered(name: str) -> Callable:
 
 for _reference in (
     reference.rep_sgd_step,
+    reference.rep_adamw_step,
     reference.rep_grad_norm,
     reference.scale_gradients_,
     reference.pair_ranges,

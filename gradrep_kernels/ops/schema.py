@@ -56,7 +56,9 @@ class StepRule:
     states: tuple[str, ...]  # the columns with the optimizer's arrays
     multipliers: tuple[str, ...]  # the columns with the parts of the multipliers, of which any entry may be None
     hyper: tuple[str, ...]  # the columns of the table of hyper-parameters: names of a param group's entries
-    keeps_state: Callable[[Tensor], list[bool]]  # table [G, H] -> whether each group's states are read and written
+    kept_states: Callable[
+        [Tensor], Sequence[int]
+    ]  # table [G, H] -> how many of its states each row uses, from the first
 
     @property
     def columns(self) -> tuple[str, ...]:

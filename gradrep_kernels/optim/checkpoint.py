@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.messages import first_few
 from gradrep_kernels.ops.reference.multiply import compute_dtype
+from gradrep_kernels.optim.branch_factors import BranchFactors
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, described, names_of, parameters_of
 from gradrep_kernels.optim.tail import AVERAGE, check_counts
-from gradrep_kernels.optim.update_rule import State
+from gradrep_kernels.optim.update_rule import Factor, State
 from gradrep_kernels.wrappers import saved_name
 
 KEY = "grad_mults"
@@ -30,22 +31,26 @@ FINGERPRINT = "grad_mults_fingerprint"
 class Verdict:
     """What a checkpoint says of Grad Mults, parameter by parameter."""
 
-    restored: dict[int, GradMult] = field(default_factory=dict)  # by position: none is live, so these are set
+    restored: dict[int, Factor] = field(default_factory=dict)  # by position: none is live, so these are set
     conflicts: list[str] = field(default_factory=list)  # the checkpoint has another one
     kept: list[str] = field(default_factory=list)  # the checkpoint has none, so the live one stays
 
 
-def pack(mults: dict[int, GradMult], groups: ParamGroups) -> dict[int, dict[str, Any]]:
+def pack(mults: dict[int, Factor], groups: ParamGroups) -> dict[int, dict[str, Any]]:
     """Plain tensors in plain dicts: what torch.load(weights_only=True) accepts.
 
     Each has the name of its parameter, where the optimizer was given names.
     """
     names = names_of(groups)
-    packed = {n: {"scale": mult.scale, "identity": mult.identity} for n, mult in mults.items()}
+    packed = {n: _packed(mult) for n, mult in mults.items()}
     for n, parts in packed.items():
         if names[n] is not None:
             parts["name"] = names[n]
     return packed
+
+
+def _packed(mult: Factor) -> dict[str, Any]:
+    return mult.packed() if isinstance(mult, BranchFactors) else {"scale": mult.scale, "identity": mult.identity}
 
 
 def refresh_fingerprints(groups: ParamGroups, multipliers: Multipliers) -> None:
@@ -57,7 +62,7 @@ class Loading:
     """One load of a checkpoint: what is judged before torch's part of it, and mended after it.
 
     Args:
-        check(param, mult): gives `mult` as a GradMult that fits, or raises ValueError
+        check(param, mult): gives `mult` as a factor that fits, or raises ValueError
         set_grad_mult(param, mult): sets it
     """
 
@@ -67,15 +72,15 @@ class Loading:
         state_dict: Mapping[str, Any],
         live: Multipliers,
         strict: bool,
-        check: Callable[[Tensor, GradMult], GradMult],
-        set_grad_mult: Callable[[Tensor, GradMult], None],
+        check: Callable[[Tensor, Factor], Factor],
+        set_grad_mult: Callable[[Tensor, Factor], None],
     ):
         # Kept as it is before pre-hooks, which may write into its dicts.
         self._given = _dicts_copied(state_dict, 3)
         self._names = [group.get("param_names") for group in optimizer.param_groups]
         self._live, self._strict, self._check, self._set = live, strict, check, set_grad_mult
         self._verdict = Verdict()
-        self._restored: list[tuple[Tensor, GradMult]] = []
+        self._restored: list[tuple[Tensor, Factor]] = []
         self._others: list[str] = []  # names of parameters that get the states of others
         self._averages: str | None = None  # what is to be said of averages of the weights
 
@@ -191,7 +196,7 @@ def judge(
     if KEY not in given and KEY not in hooked:
         _judge_fingerprints(hooked["param_groups"], groups, live, callers, verdict)
         return verdict
-    saved = _placed(given, hooked, states_moved, groups, verdict)
+    saved = _placed(given, hooked, states_moved, groups, verdict, live.kind)
     for n in sorted(callers.keys() | saved.keys()):
         if n not in saved:
             verdict.kept.append(described(groups, n))
@@ -206,7 +211,7 @@ def _judge_fingerprints(
     saved_groups: list[dict[str, Any]],
     groups: ParamGroups,
     live: Multipliers,
-    callers: dict[int, GradMult],
+    callers: dict[int, Factor],
     verdict: Verdict,
 ) -> None:
     """Judge a checkpoint without the key: one of torch's optimizer, or one that lost it on the way."""
@@ -237,8 +242,13 @@ def _in_the_order_of(saved_group: dict[str, Any], group: dict[str, Any]) -> list
 
 
 def _placed(
-    given: Mapping[str, Any], hooked: Mapping[str, Any], states_moved: bool, groups: ParamGroups, verdict: Verdict
-) -> dict[int, GradMult]:
+    given: Mapping[str, Any],
+    hooked: Mapping[str, Any],
+    states_moved: bool,
+    groups: ParamGroups,
+    verdict: Verdict,
+    kind: type[Factor],
+) -> dict[int, Factor]:
     """Return the Grad Mults of a checkpoint by the position of their parameter here.
 
     A parameter is found by its name, where checkpoint and optimizer have names. Pre-hooks that match parameters by
@@ -248,12 +258,12 @@ def _placed(
     before, after = given.get(KEY, {}), hooked.get(KEY, {})
     dropped = bool(before) and not after  # as a hook does that builds its result from the optimizer's own state_dict
     moved = states_moved and _same(before, after)
-    packed = _unpacked(before if dropped else after)
+    packed = _unpacked(before if dropped else after, kind)
     saved_names = dict(zip(_ids(given["param_groups"]), _comparable_names(given["param_groups"])))
     own_names = _comparable_names(groups)
     position_of_name = {name: n for n, name in enumerate(own_names) if name is not None and own_names.count(name) == 1}
     position_of_id = {n: position for position, n in enumerate(_ids(hooked["param_groups"]))}
-    placed: dict[int, GradMult] = {}
+    placed: dict[int, Factor] = {}
     for n, (mult, name) in packed.items():
         name = saved_names.get(n) if name is None else saved_name(name)
         position = position_of_name.get(name)
@@ -305,16 +315,29 @@ def _in_another_order(saved_groups: list[dict[str, Any]], groups: ParamGroups) -
     return [name for name, other in zip(own, theirs) if None not in (name, other) and name != other and other in own]
 
 
-def _unpacked(packed: Any) -> dict[int, tuple[GradMult, str | None]]:
+def _unpacked(packed: Any, kind: type[Factor]) -> dict[int, tuple[Factor, str | None]]:
     """What `pack` packed: (Grad Mult, name of its parameter if there is one) by number."""
     if not isinstance(packed, Mapping):
         raise ValueError(f"state_dict['grad_mults'] must be a dict, got {type(packed).__name__}")
     try:
-        return {int(n): (GradMult(p["scale"], p["identity"]), p.get("name")) for n, p in packed.items()}
+        return {int(n): (_unpacked_one(p, kind), p.get("name")) for n, p in packed.items()}
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"state_dict['grad_mults'] must hold a 'scale' and an 'identity' per parameter: {error!r}"
         ) from None
+
+
+def _unpacked_one(packed: Mapping[str, Any], kind: type[Factor]) -> Factor:
+    mult = GradMult(packed["scale"], packed["identity"])
+    if kind is GradMult:
+        if "alphas" in packed:
+            raise ValueError(
+                "the checkpoint is of FusedRepAdamW: its branch scales are no Grad Mults of this optimizer"
+            )
+        return mult
+    if "alphas" not in packed:
+        raise ValueError("the checkpoint is of FusedRepSGD: its Grad Mults do not determine a step of AdamW")
+    return BranchFactors.unpacked(packed)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -17,6 +17,7 @@ from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, are_plain
 from gradrep_kernels.optim.sharding import aligned_grad, element_numbers_of
+from gradrep_kernels.optim.step_counts import COUNT, StepCounts, refuse_capture
 from gradrep_kernels.optim.tail import AVERAGE
 from gradrep_kernels.optim.update_rule import UpdateRule
 
@@ -34,9 +35,9 @@ class Row(NamedTuple):
     param: Tensor
     grad: Tensor
     states: tuple[Tensor | None, ...]  # None where its group does not use that state
-    multiplier: tuple[Tensor | None, ...]  # parts of its total Grad Mult: scale, identity
+    multiplier: tuple[Tensor | None, ...]  # parts of what it is multiplied by: scale or factors, identity
     first_step: bool
-    group: int
+    group: int  # its row of the table of hyper-parameters: its parameter group, or see StepCounts
     shards: list[Tensor]  # parameter, gradient, states as this rank holds them; the parameter for an unused state
     average: Tensor | None  # as the optimizer has it
     number: int  # its position in the optimizer
@@ -77,6 +78,7 @@ class Gathered:
     new_states: dict[tuple[Tensor, str], Tensor] = field(default_factory=dict)  # parameter and key: its first array
     without_average: dict[Tensor, None] = field(default_factory=dict)  # parameters whose average begins with this step
     idle: dict[Tensor, Tensor] = field(default_factory=dict)  # parameters without a gradient: the averages they have
+    counts: StepCounts | None = None  # where the rule counts the steps of each parameter
 
     @property
     def is_steady(self) -> bool:
@@ -99,16 +101,17 @@ def gather(
     multipliers: Multipliers,
     unscales: bool,
     averages: bool,
+    skips: bool = False,
 ) -> Gathered:
     """Collect the parameters that have a gradient, by destination.
 
     A gradient that is spread over the ranks unlike its parameter is brought to the parameter's placement. Where the
     step unscales gradients, `.grad` becomes that tensor, which has the same values. With `averages` each parameter has
-    one, from its first step on.
+    one, from its first step on. `skips` says whether the device may decide to skip a step.
 
     Raises RuntimeError for a parameter's first step in a CUDA graph capture: each replay would be a first step.
     """
-    gathered = Gathered()
+    gathered = Gathered(counts=StepCounts(groups, state, skips) if rule.counts else None)
     seen: set[Tensor] = set()
     no_parts = (None,) * len(OPS[rule.op].step.multipliers)
     position = -1
@@ -145,7 +148,14 @@ def gather(
             shards = [shard, local(grad), *(shard if array is None else local(array) for array in kept_arrays)]
             parts = no_parts if mult is None else mult.parts()
             elements = element_numbers_of(p) if rule.stochastic else None
-            row = Row(p, grad, kept_arrays, parts, first, number, shards, average, position, elements)
+            row_number = number
+            if gathered.counts is not None:
+                row_number, count = gathered.counts.row_of(number, group, p)
+                if count is not None:
+                    _refuse_in_capture(p, COUNT)
+                    gathered.new_states[p, COUNT] = count
+                refuse_capture(gathered.counts.rows[-1:], p.device)
+            row = Row(p, grad, kept_arrays, parts, first, row_number, shards, average, position, elements)
             # A parameter that is listed twice is stepped twice, one after the other, which only the reference does.
             plain = p not in seen and are_plain(shards)
             if p in seen:
@@ -191,12 +201,16 @@ def _on(t: Tensor, device: str) -> Tensor:
     return t if t.device.type == device else t.to(device)
 
 
-def hyper_table(groups: ParamGroups, rule: UpdateRule) -> Tensor:
-    """Read the table of hyper-parameters from the groups, at every step, since schedulers change them  # [G, H] float64
+def hyper_table(groups: ParamGroups, rule: UpdateRule, counts: StepCounts | None = None) -> Tensor:
+    """Read the table of hyper-parameters from the groups, at every step, since schedulers change them  # [R, H] float64
 
     It lies where `table_of` says.
     """
-    return table_of([v for group in groups for v in rule.hyper_row(group)]).reshape(-1, len(OPS[rule.op].step.hyper))
+    if counts is None:
+        rows = [v for group in groups for v in rule.hyper_row(group)]
+    else:
+        rows = counts.hyper(rule.hyper_row, groups)
+    return table_of(rows).reshape(-1, len(OPS[rule.op].step.hyper))
 
 
 def table_of(numbers: Sequence[Any]) -> Tensor:

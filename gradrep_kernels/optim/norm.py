@@ -67,8 +67,8 @@ def norm_by_kernels(grads: list[Tensor], parts: Sequence[list[Tensor | None]]) -
 
 
 def columns_of_parts(params: Sequence[Tensor], multipliers: Multipliers) -> list[list[Tensor | None]]:
-    """The scales and the identities of the total Grad Mults."""
-    mults = map(multipliers.total, params)
+    """The scales and the identities of M."""
+    mults = map(multipliers.of_norm, params)
     return [list(column) for column in zip(*((None, None) if mult is None else mult.parts() for mult in mults))]
 
 

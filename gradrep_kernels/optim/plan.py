@@ -24,6 +24,7 @@ from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim.gather import Gathered, places_on_device
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, parameters_of
+from gradrep_kernels.optim.step_counts import COUNT, count_steps, counted_rows, refuse_capture
 from gradrep_kernels.optim.tail import AVERAGE, TailOptions, average_idle, clip_factor
 from gradrep_kernels.optim.update_rule import UpdateRule
 
@@ -75,10 +76,9 @@ class StepPlan:
             averages=averages if any(average is not None for average in averages) else None,
             numbers=positions if rule.stochastic else None,
         )
-        idle = list(gathered.idle.items())
-        return cls(planner, handle, rows, idle, rule, groups, state, multipliers, tail) if handle else None
+        return cls(planner, handle, rows, gathered, rule, groups, state, multipliers, tail) if handle else None
 
-    def __init__(self, planner, handle, rows, idle_averages, rule, groups, state, multipliers, tail):
+    def __init__(self, planner, handle, rows, gathered, rule, groups, state, multipliers, tail):
         params = [row.param for row in rows]
         self._planner, self._handle, self._op, self._device = planner, handle, rule.op, params[0].device
         # Not __del__: at exit the op is gone before it. Not a parameter: it may be where no kernel frees plans by then.
@@ -86,7 +86,8 @@ class StepPlan:
         self._params = params
         self._listed = parameters_of(groups)
         active = set(map(id, params))
-        self._idle, self._idle_averages = [p for p in self._listed if id(p) not in active], idle_averages
+        self._idle = [p for p in self._listed if id(p) not in active]
+        self._idle_averages = list(gathered.idle.items())
         self._written = params + [kept for row in rows for kept in (*row.states, row.average) if kept is not None]
         self._options, self._options_version = tail, tail.version
         self._tail = tail if tail.is_used else None
@@ -98,8 +99,10 @@ class StepPlan:
         # For each kind of state: how to read it off an entry of `state`, and what was read.
         averages = [AVERAGE] if tail.averages else []
         self._kept = [
-            (key, itemgetter(key), _read(state, key)) for key in (kept.key for kept in (*rule.states, *averages))
+            (key, itemgetter(key), _read(state, key))
+            for key in (*(kept.key for kept in (*rule.states, *averages)), *([COUNT] if rule.counts else ()))
         ]
+        self._counted = None if gathered.counts is None else gathered.counts.rows
         self._hyper = rule.hyper or itemgetter(*OPS[rule.op].step.hyper)
 
     def _holds(self, groups: ParamGroups, state: Mapping[Tensor, Any]) -> bool:
@@ -159,7 +162,11 @@ class StepPlan:
             grad_scale = grad_scale.to(self._device, torch.float32)
         if found_inf is not None:
             found_inf = found_inf.to(self._device, torch.float32)
-        hyper = list(chain.from_iterable(map(self._hyper, groups)))
+        if self._counted is None:
+            hyper = list(chain.from_iterable(map(self._hyper, groups)))
+        else:
+            refuse_capture(self._counted, self._device)
+            hyper = counted_rows(self._counted, self._hyper, groups)
         tail, norm, clip, numbers = self._tail, None, None, ()
         if tail is not None:
             numbers = tail.numbers(self._device)
@@ -192,6 +199,8 @@ class StepPlan:
         if not taken:
             return False
         torch.autograd.graph.increment_version(self._written if grad_scale is None else self._written + grads)
+        if self._counted is not None:
+            count_steps(self._counted, found_inf)
         if self._idle_averages:
             average_idle(self._idle_averages, decay, found_inf)
         if tail is not None:

@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradrep_kernels.dtensor import is_dtensor
-from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops.reference import step_tail
 from gradrep_kernels.ops.reference.multiply import compute_dtype, multiply
 from gradrep_kernels.optim import checkpoint
 from gradrep_kernels.optim.eager import eager, keep_out_of_graphs
 from gradrep_kernels.optim.gather import Gathered, gather, hyper_table, table_of, take_steps
-from gradrep_kernels.optim.multipliers import GradMults, Multipliers, as_grad_mult, refuse_strays, warn_of_forgotten
+from gradrep_kernels.optim.multiplied import Multiplied
+from gradrep_kernels.optim.multipliers import GradMults, Multipliers, refuse_strays, warn_of_forgotten
 from gradrep_kernels.optim.norm import norm_of_step
 from gradrep_kernels.optim.parameters import (
     described,
     in_place,
-    is_frozen,
     names_for_all,
     parameters_of,
     position_of,
 )
 from gradrep_kernels.optim.plan import Scaler, StepPlan
+from gradrep_kernels.optim.step_counts import share_counts, with_own_counts
 from gradrep_kernels.optim.step_end import StepEnd
 from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, TailOptions, average_idle, clip_factor, first_average
 from gradrep_kernels.optim.update_rule import UpdateRule
@@ -43,7 +43,7 @@ _NOT_OF_A_GROUP = {
 }
 
 
-class RepOptimizer(StepEnd):
+class RepOptimizer(Multiplied, StepEnd):
     """An optimizer whose gradients are multiplied by constants, in one pass with its update.
 
     A leaf inherits from this class and from torch's optimizer of the same rule, in this order. It declares its
@@ -88,7 +88,7 @@ class RepOptimizer(StepEnd):
                 "param_groups(model, weight_decay), or model.parameters()"
             )
         self.update_rule.check()
-        self._multipliers = Multipliers()
+        self._multipliers = Multipliers(self.update_rule.factor)
         self._none_is_meant = grad_mults is not None
         self._tail = TailOptions(max_grad_norm, ema_decay, state_dtype)
         self._tail.check(options.get("differentiable", False))
@@ -99,66 +99,11 @@ class RepOptimizer(StepEnd):
         if fused:
             # Only when asked for: Lightning refuses gradient clipping where the attribute is set.
             self._step_supports_amp_scaling = True
-        checked = [(param, self._checked(param, mult)) for param, mult in (grad_mults or {}).items()]
-        for param, mult in checked:
-            self._set_grad_mult(param, mult)
+        kind = self.update_rule.factor
+        checked = [(param, self.checked_factor(param, mult, kind)) for param, mult in (grad_mults or {}).items()]
+        for param, factor in checked:
+            self.take_factor(param, factor)
         self._refresh_fingerprints()
-
-    # ---- Grad Mult
-
-    def set_grad_mult(self, param: Tensor, mult: GradMult | Tensor | None) -> None:
-        """Set (or with None remove) the caller's Grad Mult of one parameter. Raises ValueError as the constructor does.
-
-        Those of trained parameters that are no longer in `param_groups` are dropped.
-        """
-        self._set_grad_mult(param, self._checked(param, mult))
-        self._multipliers.drop(self._multipliers.strays(parameters_of(self.param_groups)))
-        self._refresh_fingerprints()
-
-    def grad_mult(self, param: Tensor, total: bool = False) -> GradMult | None:
-        """Return the caller's Grad Mult of `param`. None stands for 1.
-
-        With total=True it is the product with what `set_spatial_scaling` set.
-        """
-        if not is_frozen(param):
-            position_of(self.param_groups, param, of_mults=True)
-        return self._multipliers.product(param) if total else self._multipliers.caller(param)
-
-    def set_spatial_scaling(self, param: Tensor, scaling: Tensor | None) -> None:
-        """Set (or with None remove) the second factor, G of spatial gradient scaling  # [kh, kw]
-
-        It is no part of a checkpoint. For CSLA = GR to stay exact G must not change while gradients that it multiplied
-        live on in the optimizer's arrays, such as a momentum buffer.
-        """
-        if isinstance(scaling, Tensor) and scaling.dim() != 2:
-            raise ValueError(f"a spatial scaling must have shape [kh, kw], got {list(scaling.shape)}")
-        self._multipliers.set_spatial(param, self._checked(param, scaling))
-
-    def spatial_scaling(self, param: Tensor) -> Tensor | None:
-        """Return what `set_spatial_scaling` set  # [kh, kw]"""
-        factor = self._multipliers.spatial(param)
-        return None if factor is None else factor.scale
-
-    def _set_grad_mult(self, param: Tensor, mult: GradMult | None) -> None:
-        self._multipliers.set_caller(param, mult, waits=not self._holds(param))
-
-    def _holds(self, param: Tensor) -> bool:
-        return any(p is param for p in parameters_of(self.param_groups))
-
-    def _checked(self, param: Tensor, mult: GradMult | Tensor | None) -> GradMult | None:
-        """Make `mult` a GradMult that fits `param`. An error names the parameter."""
-        if mult is None and param in self._multipliers:
-            return None
-        if is_frozen(param) and not self._holds(param):
-            name = f"frozen parameter of shape {list(param.shape)}"
-        else:
-            name = described(self.param_groups, position_of(self.param_groups, param, of_mults=True))
-        if mult is None:
-            return None
-        try:
-            return as_grad_mult(mult, param.shape)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from None
 
     def _refresh_fingerprints(self) -> None:
         checkpoint.refresh_fingerprints(self.param_groups, self._multipliers)
@@ -213,6 +158,10 @@ class RepOptimizer(StepEnd):
 
         return step
 
+    @property
+    def _unscales_itself(self) -> bool:
+        return getattr(self, "_step_supports_amp_scaling", False)
+
     def _scaler(self) -> Scaler:
         """What torch.amp.GradScaler leaves on an optimizer that unscales in its step: grad_scale, found_inf."""
         return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -234,7 +183,13 @@ class RepOptimizer(StepEnd):
         device = next((p.device for p in parameters_of(groups) if p.grad is not None), torch.device("cpu"))
         numbers = options.numbers(device)
         work = gather(
-            groups, self.state, rule, self._multipliers, unscales=grad_scale is not None, averages=options.averages
+            groups,
+            self.state,
+            rule,
+            self._multipliers,
+            unscales=grad_scale is not None,
+            averages=options.averages,
+            skips=self._unscales_itself,
         )
         for group, p in work.sparse:
             self._refuse_sparse(group, p)
@@ -246,9 +201,11 @@ class RepOptimizer(StepEnd):
             options.took(device, norm)
             return  # a skipped step must not leave a state behind
         tail = table_of(numbers) if numbers else None
-        take_steps(work, rule, hyper_table(groups, rule), (grad_scale, found_inf, clip), tail)
+        take_steps(work, rule, hyper_table(groups, rule, work.counts), (grad_scale, found_inf, clip), tail)
         for (p, key), state in work.new_states.items():
             self.state[p][key] = state
+        if work.counts is not None:
+            work.counts.took(found_inf)
         for group, p in work.sparse:
             if grad_scale is not None:
                 in_place(p.grad, lambda grad: grad.div_(grad_scale))
@@ -329,7 +286,7 @@ class RepOptimizer(StepEnd):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {"_multipliers": self._multipliers, "_tail": self._tail}
-        if getattr(self, "_step_supports_amp_scaling", False):
+        if self._unscales_itself:
             kept["_step_supports_amp_scaling"] = True
         return {**super().__getstate__(), **kept}
 
@@ -339,10 +296,12 @@ class RepOptimizer(StepEnd):
         self._forget_plan()
         self.__dict__.setdefault("_none_is_meant", True)  # the original was asked
         if "_multipliers" not in self.__dict__:  # a pickled torch optimizer's state
-            self._multipliers = Multipliers()
+            self._multipliers = Multipliers(self.update_rule.factor)
         if "_tail" not in state:  # of a checkpoint, or a pickle of torch's optimizer
             self.__dict__.setdefault("_tail", TailOptions()).restore(self.param_groups)
         self._take_rule()
+        if self.update_rule.counts:
+            share_counts(self.param_groups, self.state, self._unscales_itself)
         for group in self.param_groups:
             group["fused"] = None  # of a checkpoint of torch's with fused=True: not ours to take over
         self._refresh_fingerprints()
@@ -355,7 +314,10 @@ class RepOptimizer(StepEnd):
         """
         self._refresh_fingerprints()  # groups may have been replaced
         callers = self._multipliers.callers(parameters_of(self.param_groups))
-        return {**super().state_dict(), checkpoint.KEY: checkpoint.pack(callers, self.param_groups)}
+        saved = super().state_dict()
+        if self.update_rule.counts:
+            saved["state"] = with_own_counts(saved["state"])
+        return {**saved, checkpoint.KEY: checkpoint.pack(callers, self.param_groups)}
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load a checkpoint of this class or of torch's optimizer.
@@ -374,7 +336,8 @@ class RepOptimizer(StepEnd):
         States go by position, as torch's load_state_dict has it, and a warning says so where names stand in another
         order. They keep a precision above their parameter's, which torch's takes from them.
         """
-        loading = checkpoint.Loading(self, state_dict, self._multipliers, strict, self._checked, self._set_grad_mult)
+        check = functools.partial(self.checked_factor, kind=self.update_rule.factor)
+        loading = checkpoint.Loading(self, state_dict, self._multipliers, strict, check, self.take_factor)
         handles = [
             self.register_load_state_dict_pre_hook(loading.judge),
             self.register_load_state_dict_post_hook(loading.mend, prepend=True),

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops.registry import OPS
+from gradrep_kernels.optim.branch_factors import BranchFactors
+
+Factor = GradMult | BranchFactors
+"""What a step multiplies by: a Grad Mult, and under AdamW the factors of the branches."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ class UpdateRule:
     # A group's row of the table of hyper-parameters: numbers or one-element tensors. None: the group's entries under
     # the names of the op's columns. An optimizer whose groups hold a pair (betas) unpacks it here.
     hyper: Callable[[dict[str, Any]], Sequence[Any]] | None = None
+    # Whether the update depends on how many steps a parameter has taken (step_counts.py). That is then the last column
+    # of the table of hyper-parameters, and `hyper` leaves it out.
+    counts: bool = False
+    factor: type[Factor] = GradMult  # what it multiplies by
     stochastic: bool = False  # whether states in bfloat16 are rounded by random bits (ops/reference/rounding_rule.py)
 
     def in_bfloat16(self) -> UpdateRule:

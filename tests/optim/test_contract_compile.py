@@ -80,12 +80,8 @@ def test_the_whole_training_step(case, multiplied):
 def test_multipliers_that_change_between_compiled_steps(case):
     pair = Pair(case)
     step = torch.compile(pair.opt.step, backend="aot_eager")
-    weight, twin = list(pair.ours.parameters())[2], list(pair.twin.parameters())[2]
-    caller = pair.masks.get(twin, torch.ones((), dtype=torch.float64))
     for seed in range(4):
-        scaling = torch.full((3, 3), 0.5 + seed)
-        pair.opt.set_spatial_scaling(weight, scaling)
-        pair.masks[twin] = caller * scaling
+        pair.set_scaling(2, torch.full((3, 3), 0.5 + seed))
         pair.set_grads(seed)
         step()
         pair.oracle_step()

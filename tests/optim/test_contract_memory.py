@@ -65,6 +65,8 @@ def test_a_step_bumps_the_version_counters_of_averages(case, steps):
 
 def test_arrays_of_another_dtype(case):
     """model.double() in mid-run leaves float32 arrays behind."""
+    if not case.takes_other_dtypes:
+        pytest.skip("its oracle takes none")
     pair = Pair(case, torch.float32)
     pair.train(STEADY)
     for model in pair.models:
@@ -193,6 +195,8 @@ MOVES += [load_older_state, load_weights, flatten_into_one_buffer, delete_one_ar
 @pytest.mark.parametrize("move", MOVES)
 def test_after_the_memory_has_moved(case, move):
     """Whatever is cached between steps must notice."""
+    if move is delete_one_array and case.counts:
+        pytest.skip("its oracle makes all arrays of a parameter in its first step")
     pair = Pair(case)
     pair.train(STEADY)
     move(pair)

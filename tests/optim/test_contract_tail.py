@@ -128,8 +128,8 @@ def test_a_drawn_step_equals_separate_calls(case):
             ulps = 4 * torch.finfo(dtype).eps
             for n, (p, q, w) in enumerate(zip(ours, twins, before)):
                 # Gradient and momentum may cancel each other, and their products are rounded before.
-                arrays = sum(opt.state[p][key].abs() for key in case.states if key in opt.state.get(p, {}))
-                size = torch.maximum(w.abs(), variant.options["lr"] * (2 * q.grad.abs() + arrays))
+                terms = case.terms(opt.state.get(p, {}), q.grad, variant.options)
+                size = torch.maximum(w.abs(), variant.options["lr"] * terms)
                 assert bool(((p - q).abs() <= ulps * size + torch.finfo(dtype).tiny).all())
                 if decay is not None:
                     bound = torch.maximum(averages[n].abs(), size)
@@ -304,12 +304,10 @@ def test_a_closure(case):
     pair.assert_equal()
 
 
-def test_spatial_scaling_is_part_of_the_norm(case):
+def test_spatial_scaling_and_the_norm(case):
+    """G is a factor of M, but under AdamW, where it scales the gradient that has been clipped."""
     pair = Tailed(case, multiplied=False)
-    weight, twin = pair.ours[0].weight, pair.twin[0].weight
-    scaling = torch.rand(3, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64) + 0.5
-    pair.opt.set_spatial_scaling(weight, scaling)
-    pair.masks[twin] = scaling.expand(twin.shape)
+    pair.set_scaling(0, torch.rand(3, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64) + 0.5)
     pair.train(STEADY).assert_equal()
 
 

@@ -228,13 +228,12 @@ def test_spatial_scalings_set_between_cuda_graphs(case):
     if not case.is_served_by_kernels("cuda"):
         pytest.skip("the reference keeps no multipliers for a graph once others are set")
     whole = WholeStep(Pair(case))
-    weight, twin = next(whole.pair.ours.parameters()), next(whole.pair.twin.parameters())
-    plain, graphs = whole.pair.masks[twin], []
+    graphs = []
     for scaling in (torch.rand(3, 3), torch.rand(3, 3)):
-        whole.pair.opt.set_spatial_scaling(weight, scaling)
+        whole.pair.set_scaling(0, scaling)
         whole.capture()
-        graphs.append((whole.graph, plain * scaling))
-    for seed, (whole.graph, whole.pair.masks[twin]) in enumerate(graphs * 2):
+        graphs.append((whole.graph, dict(whole.pair.masks), dict(whole.pair.scalings)))
+    for seed, (whole.graph, whole.pair.masks, whole.pair.scalings) in enumerate(graphs * 2):
         whole.replay(seed)
     whole.check()
 

@@ -13,6 +13,7 @@ from typing import Any
 import cases
 import torch
 from implementations import INTERPRETED
+from rep_adamw import AdamWOfMasks, BranchedAdamW
 from rep_signum import RepSignum, Signum
 from torch import nn
 from torch.optim import Optimizer
@@ -23,6 +24,16 @@ from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim.rep_optimizer import RepOptimizer
 
 STEADY = 4  # steps after which a cached plan, where there is one, is in use
+
+
+def _sgd_terms(state: dict[str, Any], grad: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    return sum((state[key].abs() for key in ("momentum_buffer", "exp_avg") if key in state), 2 * grad.abs())
+
+
+def _adamw_terms(state: dict[str, Any], grad: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    (beta1, beta2), t = options.get("betas", (0.9, 0.999)), float(state["step"])
+    v = state["max_exp_avg_sq" if options.get("amsgrad") else "exp_avg_sq"] / (1 - beta2**t)
+    return (2 * grad.abs() + state["exp_avg"].abs()) / (1 - beta1**t) / (v.sqrt() + options.get("eps", 1e-8))
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,22 @@ class OptimizerCase:
     takes_complex: bool = True
     not_with_sparse: tuple[tuple[dict[str, Any], str], ...] = ()  # options that keep sparse gradients out: the reason
     kernels: bool = True  # whether the package has kernels of it, or only a reference
+    counts: bool = False  # whether it counts the steps of each parameter
+    takes_other_dtypes: bool = True  # whether its oracle takes gradients and arrays of another dtype than the weight's
+    scales_gradients: bool = False  # whether G of SGS scales the gradient, and is no factor of M
+    of_a_grad_mult: frozenset[str] = frozenset({"scale", "identity"})  # what a checkpoint has of one, but for the name
+    # (state, gradient, options) -> what a step of lr = 1 is a difference of, beside the weight
+    terms: Callable[[dict[str, Any], torch.Tensor, dict[str, Any]], torch.Tensor] = _sgd_terms
+
+    def packed(self, scale: torch.Tensor) -> dict[str, Any]:
+        """What a checkpoint has of a Grad Mult with this scale."""
+        values = {"scale": scale, "alphas": scale.sqrt()[None]}
+        return {key: values.get(key) for key in self.of_a_grad_mult}
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The keys of a parameter's state."""
+        return (*self.states, *(["step"] if self.counts else []))
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -86,7 +113,36 @@ SIGNUM = OptimizerCase(
     not_with_sparse=(({}, "Signum"),),
     kernels=False,
 )
-CASES = (SGD, SIGNUM)
+ADAMW = OptimizerCase(
+    "adamw",
+    AdamWOfMasks,
+    BranchedAdamW,
+    states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    hyper={"weight_decay": 0.01, "amsgrad": True, "eps": 1e-3},
+    plain={"weight_decay": 0.0},
+    variants=(
+        cases.Hyper("default", {"lr": 0.01}),
+        cases.Hyper("amsgrad", {"lr": 0.01, "amsgrad": True}),
+        cases.Hyper("large_epsilon", {"lr": 0.03, "eps": 0.1, "weight_decay": 0.0}),
+        cases.Hyper("short_memory", {"lr": 0.02, "betas": (0.3, 0.6)}),  # torch.lerp goes from the other end
+        cases.Hyper("no_memory", {"lr": 0.02, "betas": (0.0, 0.0), "eps": 0.1}),
+        cases.Hyper("maximize_all", {"lr": 0.02, "amsgrad": True, "weight_decay": 0.1, "maximize": True}),
+    ),
+    changes={
+        "weight_decay": (0.0, 0.1),
+        "betas": ((0.9, 0.99), (0.5, 0.9)),
+        "eps": (1e-3, 0.1),
+        "maximize": (True, False),
+    },
+    takes_complex=False,
+    not_with_sparse=(({}, "AdamW"),),
+    counts=True,
+    takes_other_dtypes=False,
+    scales_gradients=True,
+    of_a_grad_mult=frozenset({"scale", "identity", "alphas", "diagonal", "branch_scales"}),
+    terms=_adamw_terms,
+)
+CASES = (SGD, ADAMW, SIGNUM)
 
 
 def named(optimizers: Sequence[OptimizerCase]) -> dict[str, Any]:
@@ -155,12 +211,21 @@ def set_both_grads(ours, twins, seed: int) -> None:
     set_grads(twins, seed)
 
 
-def oracle_step(oracle: Optimizer, masks: dict[nn.Parameter, torch.Tensor]) -> None:
-    """One step of the oracle on M ⊙ g; the gradients are put back."""
-    kept = {p: p.grad for p in masks if p.grad is not None}
+def oracle_step(
+    oracle: Optimizer,
+    masks: dict[nn.Parameter, torch.Tensor],
+    scalings: dict[nn.Parameter, torch.Tensor] | None = None,
+) -> None:
+    """One step of the oracle on M ⊙ g, or on G ⊙ g by the rule of its branches; the gradients are put back."""
+    branched = isinstance(oracle, BranchedAdamW)
+    factors = (scalings or {}) if branched else masks
+    kept = {p: p.grad for p in factors if p.grad is not None}
     for p, grad in kept.items():
-        p.grad = grad * masks[p].to(grad.dtype)
-    oracle.step()
+        p.grad = grad * factors[p].to(grad.dtype)
+    if branched:
+        oracle.step_with(masks)
+    else:
+        oracle.step()
     for p, grad in kept.items():
         p.grad = grad
 
@@ -191,6 +256,7 @@ class Pair:
             for p, q in zip(self.ours.parameters(), self.twin.parameters())
             if p in self.mults
         }
+        self.scalings: dict[nn.Parameter, torch.Tensor] = {}
         self.opt = case.make(self._split(self.ours, groups, lr), **hyper, fused=fused, grad_mults=self.mults or None)
         self.oracle = case.oracle(self._split(self.twin, groups, lr), **hyper)
 
@@ -216,7 +282,18 @@ class Pair:
         self.oracle_step()
 
     def oracle_step(self) -> None:
-        oracle_step(self.oracle, self.masks)
+        oracle_step(self.oracle, self.masks, self.scalings)
+
+    def set_scaling(self, n: int, scaling: torch.Tensor) -> None:
+        """Set G of SGS for parameter `n` of both."""
+        weight, twin = list(self.ours.parameters())[n], list(self.twin.parameters())[n]
+        self.opt.set_spatial_scaling(weight, scaling)
+        scaling = scaling.double()
+        if self.case.scales_gradients:
+            self.scalings[twin] = scaling
+        else:
+            caller = dense(self.mults[weight], weight.shape) if weight in self.mults else torch.ones_like(twin)
+            self.masks[twin] = caller * scaling
 
     def train(self, steps: int = 3, seed: int = 10) -> Pair:
         """Steps on the same forced gradients; with three of them the steady state of our step is reached."""

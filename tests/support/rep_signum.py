@@ -72,7 +72,7 @@ HYPER = ("lr", "momentum", "weight_decay", "maximize")
 @op(
     "one Signum update of all parameters of all groups, with M ⊙ g in place of g",
     writes=("params", "exp_avgs", "averages"),
-    step=StepRule(("exp_avgs",), ("scales", "identities"), HYPER, keeps_state=lambda hyper: [True] * len(hyper)),
+    step=StepRule(("exp_avgs",), ("scales", "identities"), HYPER, kept_states=lambda hyper: [1] * len(hyper)),
 )
 @torch.no_grad()
 def rep_signum_step(

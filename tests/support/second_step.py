@@ -10,6 +10,7 @@ from torch import Tensor
 from gradrep_kernels.ops.reference.multiply import compute_dtype, multiply
 from gradrep_kernels.ops.reference.step_tail import Tail, incoming, one_each, store_state, update_average
 from gradrep_kernels.ops.schema import StepRule, op
+from gradrep_kernels.ops.triton.addressing import multiplier
 from gradrep_kernels.ops.triton.step_frame import NUMBERS, TENSORS, step_frame
 from gradrep_kernels.ops.triton.step_op import StepOp
 
@@ -24,7 +25,7 @@ COLUMNS = tl.constexpr(3)
         states=("fast", "slow"),
         multipliers=("scales", "identities"),
         hyper=("lr", "fast_decay", "slow_decay"),
-        keeps_state=lambda hyper: [True] * len(hyper),
+        kept_states=lambda hyper: [2] * len(hyper),
     ),
 )
 def reference(
@@ -64,7 +65,7 @@ def reference(
 
 @triton.jit
 def row(hyper):
-    return 1, (tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2))
+    return tl.full((), 2, tl.int32), (tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2))
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def second_step_kernel(
 ):  # fmt: skip
     step_frame(
         chunks, geometry, pointers, hyper, grad_scale, found_inf, clip, tail, weight, seed, step,
-        update, row, COLUMNS, STATES, AVERAGED, NARROW, DTYPE, BLOCK,
+        update, row, multiplier, COLUMNS, STATES, AVERAGED, NARROW, DTYPE, BLOCK,
     )  # fmt: skip
 
 

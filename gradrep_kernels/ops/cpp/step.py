@@ -62,7 +62,7 @@ def step_front(name: str) -> Callable[..., None]:
     def front(*arguments, **named) -> None:
         call = rule.dealt(arguments, named)
         hyper, tail, clip = call.hyper, call.tail, call.clip
-        keeps_state = rule.keeps_state(hyper) if hyper.is_cpu else [True] * len(hyper)
+        kept = rule.kept_states(hyper) if hyper.is_cpu else [len(rule.states)] * len(hyper)
         stochastic = Tail.of(tail).stochastic if tail is None or tail.is_cpu else True
         clip = None if clip is None else as_number(clip)
         more = one_each(len(call.columns[0]), call.averages, call.numbers, call.elements)
@@ -72,7 +72,7 @@ def step_front(name: str) -> Callable[..., None]:
         for row, tail_row in zip(zip(*call.columns), zip(*more)):
             p, grad, states, _, _, group = rule.taken_apart(row)
             average, _, elements = tail_row
-            used = states if keeps_state[group] else ()
+            used = states[: kept[group]]
             if takes(p, grad, used, average, elements, stochastic):
                 taken.setdefault(p.device, []).append((*row, *tail_row))
                 tensors.setdefault(p.device, []).append((p, grad, *used, *(() if average is None else (average,))))

@@ -16,15 +16,15 @@ HYPER = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 """Columns of the table of hyper-parameters, one row per parameter group."""
 
 
-def has_momentum(hyper: Tensor) -> list[bool]:
-    """Whether each group has a momentum, and so reads and writes its buffers  # [G, 6] -> G"""
-    return (hyper[:, HYPER.index("momentum")] != 0).tolist()
+def kept_states(hyper: Tensor) -> list[int]:
+    """1 for each group that has a momentum, and so reads and writes its buffers, else 0  # [G, 6] -> G"""
+    return (hyper[:, HYPER.index("momentum")] != 0).int().tolist()
 
 
 @op(
     "one SGD-momentum update of all parameters of all groups, with M ⊙ g in place of g",
     writes=("params", "momentum_buffers", "averages"),
-    step=StepRule(("momentum_buffers",), ("scales", "identities"), HYPER, has_momentum),
+    step=StepRule(("momentum_buffers",), ("scales", "identities"), HYPER, kept_states),
 )
 @torch.no_grad()
 def rep_sgd_step(

@@ -15,6 +15,13 @@ except ImportError as error:
 from gradrep_kernels.ops.triton.joint_histogram import joint_histogram, joint_histogram_
 from gradrep_kernels.ops.triton.launching import INTERPRETED
 from gradrep_kernels.ops.triton.pair_ranges import pair_ranges, pair_ranges_
+from gradrep_kernels.ops.triton.rep_adamw_step import (
+    rep_adamw_plan,
+    rep_adamw_plan_free,
+    rep_adamw_plan_norm,
+    rep_adamw_plan_step,
+    rep_adamw_step,
+)
 from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm
 from gradrep_kernels.ops.triton.rep_sgd_step import (
     rep_sgd_plan,
@@ -31,6 +38,11 @@ __all__ = [
     "joint_histogram_",
     "pair_ranges",
     "pair_ranges_",
+    "rep_adamw_plan",
+    "rep_adamw_plan_free",
+    "rep_adamw_plan_norm",
+    "rep_adamw_plan_step",
+    "rep_adamw_step",
     "rep_grad_norm",
     "rep_sgd_plan",
     "rep_sgd_plan_free",

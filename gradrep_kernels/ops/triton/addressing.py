@@ -37,7 +37,8 @@ With the block of the aligned path it would need up to 78 registers, not 40-62.
 # Kernels read them by these names: the key of Triton's cache holds no attributes of modules.
 (FIRST_CHUNK, NUMEL, GROUP, ROW, ROW_MAGIC, ROW_SHIFT, INNER, INNER_MAGIC, INNER_SHIFT,
  OUTER_STRIDE, MIDDLE_STRIDE, INNER_STRIDE, CHANNELS, CHANNELS_MAGIC, CHANNELS_SHIFT,
- PHASE, TAP_STEP, TAP_FIRST, NUMBER, OCTET, WITHIN_OCTET, GEOMETRY) = map(tl.constexpr, range(22))  # fmt: skip
+ PHASE, TAP_STEP, TAP_FIRST, NUMBER, OCTET, WITHIN_OCTET, LAYERS, LAYER_STRIDE, GEOMETRY) = map(
+     tl.constexpr, range(24))  # fmt: skip
 (FLAGS, SCALE, IDENTITY, AVERAGE, GRAD, POINTERS) = map(tl.constexpr, range(6))
 ALIGNED, HAS_SCALE, HAS_IDENTITY, FIRST_STEP = map(tl.constexpr, (1, 2, 4, 8))
 
@@ -105,24 +106,33 @@ def multiplier_row(piece, pointers, COMPUTE: tl.constexpr):
         tl.load(piece + PHASE),
         tl.load(piece + TAP_STEP),
         tl.load(piece + TAP_FIRST),
+        tl.load(piece + LAYERS),
+        tl.load(piece + LAYER_STRIDE),
     )
+
+
+@triton.jit
+def multiplier_place(place, inside, row_of_piece):
+    """Where the parts of M at the given places of a piece are: the pointers to scale and identity, and their masks."""
+    (scale, identity, has_scale, has_identity, row, row_magic, row_shift, inner, inner_magic, inner_shift,
+     outer_stride, middle_stride, inner_stride, channels, channels_magic, channels_shift,
+     phase, tap_step, tap_first, _, _) = row_of_piece  # fmt: skip
+    o = quotient(place, row_magic, row_shift)
+    rest = place - o * row
+    middle = quotient(rest, inner_magic, inner_shift)
+    index = o * outer_stride + middle * middle_stride + (rest - middle * inner) * inner_stride
+    shifted = o + phase
+    channel = shifted - quotient(shifted, channels_magic, channels_shift) * channels
+    tap = switched(inside, has_identity) & (rest == channel * tap_step + tap_first)
+    return scale + index, switched(inside, has_scale), identity + o, tap
 
 
 @triton.jit
 def multiplier(place, inside, row_of_piece):
     """M at the given places of a piece, 1 for a piece without a multiplier."""
-    (scale, identity, has_scale, has_identity, row, row_magic, row_shift, inner, inner_magic, inner_shift,
-     outer_stride, middle_stride, inner_stride, channels, channels_magic, channels_shift,
-     phase, tap_step, tap_first) = row_of_piece  # fmt: skip
-    o = quotient(place, row_magic, row_shift)
-    rest = place - o * row
-    middle = quotient(rest, inner_magic, inner_shift)
-    index = o * outer_stride + middle * middle_stride + (rest - middle * inner) * inner_stride
-    m = tl.load(scale + index, mask=switched(inside, has_scale), other=1.0)
-    shifted = o + phase
-    channel = shifted - quotient(shifted, channels_magic, channels_shift) * channels
-    tap = switched(inside, has_identity) & (rest == channel * tap_step + tap_first)
-    return tl.where(tap, m + tl.load(identity + o, mask=tap, other=0.0), m)
+    scale, has_scale, identity, tap = multiplier_place(place, inside, row_of_piece)
+    m = tl.load(scale, mask=has_scale, other=1.0)
+    return tl.where(tap, m + tl.load(identity, mask=tap, other=0.0), m)
 
 
 # ---- on the host: from shapes to pieces
@@ -134,17 +144,25 @@ Level = tuple[int, int]  # (size, stride of scale)
 class Address(NamedTuple):
     """How the place of an element leads to its multiplier.
 
-    The identity's tap of output channel o sits at place (o mod channels) * tap_step + tap_first of its row.
+    The identity's tap of output channel o sits at place (o mod channels) * tap_step + tap_first of its row. Where a
+    scale has layers, several multipliers that lie one behind the other, the address leads to the first.
     """
 
     levels: tuple[Level, Level, Level]
     channels: int = 1
     tap_step: int = 0
     tap_first: int = 0
+    layers: int = 1
+    layer_stride: int = 0
 
     @property
     def row(self) -> int:
         return self.levels[1][0] * self.levels[2][0]
+
+    @property
+    def last(self) -> int:
+        """Of the elements of scale that it leads to, the last."""
+        return sum((size - 1) * stride for size, stride in self.levels) + (self.layers - 1) * self.layer_stride
 
 
 class Piece(NamedTuple):
@@ -247,7 +265,7 @@ def geometry_row(part: Part, first_chunk: int) -> list[int]:
     channels, phase = address.channels, piece.identity % address.channels
     tap = [channels, *magic_division(channels), phase, address.tap_step, address.tap_first]
     counter = [0 if random is None else random[0], *divmod(first_element(part), 8)]
-    return [first_chunk, piece.numel, group, *multiplied, *tap, *counter]
+    return [first_chunk, piece.numel, group, *multiplied, *tap, *counter, address.layers, address.layer_stride]
 
 
 def chunk_tables(parts: Sequence[Part], chunk: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ functions are torch's own in C, not loops of Python: 1,150 bytecodes for a step 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
+from operator import attrgetter, gt
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,12 @@ _NOTHING = torch.empty(0, device="cpu")  # in the place of a part of a multiplie
 
 def have_states(
     params: Sequence[Tensor], states: Sequence[Sequence[Tensor]], groups: Sequence[int], number: int
-) -> list[bool]:
-    """Whether the parameters of each group have states. A parameter without them stands in their place itself."""
-    have = [True] * number
+) -> list[int]:
+    """How many states the parameters of each group have. A parameter stands itself in the place of one it lacks."""
+    have = [len(states)] * number
     for p, group, *own in zip(params, groups, *states):
-        have[group] &= all(state is not p for state in own)
+        there = next((n for n, state in enumerate(own) if state is p), len(own))
+        have[group] = min(have[group], there)
     return have
 
 
@@ -44,7 +45,7 @@ class PlannedStep:
     Args:
         op:     the step_op.StepOp, whose memory and launches it uses
         plan:   made for gradients like their parameters
-        have:   group -> whether its parameters have states
+        have:   group -> how many states its parameters have
         parts:  scales, identities
         states: with the parameter in the place of one that is not there
     """
@@ -72,7 +73,7 @@ class PlannedStep:
         structure = (
             list(map(plans.describe, (*parts, averages, params, params, *states))),
             list(groups),
-            [2 + len(states) * has for has in have],
+            [2 + has for has in have],
             chances(states, numbers, elements),
         )
         plan = op.plans.plan(structure, params)
@@ -158,7 +159,14 @@ class PlannedStep:
         """Write the norm. Returns the factor that clips by it."""
         width = POINTERS.value + len(self._arrays)
         return write_norm(
-            self._op.plans, self._plan.rechunked(CHUNK.value), call.pointers, width, norm, grad_scale, max_norm
+            self._op.plans,
+            self._plan.rechunked(CHUNK.value),
+            call.pointers,
+            width,
+            norm,
+            grad_scale,
+            max_norm,
+            factor=self._op.norm_factor,
         )
 
     def _completed(
@@ -191,13 +199,11 @@ class PlannedStep:
         if self._checked == (numbers, places):
             return True
         table = self._op.table(numbers)
-        needed = self._op.rule.keeps_state(table)
+        needed = self._op.rule.kept_states(table)
         if places:
             table.view(-1)[[n for n in places if n < len(numbers)]] = 1
-            needed = [a or b for a, b in zip(needed, self._op.rule.keeps_state(table))]
-        if len(needed) < len(self._have_states) or any(
-            need and not has for need, has in zip(needed, self._have_states)
-        ):
+            needed = list(map(max, needed, self._op.rule.kept_states(table)))
+        if len(needed) < len(self._have_states) or any(map(gt, needed, self._have_states)):
             return False
         self._checked = numbers, places
         return True

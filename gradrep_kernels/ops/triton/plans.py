@@ -188,10 +188,11 @@ class Plans:
         op:     its name, for LAUNCHES
         chunk:  dtype -> elements that one program works on
         writes: whether the op writes to the tensors. They must not overlap then, since programs run in any order
+        layered: whether scales are several multipliers, one behind the other
     """
 
-    def __init__(self, op: str, chunk: Mapping[torch.dtype, int], writes: bool):
-        self.op, self.chunk, self.writes = op, chunk, writes
+    def __init__(self, op: str, chunk: Mapping[torch.dtype, int], writes: bool, layered: bool = False):
+        self.op, self.chunk, self.writes, self.layered = op, chunk, writes, layered
         self.plans: dict[tuple[Entry, ...], Plan] = {}
         self.calls: dict[tuple, list[Call]] = {}
 
@@ -266,7 +267,7 @@ class Plans:
         """The plan of a call. `structure` is what `describe` tells of its columns, then groups, used and random."""
         (scales, identities, averages, *tensors), groups, used, random = structure
         entries = tuple(
-            Entry(same[: used[group]], *parts, group, average, chance)
+            Entry(same[: used[group]], *parts, group, average, chance, self.layered)
             for same, *parts, group, average, chance in zip(zip(*tensors), scales, identities, groups, averages, random)
         )
         if entries in self.plans:

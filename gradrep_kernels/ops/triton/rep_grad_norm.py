@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -30,9 +32,9 @@ memory = plans.Plans("rep_grad_norm", dict.fromkeys(plans.COMPUTE, CHUNK.value),
 
 
 @triton.jit
-def _squares(place, inside, grad, row_of_piece, COMPUTE: tl.constexpr):
+def _squares(place, inside, grad, row_of_piece, FACTOR: tl.constexpr, COMPUTE: tl.constexpr):
     g = tl.load(grad + place, mask=inside, other=0.0).to(COMPUTE)
-    return multiplier(place, inside, row_of_piece) * (g * g)
+    return FACTOR(place, inside, row_of_piece) * (g * g)
 
 
 @triton.jit(do_not_specialize_on_alignment=["chunks", "geometry", "pointers", "partial"])
@@ -42,6 +44,7 @@ def rep_grad_norm_kernel(
     pointers,  # [pieces, WIDTH] int64
     partial,  # [programs] in the dtype that is computed in: the sum of each chunk
     WIDTH: tl.constexpr,
+    FACTOR: tl.constexpr,  # a device function as that of step_frame
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -54,7 +57,7 @@ def rep_grad_norm_kernel(
         total = tl.zeros([BLOCK], COMPUTE)
         for part in range(CHUNK // BLOCK):
             total += _squares(
-                start + part * BLOCK + tl.arange(0, BLOCK), inside, aligned(grad, DTYPE), row_of_piece, COMPUTE
+                start + part * BLOCK + tl.arange(0, BLOCK), inside, aligned(grad, DTYPE), row_of_piece, FACTOR, COMPUTE
             )
         tl.store(partial + tl.program_id(0), tl.sum(total, axis=0))
     else:
@@ -62,7 +65,7 @@ def rep_grad_norm_kernel(
         rest = tl.zeros([TAIL], COMPUTE)
         while start < end:
             place = start + tl.arange(0, TAIL)
-            rest += _squares(place, place < numel, unaligned(grad, DTYPE), row_of_piece, COMPUTE)
+            rest += _squares(place, place < numel, unaligned(grad, DTYPE), row_of_piece, FACTOR, COMPUTE)
             start += TAIL
         tl.store(partial + tl.program_id(0), tl.sum(rest, axis=0))
 
@@ -106,6 +109,7 @@ def write_norm(
     grad_scale: Tensor | None = None,
     max_norm: float | None = None,
     rest: Tensor | None = None,
+    factor: Any = multiplier,
 ) -> Tensor | None:
     """Write √(Σ M ⊙ g²) / grad_scale to `norm`, in a launch for each batch and one more.
 
@@ -113,25 +117,26 @@ def write_norm(
         of:       whose batches they are, for chunks of CHUNK elements
         pointers: the tables of pointers, `width` columns wide
         rest:     the norm of what no batch has
+        factor:   M, a device function as FACTOR of step_frame
 
     Returns min(1, max_norm / (norm + 1e-6)) in the dtype of `norm`, where a max_norm is given.
     """
     sums = []
     for batch, table in zip(batches, pointers):
         partial = staging.scratch((len(batch.chunks),), plans.COMPUTE[batch.dtype], batch.device)
-        of.launch(batch, rep_grad_norm_kernel, table, partial, width)
+        of.launch(batch, rep_grad_norm_kernel, table, partial, width, factor)
         sums.append(partial)
     if rest is not None:
         sums.append(rest.double().square().reshape(1))
     if len(sums) != 1:
         sums = [torch.cat([norm.new_zeros(1), *(partial.to(norm.device) for partial in sums)])]
-    factor = None if max_norm is None else staging.scratch((), norm.dtype, norm.device)
+    clip = None if max_norm is None else staging.scratch((), norm.dtype, norm.device)
     scale = None if grad_scale is None else grad_scale.to(norm.device)
     launching.launch(
-        of.op, norm.device, norm.dtype, finish_kernel, 1, sums[0], len(sums[0]), scale, norm, factor,
+        of.op, norm.device, norm.dtype, finish_kernel, 1, sums[0], len(sums[0]), scale, norm, clip,
         0 if max_norm is None else to_bits(max_norm, torch.float64), BLOCK=SUMS, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    return factor
+    return clip
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradrep_kernels.ops import reference
+from gradrep_kernels.ops.triton.addressing import multiplier
 from gradrep_kernels.ops.triton.step_frame import NUMBERS, TENSORS, step_frame
 from gradrep_kernels.ops.triton.step_op import StepOp
 
@@ -42,7 +43,7 @@ def rep_sgd_step_kernel(
 ):  # fmt: skip
     step_frame(
         chunks, geometry, pointers, hyper, grad_scale, found_inf, clip, tail, weight, seed, step,
-        _update, _row, COLUMNS, STATES, AVERAGED, NARROW, DTYPE, BLOCK,
+        _update, _row, multiplier, COLUMNS, STATES, AVERAGED, NARROW, DTYPE, BLOCK,
     )  # fmt: skip
 
 

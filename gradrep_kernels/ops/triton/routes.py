@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class Entry(NamedTuple):
     group: int
     average: Described = None
     random: Random | None = None  # None: no state may have another dtype than the parameter
+    layered: bool = False  # whether the scale is several multipliers, one behind the other
 
     @property
     def narrow(self) -> int:
@@ -74,7 +76,7 @@ def route(entry: Entry) -> Route | None:
 
     None if the reference must take it: its tensors have gaps or overlaps, are not alike, or have other dtypes.
     """
-    tensors, scale, identity, group, average, random = entry
+    tensors, scale, identity, group, average, random, layered = entry
     if group < 0 or not all(isinstance(one, tuple) for one in tensors) or (random and random[1] is None):
         return None
     dtype, device, shape, strides = tensors[0]
@@ -98,19 +100,26 @@ def route(entry: Entry) -> Route | None:
             return None
     identity_shape = None if identity is None else tuple(identity[2])
     identity_copy = identity_shape if identity and (identity[0] != COMPUTE[dtype] or identity[3] != (1,)) else None
-    missing = len(shape) - len(scale[2])
-    if missing < 0:
+    first = scale[2][:1] if layered else ()
+    missing = len(shape) + len(first) - len(scale[2])
+    if missing < 0 or (layered and missing):
         return None
-    same = (1,) * missing + tuple(scale[2])
+    same = (1,) * missing + tuple(scale[2][len(first) :])
     # The scale as it is, or a contiguous copy in the right dtype, or a copy with the whole kernel: [O, 1, kh, 1] has
     # too many levels otherwise.
-    readings = [(copy, (copy, contiguous_strides(copy))) for copy in (same, same[:2] + tuple(shape[2:]))]
+    readings = [
+        ((*first, *copy), (copy, contiguous_strides(copy)), math.prod(copy))
+        for copy in (same, same[:2] + tuple(shape[2:]))
+    ]
     if scale[0] == COMPUTE[dtype]:
-        readings.insert(0, (None, scale[2:]))
-    for copy, reading in readings:
+        behind = len(first)
+        readings.insert(0, (None, (scale[2][behind:], scale[3][behind:]), scale[3][0] if layered else 0))
+    for copy, reading, layer_stride in readings:
         where = address(shape, strides, reading, identity_shape)
+        if where and layered:
+            where = where._replace(layers=first[0], layer_stride=layer_stride)
         parts = [] if where is None else list(pieces(where))
-        if where and all(sum((size - 1) * stride for size, stride in part.address.levels) < 2**31 for part in parts):
+        if where and all(part.address.last < 2**31 for part in parts):
             return Route(parts, copy, identity_copy)
     return None
 

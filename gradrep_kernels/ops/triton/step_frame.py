@@ -18,7 +18,6 @@ from gradrep_kernels.ops.triton.addressing import (  # by name: the key of Trito
     TAIL,
     WITHIN_OCTET,
     aligned,
-    multiplier,
     multiplier_row,
     own_chunk,
     switched,
@@ -74,22 +73,29 @@ def given(place, other):
 
 
 @triton.jit
+def further(switch, n: tl.constexpr):
+    """Whether there are more than n, as an integer: 0 where there are not."""
+    return tl.maximum(switch - n, 0)
+
+
+@triton.jit
 def block(
     place, inside, param, grad, states, average, octet, within,
     first, hyper, row_of_piece, random, averaged, weight, grad_scale, clip,
-    UPDATE: tl.constexpr, ROW: tl.constexpr, STATES: tl.constexpr, AVERAGED: tl.constexpr, NARROW: tl.constexpr,
+    UPDATE: tl.constexpr, ROW: tl.constexpr, FACTOR: tl.constexpr, STATES: tl.constexpr,
+    AVERAGED: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Update one block. Every product and sum is in the order of the reference, and rounded on its own."""
     dtype: tl.constexpr = hyper.dtype.element_ty
     switch, numbers = ROW(hyper)
     g = incoming(grad + place, inside, grad_scale, clip, dtype)  # before the other loads: 48 registers, not 64
     w = tl.load(param + place, mask=inside).to(dtype)
-    used = switched(inside, switch)
     old = ()
     for n in tl.static_range(STATES):
-        old += (tl.load(states[n] + place, mask=used, other=0.0).to(dtype),)
-    w, new = UPDATE(w, g, multiplier(place, inside, row_of_piece), old, first, numbers)
+        old += (tl.load(states[n] + place, mask=switched(inside, further(switch, n)), other=0.0).to(dtype),)
+    w, new = UPDATE(w, g, FACTOR(place, inside, row_of_piece), old, first, numbers)
     for n in tl.static_range(STATES):
+        used = switched(inside, further(switch, n))
         if NARROW >> n & 1:
             piece, seed, step, stochastic = random
             counted = tl.add(tl.load(piece + OCTET), octet, sanitize_overflow=False).to(tl.uint32)
@@ -118,6 +124,7 @@ def step_frame(
     step,
     UPDATE: tl.constexpr,
     ROW: tl.constexpr,
+    FACTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     STATES: tl.constexpr,
     AVERAGED: tl.constexpr,
@@ -127,11 +134,12 @@ def step_frame(
 ):
     """Update the chunk of this program: one BLOCK where it is whole and aligned, else a loop of small blocks.
 
-    ROW and UPDATE are device functions of values in the dtype that is computed in:
-        hyper -> (switch, numbers): a group's row of hyper-parameters, and an integer that is 0 where its states are
-            neither read nor written
-        (w, g, m, states, first, numbers) -> (w, states): of parameter, gradient, its multiplier, the tuple of states,
-            whether this is the parameter's first step
+    ROW, UPDATE and FACTOR are device functions of values in the dtype that is computed in:
+        hyper -> (switch, numbers): a group's row of hyper-parameters, and an integer, how many of its states are read
+            and written, from the first
+        (w, g, m, states, first, numbers) -> (w, states): of parameter, gradient, what FACTOR gives, the tuple of
+            states, whether this is the parameter's first step
+        (place, inside, row_of_piece) -> m: `addressing.multiplier`, or what UPDATE needs in its place
 
     Args:
         AVERAGED: whether some parameters have an average
@@ -173,7 +181,7 @@ def step_frame(
             all_aligned(states, STATES, NARROW, DTYPE, LANES),
             aligned(average, dtype), start >> 3, tl.arange(0, BLOCK),
             first, hyper, row_of_piece, random, averaged, weight, grad_scale, clip,
-            UPDATE, ROW, STATES, AVERAGED, NARROW,
+            UPDATE, ROW, FACTOR, STATES, AVERAGED, NARROW,
         )  # fmt: skip
     else:
         end = tl.minimum(start + BLOCK, numel)
@@ -185,6 +193,6 @@ def step_frame(
                 all_unaligned(states, STATES, NARROW, DTYPE),
                 unaligned(average, dtype), 0, place + within_octet,
                 first, hyper, row_of_piece, random, averaged, weight, grad_scale, clip,
-                UPDATE, ROW, STATES, AVERAGED, NARROW,
+                UPDATE, ROW, FACTOR, STATES, AVERAGED, NARROW,
             )  # fmt: skip
             start += TAIL

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradrep_kernels.ops.reference.step_tail import Tail, one_each
 from gradrep_kernels.ops.triton import launching, plans, staging
+from gradrep_kernels.ops.triton.addressing import multiplier
 from gradrep_kernels.ops.triton.planned_step import NO_TAIL, PlannedStep, have_states
 from gradrep_kernels.ops.triton.routes import chances
 from gradrep_kernels.ops.triton.step_tail import tail_kernel, to_bits
@@ -38,13 +39,23 @@ class StepOp:
         reference: the op in plain torch, declared by `schema.op`
         kernel:    a @triton.jit function that takes step_frame.TENSORS and NUMBERS, AVERAGED, NARROW, DTYPE and BLOCK
         pack:      (hyper, dtype) -> the kernel's table of hyper-parameters, one row per group, in that dtype
+        norm_factor: M of the gradient norm, a device function as FACTOR of step_frame
+        layered:   whether scales are several multipliers, one behind the other
     """
 
-    def __init__(self, reference: Callable[..., None], kernel: Any, pack: Callable[[Tensor, torch.dtype], Tensor]):
+    def __init__(
+        self,
+        reference: Callable[..., None],
+        kernel: Any,
+        pack: Callable[[Tensor, torch.dtype], Tensor],
+        norm_factor: Any = multiplier,
+        layered: bool = False,
+    ):
         functools.update_wrapper(self, reference)
+        self.norm_factor = norm_factor
         self.reference, self.kernel, self.pack = reference, kernel, pack
         self.rule = reference.op.step
-        self.plans = plans.Plans(self.__name__, plans.BLOCK, writes=True)
+        self.plans = plans.Plans(self.__name__, plans.BLOCK, writes=True, layered=layered)
         self.hyper_tables: dict[tuple, list[Tensor]] = {}
         self.planned: dict[int, PlannedStep] = {}
         self._handles = itertools.count(1)
@@ -57,8 +68,8 @@ class StepOp:
         if not params:
             return
         on_host = hyper.device.type == "cpu"
-        used = self.rule.keeps_state(hyper) if on_host else have_states(params, states, groups, len(hyper))
-        alike = [2 + len(states) * keeps for keeps in used]
+        used = self.rule.kept_states(hyper) if on_host else have_states(params, states, groups, len(hyper))
+        alike = [2 + kept for kept in used]
         more = one_each(len(params), *more)
         averages, numbers, elements = more
         live = None if tail is None or tail.is_cpu else tail
