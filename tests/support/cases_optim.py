@@ -134,7 +134,6 @@ ADAMW = OptimizerCase(
         "eps": (1e-3, 0.1),
         "maximize": (True, False),
     },
-    takes_complex=False,
     not_with_sparse=(({}, "AdamW"),),
     counts=True,
     takes_other_dtypes=False,

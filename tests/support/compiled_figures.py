@@ -18,7 +18,7 @@ import torch
 import triton
 from gate_variants import compiled_histogram, compiled_over_pairs, compiled_over_parameters, compiled_step
 
-from gradrep_kernels.ops.triton.addressing import POINTERS
+from gradrep_kernels.ops.triton.addressing import POINTERS, multiplier
 from gradrep_kernels.ops.triton.joint_histogram import private_cells
 from gradrep_kernels.ops.triton.pair_ranges import BLOCK, PLACES, channel_ranges_kernel, pair_ranges_kernel
 from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm_kernel
@@ -44,7 +44,7 @@ CUDA = {  # kernels as the compiler names them
 def triton_kernels(target: str) -> dict[str, compile_gate.Compiled]:
     step, pairs = functools.partial(compiled_step, rep_sgd_step_kernel, torch.float32, target), compiled_over_pairs
     over_parameters = functools.partial(compiled_over_parameters, dtype=torch.float32, target=target)
-    types, width = {"partial": "*fp32", "factor": "*fp32"}, {"WIDTH": POINTERS.value}
+    types, width = {"partial": "*fp32", "factor": "*fp32"}, {"WIDTH": POINTERS.value, "FACTOR": multiplier}
     return {
         "rep_sgd_step, Triton": step(),
         "rep_sgd_step, Triton, clipped, with an average and its state in bfloat16": step(("clip",), True, 1),

@@ -23,22 +23,31 @@ POINTERS = {"displacements": "*i32", "bins": "*i32", "counts": "*i64", "n": "*i6
 """Of the kernels over pairs of pixels."""
 
 
-def compiled_over_parameters(kernel, dtype, target, types, constants, **variant) -> compile_gate.Compiled:
+def compiled_over_parameters(
+    kernel, dtype, target, types, constants, many_states: bool = False, **variant
+) -> compile_gate.Compiled:
     """`variant` are the constants by which launches differ, as `plans.options` takes them."""
     constants = {"DTYPE": plans.TRITON_DTYPE[dtype], "BLOCK": plans.BLOCK[dtype], **constants, **variant}
-    options = plans.options(dtype, compile_gate.TARGETS[target].warp_size, **variant)
+    options = plans.options(dtype, compile_gate.TARGETS[target].warp_size, many_states=many_states, **variant)
     return compile_gate.compile_variant(kernel, {**TABLES, **types}, constants, target, **options)
 
 
 def compiled_step(
-    kernel, dtype, target, given: Collection[str] = (), averaged: bool = False, narrow: int = 0
+    kernel,
+    dtype,
+    target,
+    given: Collection[str] = (),
+    averaged: bool = False,
+    narrow: int = 0,
+    many_states: bool = False,
 ) -> compile_gate.Compiled:
     """A step in the variant of launches that have those of OPTIONAL which are `given`."""
     wide = TYPE[plans.COMPUTE[dtype]]
     types = {"hyper": wide, **dict.fromkeys(NUMBERS, "i64")}
     types |= {"grad_scale": wide, "found_inf": "*fp32", "clip": wide, "tail": "*i64"}
     constants = {name: None for name in OPTIONAL if name not in given}
-    return compiled_over_parameters(kernel, dtype, target, types, constants, AVERAGED=averaged, NARROW=narrow)
+    variant = {"AVERAGED": averaged, "NARROW": narrow}
+    return compiled_over_parameters(kernel, dtype, target, types, constants, many_states, **variant)
 
 
 def compiled_over_pairs(

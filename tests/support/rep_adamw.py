@@ -57,9 +57,11 @@ class BranchedAdamW(torch.optim.AdamW):
                 state, (beta1, beta2), lr = self.state[p], map(float, group["betas"]), float(group["lr"])
                 t = float(state["step"])
                 v = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-                alpha = masks[p].sqrt().to(p.dtype)
-                m_hat, v_hat = state["exp_avg"] / (1 - beta1**t), v / (1 - beta2**t)
-                if p.is_complex():
-                    raise NotImplementedError("the oracle has no complex weights with masks")
+                alpha = masks[p].sqrt().to(p.real.dtype)
+                m, old = state["exp_avg"], before[p]
+                if p.is_complex():  # pairs of real numbers
+                    m, v, old, alpha = *map(torch.view_as_real, (m, v, old)), alpha.unsqueeze(-1)
+                m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
                 branch = m_hat * alpha / (alpha * v_hat.sqrt() + group["eps"])
-                p.copy_(before[p] * (1 - lr * float(group["weight_decay"])) - lr * alpha * branch)
+                new = old * (1 - lr * float(group["weight_decay"])) - lr * alpha * branch
+                p.copy_(torch.view_as_complex(new.contiguous()) if p.is_complex() else new)

@@ -136,7 +136,7 @@ def _dealt(factor: Tensor | None, p: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
 def real(t: Tensor) -> Tensor:
     """Complex numbers as pairs of real ones, which AdamW updates each on its own, as torch's does."""
-    return torch.view_asreal(t) if t.is_complex() else t
+    return torch.view_as_real(t) if t.is_complex() else t
 
 
 def like(t: Tensor, stored: Tensor) -> Tensor:

@@ -44,15 +44,28 @@ BLOCK = {torch.float32: 1024, torch.float64: 512, torch.bfloat16: 1024, torch.fl
 
 @functools.cache
 def options(
-    dtype: torch.dtype, lanes: int = 64 if torch.version.hip else 32, AVERAGED: bool = False, NARROW: int = 0
+    dtype: torch.dtype,
+    lanes: int = 64 if torch.version.hip else 32,
+    AVERAGED: bool = False,
+    NARROW: int = 0,
+    *,
+    many_states: bool = False,
 ) -> dict[str, Any]:
     """Compile options of the kernels over parameters, for a variant of the step. `lanes` is the size of a warp."""
     # With 128 threads on AMD the step of float32 would need 66 registers of 64.
     threads = 256 if dtype == torch.float64 or (dtype == torch.float32 and lanes == 64) else 128
     if NARROW:  # with two counters of random bits in a thread it would need 66 registers, 74 on AMD
         threads = max(threads, BLOCK[dtype] * (COMPUTE[dtype] if AVERAGED else dtype).itemsize // 16)
+    limit = {}
+    if many_states:
+        # Three states and the |α| need 82 to 114 registers with 256 threads, and up to 152 with 128, where 16-bit
+        # tensors have accesses of 128 bits. Two and three blocks fit a multiprocessor, with 24 KB and more on their
+        # way. Left to itself, ptxas keeps to 80 or 128, and spills.
+        threads = 128 if dtype.itemsize == 2 else 256
+        if lanes == 32:
+            limit = {"maxnreg": 128 if threads == 256 else 168}
     # A product and a sum contracted to one FMA would differ from the reference in the last bit of 18 % of the elements.
-    return {"num_warps": threads // lanes, "enable_fp_fusion": False}
+    return {"num_warps": threads // lanes, "enable_fp_fusion": False, **limit}
 
 
 # ---- from shapes to launches
@@ -189,10 +202,18 @@ class Plans:
         chunk:  dtype -> elements that one program works on
         writes: whether the op writes to the tensors. They must not overlap then, since programs run in any order
         layered: whether scales are several multipliers, one behind the other
+        many_states: whether there are more than two, as `options` wants to know
     """
 
-    def __init__(self, op: str, chunk: Mapping[torch.dtype, int], writes: bool, layered: bool = False):
-        self.op, self.chunk, self.writes, self.layered = op, chunk, writes, layered
+    def __init__(
+        self,
+        op: str,
+        chunk: Mapping[torch.dtype, int],
+        writes: bool,
+        layered: bool = False,
+        many_states: bool = False,
+    ):
+        self.op, self.chunk, self.writes, self.layered, self.many_states = op, chunk, writes, layered, many_states
         self.plans: dict[tuple[Entry, ...], Plan] = {}
         self.calls: dict[tuple, list[Call]] = {}
 
@@ -332,7 +353,8 @@ class Plans:
 
     def launch(self, batch: Batch, kernel: Any, *arguments: Any, **variant: Any) -> None:
         """Launch a kernel over the batch. `variant` are the constants by which variants of it differ."""
+        made = options(batch.dtype, many_states=self.many_states, **variant)
         launching.launch(
             self.op, batch.device, batch.dtype, kernel, len(batch.chunks), batch.chunks, batch.geometry, *arguments,
-            DTYPE=TRITON_DTYPE[batch.dtype], BLOCK=BLOCK[batch.dtype], **variant, **options(batch.dtype, **variant),
+            DTYPE=TRITON_DTYPE[batch.dtype], BLOCK=BLOCK[batch.dtype], **variant, **made,
         )  # fmt: skip

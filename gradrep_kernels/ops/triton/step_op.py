@@ -55,7 +55,9 @@ class StepOp:
         self.norm_factor = norm_factor
         self.reference, self.kernel, self.pack = reference, kernel, pack
         self.rule = reference.op.step
-        self.plans = plans.Plans(self.__name__, plans.BLOCK, writes=True, layered=layered)
+        self.plans = plans.Plans(
+            self.__name__, plans.BLOCK, writes=True, layered=layered, many_states=len(self.rule.states) > 2
+        )
         self.hyper_tables: dict[tuple, list[Tensor]] = {}
         self.planned: dict[int, PlannedStep] = {}
         self._handles = itertools.count(1)
