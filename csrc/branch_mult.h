@@ -136,16 +136,16 @@ struct BranchFactors {
   template <typename T>
   using One = BranchMultiplier<T>;
 
-  std::vector<std::optional<Tensor>> factors, identities;
+  std::vector<std::optional<Tensor>> scales, identities;  // scales: the factors
 
   size_t size() const {
-    STD_TORCH_CHECK(factors.size() == identities.size(), "factors and identities must be lists of one length");
-    return factors.size();
+    STD_TORCH_CHECK(scales.size() == identities.size(), "factors and identities must be lists of one length");
+    return scales.size();
   }
 
   template <typename T>
   BranchMultiplier<T> of(size_t k, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) const {
-    return BranchMultiplier<T>(factors[k], identities[k], sizes, strides);
+    return BranchMultiplier<T>(scales[k], identities[k], sizes, strides);
   }
 };
 

@@ -47,13 +47,24 @@ class OneNumber {
 // The parts of multipliers that kernels read. They live as long as this does, or as a CUDA graph does.
 class MultParts {
  public:
-  // The multiplier of `like` (dense). `launch` runs what a copy needs, after it and on its stream.
+  // The multiplier of `like` (dense). `launch` runs what a copy needs, after it and on its stream. `layered`: the scale
+  // is several multipliers, one behind the other.
   template <typename T, typename Launch>
   PlacedMult<T> place(const Tensor& like, const std::optional<Tensor>& scale, const std::optional<Tensor>& identity,
-                      const Launch& launch) {
+                      const Launch& launch, bool layered = false) {
     const Shape shape{to_sizes(like.sizes()), to_sizes(like.strides())};
     if (!scale) return {address_without_multiplier(shape)};
-    const Shape own{to_sizes(scale->sizes()), to_sizes(scale->strides())};
+    Shape own{to_sizes(scale->sizes()), to_sizes(scale->strides())};
+    Sizes layers;
+    int64_t layer_stride = 0;
+    if (layered) {
+      STD_TORCH_CHECK(own.sizes.size() == shape.sizes.size() + 1 && own.sizes[0] >= 2,
+                      "factors must have shape [1 + B, ...], with the dimensions of their parameter behind");
+      layers = {own.sizes[0]};
+      layer_stride = own.strides[0];
+      own.sizes.erase(own.sizes.begin());
+      own.strides.erase(own.strides.begin());
+    }
     STD_TORCH_CHECK(on_one_device(like, *scale) && broadcast_strides(shape.sizes, own.sizes, own.strides),
                     "a Grad Mult must lie on its parameter's device and broadcast to it");
     if (identity) {
@@ -61,8 +72,15 @@ class MultParts {
       STD_TORCH_CHECK(on_one_device(like, *identity), "an identity must lie on its parameter's device");
     }
     if (like.numel() == 0) return {address_without_multiplier(shape)};
-    const Reading reading =
-        reading_of(shape, own, is_computed_in<T>(*scale), identity.has_value(), launch.most_of_piece());
+    Reading reading = reading_of(shape, own, is_computed_in<T>(*scale), identity.has_value(), launch.most_of_piece());
+    if (layered) {
+      // The fronts pass other layouts to the reference (ops/cpp/step.py).
+      STD_TORCH_CHECK(reading.from != Reading::kDense, "factors do not fit the layout of their parameter");
+      reading.address.layers = layers[0];
+      reading.address.layer_stride = reading.from == Reading::kAsItIs ? layer_stride : count_of(reading.copy);
+      STD_TORCH_CHECK(reading.address.last() <= INT32_MAX, "factors have too many elements");
+      reading.copy.insert(reading.copy.begin(), layers[0]);
+    }
     PlacedMult<T> placed{reading.address};
     const T* ones = nullptr;
     if (identity) {

@@ -25,7 +25,7 @@ struct PlacedRow {
 
   // A piece of a tensor whose multiplier is at `mult` and `ones` (or null).
   void take(const Piece& piece, const T* mult, const T* ones) {
-    bool constant = ones == nullptr;
+    bool constant = ones == nullptr && piece.address.layers == 1;
     for (const Level& level : piece.address.levels) constant = constant && (level.size == 1 || level.stride == 0);
     form = mult == nullptr ? Form::kNone : constant ? Form::kConstant : Form::kGeneral;
     scale = mult == nullptr ? nullptr : mult + piece.scale;
@@ -38,6 +38,41 @@ struct PlacedRow {
   GRADREP_HD GRADREP_INLINE T constant() const { return form == Form::kConstant ? *scale : T(1); }
   // M where it is not.
   GRADREP_HD GRADREP_INLINE T multiplier(uint32_t place) const { return places.multiplier(place, scale, identity); }
+
+  // The layers of a scale at a place: G, and then the |α| of the branches that reach it. Where there is no scale, G and
+  // one α are 1.
+  struct Layers {
+    const T *at, *identity;
+    uint32_t count, stride;
+
+    GRADREP_HD GRADREP_INLINE T first() const { return at == nullptr ? T(1) : *at; }
+    // f(|α|) for each, the identity's last.
+    template <typename F>
+    GRADREP_HD GRADREP_INLINE void each_alpha(const F& f) const {
+      if (at == nullptr) {
+        f(T(1));
+        return;
+      }
+#if defined(__CUDACC__)
+#pragma unroll 1
+#endif
+      for (uint32_t n = 1; n < count; ++n) f(at[n * stride]);
+      if (identity != nullptr) f(*identity);
+    }
+  };
+  GRADREP_HD GRADREP_INLINE Layers layers(uint32_t place) const {
+    if (form == Form::kNone) return {nullptr, nullptr, 0, 0};
+    const MultPlaces::Found found = places.find(place, identity != nullptr);
+    return {scale + found.index, found.tap ? identity + found.outer : nullptr, places.layers, places.layer_stride};
+  }
+
+  // M of the gradient norm where it is not one number: of layers it is Σ α².
+  GRADREP_HD GRADREP_INLINE T norm_multiplier(uint32_t place) const {
+    if (places.layers == 1) return multiplier(place);
+    T m = 0;
+    layers(place).each_alpha([&](T alpha) { m = m + alpha * alpha; });
+    return m;
+  }
 };
 
 // What a block works on: the places [begin, end) of a row, in accesses of 16 bytes up to wide_end.

@@ -5,6 +5,7 @@
 //     index in scale = outer * outer_stride + middle * middle_stride + inner * inner_stride:
 // [O, 1, kh, kw] takes O, I, kh·kw for a contiguous weight and O, kh·kw, I for channels_last. A dense scale is one
 // level. The identity's tap of output channel o is at (o mod channels) * tap_step + tap_first of its outer row.
+// A scale may have layers: several multipliers, one behind the other. The index is then that of the first.
 //
 // Reads downwards: the address of a multiplier -> its pieces, which 32-bit indices reach -> what a kernel is told and
 // does.
@@ -28,12 +29,12 @@ struct Shape {
 
 struct Address {
   std::array<Level, 3> levels;
-  int64_t channels = 1, tap_step = 0, tap_first = 0;
+  int64_t channels = 1, tap_step = 0, tap_first = 0, layers = 1, layer_stride = 0;
 
   int64_t row() const { return levels[1].size * levels[2].size; }
   // Of the elements of scale that it reads, the last.
   int64_t last() const {
-    int64_t index = 0;
+    int64_t index = (layers - 1) * layer_stride;
     for (const Level& level : levels) index += (level.size - 1) * level.stride;
     return index;
   }
@@ -147,7 +148,7 @@ inline Reading reading_of(const Shape& param, const Shape& scale, bool as_it_is,
 
 struct MultPlaces {
   Division by_row, by_inner, by_channels;
-  uint32_t outer_stride, middle_stride, inner_stride, phase, tap_step, tap_first;
+  uint32_t outer_stride, middle_stride, inner_stride, phase, tap_step, tap_first, layers, layer_stride;
 
   MultPlaces() = default;
   explicit MultPlaces(const Piece& piece)
@@ -159,19 +160,31 @@ struct MultPlaces {
         inner_stride(static_cast<uint32_t>(piece.address.levels[2].stride)),
         phase(static_cast<uint32_t>(piece.identity % piece.address.channels)),
         tap_step(static_cast<uint32_t>(piece.address.tap_step)),
-        tap_first(static_cast<uint32_t>(piece.address.tap_first)) {}
+        tap_first(static_cast<uint32_t>(piece.address.tap_first)),
+        layers(static_cast<uint32_t>(piece.address.layers)),
+        layer_stride(static_cast<uint32_t>(piece.address.layer_stride)) {}
+
+  // What belongs to a place of the piece: an element of the scale, and of the identity where there is one.
+  struct Found {
+    uint32_t index, outer;
+    bool tap;
+  };
+  GRADREP_HD GRADREP_INLINE Found find(uint32_t place, bool has_identity) const {
+    const uint32_t outer = by_row.quotient(place), within = place - outer * by_row.by;
+    const uint32_t middle = by_inner.quotient(within), inner = within - middle * by_inner.by;
+    const uint32_t index = outer * outer_stride + middle * middle_stride + inner * inner_stride;
+    if (!has_identity) return {index, outer, false};
+    const uint32_t shifted = outer + phase;
+    const uint32_t channel = shifted - by_channels.quotient(shifted) * by_channels.by;
+    return {index, outer, within == channel * tap_step + tap_first};
+  }
 
   // M at a place of the piece. `identity` may be null.
   template <typename T>
   GRADREP_HD GRADREP_INLINE T multiplier(uint32_t place, const T* scale, const T* identity) const {
-    const uint32_t outer = by_row.quotient(place), within = place - outer * by_row.by;
-    const uint32_t middle = by_inner.quotient(within), inner = within - middle * by_inner.by;
-    T m = scale[outer * outer_stride + middle * middle_stride + inner * inner_stride];
-    if (identity != nullptr) {
-      const uint32_t shifted = outer + phase;
-      const uint32_t channel = shifted - by_channels.quotient(shifted) * by_channels.by;
-      if (within == channel * tap_step + tap_first) m = m + identity[outer];
-    }
+    const Found found = find(place, identity != nullptr);
+    T m = scale[found.index];
+    if (found.tap) m = m + identity[found.outer];
     return m;
   }
 };

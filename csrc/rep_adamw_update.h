@@ -22,6 +22,7 @@ struct AdamwUpdate {
   static constexpr const char* kOp = "rep_adamw_step";
   static constexpr int kStates = 3;  // arrays per parameter: m, v, and with amsgrad the greatest v
   using Multipliers = BranchFactors;
+  static constexpr bool kLayered = true;
 
   // A variant is 2 with amsgrad, and one more where m moves from the gradient's end: 1 - β1 is 0.5 and more then.
   static constexpr int kVariants = 4;

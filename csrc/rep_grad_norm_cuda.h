@@ -46,7 +46,7 @@ struct NormWork : LaunchRows<S, NormRow<S>, sizeof(void*)> {
     T sums[part] = {};
     const auto add = [&](int lane, T g, uint32_t at) {
       const T square = g * g;
-      sums[lane] = sums[lane] + (general ? row.multiplier(at) : constant) * square;
+      sums[lane] = sums[lane] + (general ? row.norm_multiplier(at) : constant) * square;
     };
     for (uint32_t at = chunk.begin + thread * width; at < chunk.wide_end; at += kThreads * width) {
       Together<S, width> elements;

@@ -12,7 +12,8 @@
 // Reads downwards: hyper-parameters -> the rows of a launch -> what a block does -> the launches of one dtype.
 //
 // The update is a type as step_plan.h lists it. Of its members this file needs kStates, kVariants, Hyper, Numbers,
-// reads_states and element, for host and device.
+// reads_states and element, for host and device. One that has kLayered gets the layers of a scale in place of M, and has
+// moments, added and moved in place of element, as rep_adamw_update.h.
 #pragma once
 
 #include "launch_rows.h"
@@ -21,6 +22,9 @@
 #include <utility>
 
 namespace gradrep {
+
+template <typename Update>
+constexpr bool is_layered = requires { Update::kLayered; };
 
 // ---- hyper-parameters
 
@@ -232,6 +236,16 @@ struct StepBlock<Update, S, kKind, std::index_sequence<state...>> {
     }
   }
 
+  template <int kVariant, typename... States>
+  GRADREP_HD GRADREP_INLINE void layered_element(T& p, T g, uint32_t place, States&... states) const {
+    const auto layers = row.layers(place);
+    const auto shared = Update::template moments<kVariant>(g * layers.first(), hyper.numbers, states...);
+    T sum = 0;
+    layers.each_alpha(
+        [&](T alpha) { sum = sum + Update::template added<T>(shared.n, shared.s, alpha, hyper.numbers); });
+    p = Update::template moved<T>(p, sum, hyper.numbers);
+  }
+
   // n elements that begin at a place: one, or as many as one access reads where all tensors are aligned.
   template <int n>
   GRADREP_HD GRADREP_INLINE void step(uint32_t at) const {
@@ -257,18 +271,22 @@ struct StepBlock<Update, S, kKind, std::index_sequence<state...>> {
       if (kTail || hyper.maximize)
 #pragma unroll
         for (int i = 0; i < part; ++i) d[i] = kTail ? d[i] * factor : -d[i];
-      if (row.form == Form::kConstant)
+      if (!is_layered<Update> && row.form == Form::kConstant)
 #pragma unroll
         for (int i = 0; i < part; ++i) d[i] = d[i] * constant;
-      if (row.form == Form::kGeneral)
+      if (!is_layered<Update> && row.form == Form::kGeneral)
 #pragma unroll
         for (int i = 0; i < part; ++i) d[i] = d[i] * row.multiplier(at + k * part + i);
       p.read(wide_p);
       (s[state].read(wide_s[state]), ...);
       with_variant<0, Update::kVariants>(variant, [&](auto fixed) {
 #pragma unroll
-        for (int i = 0; i < part; ++i)
-          Update::template element<decltype(fixed)::value>(wide_p[i], d[i], T(1), hyper.numbers, wide_s[state][i]...);
+        for (int i = 0; i < part; ++i) {
+          if constexpr (is_layered<Update>)
+            layered_element<decltype(fixed)::value>(wide_p[i], d[i], at + k * part + i, wide_s[state][i]...);
+          else
+            Update::template element<decltype(fixed)::value>(wide_p[i], d[i], T(1), hyper.numbers, wide_s[state][i]...);
+        }
       });
       p.write(wide_p);
       (write_state<n>(s[state], wide_s[state], at + k * part, state), ...);

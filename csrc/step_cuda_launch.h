@@ -6,9 +6,13 @@
 
 namespace gradrep {
 
-// Four blocks of a multiprocessor: 64 registers. 49 KB are on their way then, twice what memory at 4.3 TB/s needs.
+// Four blocks of a multiprocessor: 64 registers. 49 KB are on their way then, twice what memory at 4.3 TB/s needs. With
+// three states it is two blocks, 128 registers and 32 KB.
+template <typename Update>
+constexpr int kStepBlocks = Update::kStates > 2 ? 2 : 4;
+
 template <typename Update, typename S, TailKind kKind>
-__global__ void __launch_bounds__(kThreads, 4) step_kernel(const __grid_constant__ StepWork<Update, S> work) {
+__global__ void __launch_bounds__(kThreads, kStepBlocks<Update>) step_kernel(const __grid_constant__ StepWork<Update, S> work) {
   static_assert(sizeof(work) <= kMostParameters);
   step_block<kKind>(work, blockIdx.x, threadIdx.x);
 }

@@ -3,7 +3,8 @@
 // launches them. Nothing waits for the device.
 //
 // Launcher runs works of step_cuda.h and mult_places.h, on the device and the stream of a tensor: the kernels', or the
-// tests' on the CPU. Update is as step_plan.h lists it, and its Multipliers are GradMults.
+// tests' on the CPU. Update is as step_plan.h lists it, and its Multipliers are GradMults, or BranchFactors where it is
+// layered.
 #pragma once
 
 #include "cuda_mult.h"
@@ -20,7 +21,7 @@ class CudaStepPlan : public PlannedStep {
   using States = typename Tensors::States;
 
   // Without `first_steps` the plan is made for many steps, none of which is the first of a parameter.
-  CudaStepPlan(const std::vector<Tensor>& params, const States& states, const GradMults& multipliers,
+  CudaStepPlan(const std::vector<Tensor>& params, const States& states, const typename Update::Multipliers& multipliers,
                const std::vector<int64_t>& groups, const std::vector<bool>* first_steps, const TailColumns& tail) {
     tensors_.reserve(params.size());
     Tensors::each(Update::kOp, params, states, multipliers.size(), groups, first_steps, tail,
@@ -35,8 +36,8 @@ class CudaStepPlan : public PlannedStep {
       has_averages_ = has_averages_ || from.average.has_value();
       has_doubles_ = has_doubles_ || from.dtype == aoti_torch_dtype_float64();
       launches_[from.has_narrow_states()].with(from.dtype, [&]<typename S>(StepLaunches<Update, S>& launches) {
-        const auto mult =
-            parts_.template place<Arithmetic<S>>(from.param, multipliers.scales[k], multipliers.identities[k], launch);
+        const auto mult = parts_.template place<Arithmetic<S>>(
+            from.param, multipliers.scales[k], multipliers.identities[k], launch, is_layered<Update>);
         launches.add(k, mult, launch.most_of_piece(), [&](StepRow<Update, S>& row, const Piece& piece) {
           row.group = static_cast<int32_t>(from.group);
           row.first = from.first;

@@ -333,7 +333,7 @@ def _planner(backend: str, op: str, device: str) -> Planner | None:
     loaded = [_load(backend, row.name, device) for row in plan_ops(OPS[op])]
     if any(isinstance(reason, str) for reason in loaded):
         return None
-    return Planner(*loaded, takes)
+    return Planner(*loaded, functools.partial(takes, layered=OPS[op].step.layered))
 
 
 def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[dict[str, str]]:

@@ -56,9 +56,9 @@ class StepRule:
     states: tuple[str, ...]  # the columns with the optimizer's arrays
     multipliers: tuple[str, ...]  # the columns with the parts of the multipliers, of which any entry may be None
     hyper: tuple[str, ...]  # the columns of the table of hyper-parameters: names of a param group's entries
-    kept_states: Callable[
-        [Tensor], Sequence[int]
-    ]  # table [G, H] -> how many of its states each row uses, from the first
+    # From the table [G, H]: how many of its states each row uses, counted from the first.
+    kept_states: Callable[[Tensor], Sequence[int]]
+    layered: bool = False  # whether the first of the multipliers is several, one behind the other: [1 + B, ...]
 
     @property
     def columns(self) -> tuple[str, ...]:

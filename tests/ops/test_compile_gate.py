@@ -107,7 +107,10 @@ def test_neighbours_share_the_counter_of_their_random_bits(target):
 @pytest.mark.parametrize("target", compile_gate.TARGETS)
 @pytest.mark.parametrize("dtype", plans.COMPUTE, ids=str)
 def test_rep_grad_norm(dtype, target):
-    types, constants = {"partial": TYPE[plans.COMPUTE[dtype]]}, {"WIDTH": POINTERS.value, "FACTOR": addressing.multiplier}
+    types, constants = (
+        {"partial": TYPE[plans.COMPUTE[dtype]]},
+        {"WIDTH": POINTERS.value, "FACTOR": addressing.multiplier},
+    )
     made = compiled_over_parameters(rep_grad_norm_kernel, dtype, target, types, constants)
     assert made.wide_loads >= accesses(dtype, target)
     assert made.claims_of_alignment() == [True]

@@ -25,8 +25,10 @@ class OnGpu:
     def __init__(self):
         self.step = implementations.get("rep_sgd_step", "cuda", "cuda")
         self.scale = implementations.get("scale_gradients_", "cuda", "cuda")
+        self.adamw_step = implementations.get("rep_adamw_step", "cuda", "cuda")
         with backends.use_backend("cuda"):
             self.planner = backends.planner("rep_sgd_step", "cuda")
+            self.adamw_planner = backends.planner("rep_adamw_step", "cuda")
 
     @contextlib.contextmanager
     def capture(self) -> Iterator:

@@ -2,6 +2,7 @@
 // the CPU, on CPU tensors. They are registered as
 // gradrep_emulated::rep_sgd_step and so on, whose schemas the test defines.
 #include "emulated_threads.h"
+#include "rep_adamw_ops.h"
 #include "rep_grad_norm_cuda_op.h"
 #include "rep_sgd_ops.h"
 #include "scale_gradients_cuda_op.h"
@@ -91,7 +92,10 @@ struct Emulator {
 static_assert(sizeof(StepWork<SgdUpdate, float>) <= kMostParameters);
 static_assert(sizeof(StepWork<SgdUpdate, double>) <= kMostParameters);
 
+static_assert(sizeof(StepWork<AdamwUpdate, double>) <= kMostParameters);
+
 using SgdPlan = CudaStepPlan<SgdUpdate, Emulator>;
+using AdamwPlan = CudaStepPlan<AdamwUpdate, Emulator>;
 
 void second_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> fast,
                  std::vector<Tensor> slow, std::vector<std::optional<Tensor>> scales,
@@ -123,6 +127,11 @@ STABLE_TORCH_LIBRARY_IMPL(gradrep_emulated, CPU, m) {
   m.impl("rep_grad_norm", TORCH_BOX(&rep_grad_norm<Emulator>));
   m.impl("scale_gradients_", TORCH_BOX(&scale_gradients_<Emulator>));
   m.impl("second_step", TORCH_BOX(&second_step));
+  m.impl("rep_adamw_step", TORCH_BOX(&rep_adamw_step<AdamwPlan>));
+  m.impl("rep_adamw_plan", TORCH_BOX(&rep_adamw_plan<AdamwPlan>));
+  m.impl("rep_adamw_plan_step", TORCH_BOX(&take_planned_step));
+  m.impl("rep_adamw_plan_norm", TORCH_BOX(&take_planned_norm));
+  m.impl("rep_adamw_plan_free", TORCH_BOX(&free_planned_step));
   m.impl("rep_sgd_step", TORCH_BOX(&rep_sgd_step<SgdPlan>));
   m.impl("rep_sgd_plan", TORCH_BOX(&rep_sgd_plan<SgdPlan>));
   m.impl("rep_sgd_plan_step", TORCH_BOX(&take_planned_step));

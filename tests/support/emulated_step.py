@@ -29,7 +29,7 @@ SECOND_STEP = (
     "Tensor?[] identities, bool[] first_steps, int[] groups, Tensor hyper, "
     "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? tail=None) -> ()"
 )
-OPS_OVER_PARAMETERS = ("rep_sgd_step", "rep_grad_norm", "scale_gradients_")
+OPS_OVER_PARAMETERS = ("rep_sgd_step", "rep_adamw_step", "rep_grad_norm", "scale_gradients_")
 
 
 class Device(ctypes.Structure):  # as in emulated_step.cpp
@@ -78,8 +78,11 @@ class Emulated:
             monkeypatch.setattr(front, "registered", lambda name: getattr(ops, name).default)
         self.step, self.norm = step_fronts.step_front("rep_sgd_step"), norm_front.rep_grad_norm
         self.scale, self.second_step = ops.scale_gradients_.default, ops.second_step.default
-        plan = (getattr(ops, row.name).default for row in plan_ops(OPS["rep_sgd_step"]))
-        self.planner = backends.Planner(*plan, step_fronts.takes)
+        self.adamw_step = step_fronts.step_front("rep_adamw_step")
+        self.planner, self.adamw_planner = (
+            backends.Planner(*(getattr(ops, row.name).default for row in plan_ops(OPS[op])), step_fronts.takes)
+            for op in ("rep_sgd_step", "rep_adamw_step")
+        )
 
     def rows_of_a_launch(self) -> int:
         """How many parameters of float32 one launch of the step has room for."""

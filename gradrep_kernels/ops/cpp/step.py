@@ -28,12 +28,16 @@ def takes(
     average: Tensor | None = None,
     elements: Tensor | None = None,
     stochastic: bool = False,
+    layered: bool = False,
 ) -> bool:
     """Tell whether a kernel can update `p`: its tensors share shape, device, a dtype of DTYPES, and dense strides.
 
-    States may be in bfloat16, all or none of them, where they are rounded by random bits.
+    States may be in bfloat16, all or none of them, where they are rounded by random bits. On a GPU, where a multiplier
+    has layers, `p` must be contiguous or channels_last.
     """
     if p.dtype not in DTYPES or not is_dense(p):
+        return False
+    if layered and not p.is_cpu and not (p.is_contiguous() or is_channels_last(p)):
         return False
     if elements is not None and not (elements.is_cpu and elements.dtype == torch.int64 and elements.numel() == 1):
         return False
@@ -46,6 +50,10 @@ def takes(
         t.dtype == dtype and t.device == p.device and t.shape == p.shape and alike(p.shape, t.stride(), p.stride())
         for t, dtype in others
     )
+
+
+def is_channels_last(p: Tensor) -> bool:
+    return p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
 
 
 def step_front(name: str) -> Callable[..., None]:
@@ -73,7 +81,7 @@ def step_front(name: str) -> Callable[..., None]:
             p, grad, states, _, _, group = rule.taken_apart(row)
             average, _, elements = tail_row
             used = states[: kept[group]]
-            if takes(p, grad, used, average, elements, stochastic):
+            if takes(p, grad, used, average, elements, stochastic, rule.layered):
                 taken.setdefault(p.device, []).append((*row, *tail_row))
                 tensors.setdefault(p.device, []).append((p, grad, *used, *(() if average is None else (average,))))
             else:

@@ -27,7 +27,9 @@ def kept_states(hyper: Tensor) -> list[int]:
 @op(
     "one AdamW update of all parameters of all groups, summed over the branches that each weight stands for",
     writes=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "averages"),
-    step=StepRule(("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"), ("factors", "identities"), HYPER, kept_states),
+    step=StepRule(
+        ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"), ("factors", "identities"), HYPER, kept_states, layered=True
+    ),
 )
 @torch.no_grad()
 def rep_adamw_step(

@@ -118,7 +118,7 @@ def pack(hyper: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack(columns, dim=1).to(dtype)
 
 
-rep_adamw_step = StepOp(reference.rep_adamw_step, rep_adamw_step_kernel, pack, _squares, layered=True)
+rep_adamw_step = StepOp(reference.rep_adamw_step, rep_adamw_step_kernel, pack, _squares)
 
 rep_adamw_plan, rep_adamw_plan_step = rep_adamw_step.plan, rep_adamw_step.plan_step
 rep_adamw_plan_norm, rep_adamw_plan_free = rep_adamw_step.plan_norm, rep_adamw_step.plan_free

@@ -40,7 +40,6 @@ class StepOp:
         kernel:    a @triton.jit function that takes step_frame.TENSORS and NUMBERS, AVERAGED, NARROW, DTYPE and BLOCK
         pack:      (hyper, dtype) -> the kernel's table of hyper-parameters, one row per group, in that dtype
         norm_factor: M of the gradient norm, a device function as FACTOR of step_frame
-        layered:   whether scales are several multipliers, one behind the other
     """
 
     def __init__(
@@ -49,14 +48,13 @@ class StepOp:
         kernel: Any,
         pack: Callable[[Tensor, torch.dtype], Tensor],
         norm_factor: Any = multiplier,
-        layered: bool = False,
     ):
         functools.update_wrapper(self, reference)
         self.norm_factor = norm_factor
         self.reference, self.kernel, self.pack = reference, kernel, pack
         self.rule = reference.op.step
         self.plans = plans.Plans(
-            self.__name__, plans.BLOCK, writes=True, layered=layered, many_states=len(self.rule.states) > 2
+            self.__name__, plans.BLOCK, writes=True, layered=self.rule.layered, many_states=len(self.rule.states) > 2
         )
         self.hyper_tables: dict[tuple, list[Tensor]] = {}
         self.planned: dict[int, PlannedStep] = {}
