@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial as bound
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ from gradrep_kernels.branches.convert import merge
 from gradrep_kernels.branches.csla import csla_model, extract_scales, hyper_search_model
 from gradrep_kernels.branches.pairs import floating_outputs
 from gradrep_kernels.branches.reinitialize import reinitialize
-from gradrep_kernels.branches.scales import Scales, grad_mults
+from gradrep_kernels.branches.scales import Scales, branch_scales, grad_mults
 from gradrep_kernels.dtensor import is_dtensor
-from gradrep_kernels.optim import FusedRepSGD, param_groups
+from gradrep_kernels.optim import FusedRepAdamW, FusedRepSGD, param_groups
 from gradrep_kernels.sgs.batches import Forward, call_of, draw
 from gradrep_kernels.sgs.passes import generators, random_states
 from gradrep_kernels.wrappers import unwrapped
@@ -80,14 +80,19 @@ def check_equivalence(
     weight_decay: float = 1e-4,
     partial: bool = False,
     tolerance: float = TOLERANCE,
+    optimizer: Literal["sgd", "adamw"] = "sgd",
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-4,
+    amsgrad: bool = False,
 ) -> Equivalence:
     """Train copies of a plain model both ways, in float64, and compare them.
 
         print(gr.csla.check_equivalence(model, scales, train_loader))
 
     One is `csla_model(model, scales)`, whose branches are real, with torch.optim.SGD. The other is the plain model
-    after `reinitialize`, with FusedRepSGD and `grad_mults`. Both start from the model's present weights, are in its
-    modes, see the same batches and draw the same random numbers (dropout).
+    after `reinitialize`, with FusedRepSGD and `grad_mults`. With optimizer="adamw" they have torch.optim.AdamW, and
+    FusedRepAdamW with `branch_scales`. Both start from the model's present weights, are in its modes, see the same
+    batches and draw the same random numbers (dropout).
 
     Args:
         scales:       as `grad_mults` takes them. None: the initial ones of a Hyper-Search, each channel's times a
@@ -98,26 +103,32 @@ def check_equivalence(
                       from random targets, which needs no labels.
         forward:      forward(model, batch) instead of the calls above.
         steps:        how many. Fewer are made where `batches` cannot be begun again, and `.steps` counts them.
-        lr, momentum, weight_decay: of both optimizers. The weight decay is that of `gr.param_groups`. Scales with
-                      constant branches need 0, for those decay with the merged kernel and not as branches.
+        lr, weight_decay: of both optimizers. The weight decay is that of `gr.param_groups`. Scales with constant
+                      branches need 0, for those decay with the merged kernel and not as branches.
+        momentum:     of SGD alone.
         partial:      scales may leave out convolutions and identity branches.
         tolerance:    for `.agrees`. Where outputs are larger than 1e3 or steps many, rounding alone may exceed 1e-10.
+        optimizer:    "sgd" or "adamw".
+        betas, eps, amsgrad: of AdamW alone. A bias before a batch norm has no gradient but rounding, 1e-17. AdamW
+                      divides that by `eps`: torch's default of 1e-8 lets such biases differ by 4e-10 after 60 steps,
+                      while outputs and other weights agree to 1e-14.
 
     The model, its gradients, modes and buffers, the random states and those of the loader are afterwards as before.
     Hooks on converted convolutions do not come along. A forward that computes a part in float32 differs by about 1e-7.
 
     Raises:
         TypeError:  no model, a batch of another kind, or a model that does not run in float64.
-        ValueError: scales that do not fit, a model that cannot be compared (sharded, no copies, nothing to train, other
-                    outputs for the same input), no batch, no floating-point output, a loss that is no scalar or reaches
-                    no converted convolution.
+        ValueError: an optimizer of another name, scales that do not fit, a model that cannot be compared (sharded, no
+                    copies, nothing to train, other outputs for the same input), no batch, no floating-point output, a
+                    loss that is no scalar or reaches no converted convolution.
         FloatingPointError: the training diverges.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an int, 1 or more, got {steps!r}")
+    if optimizer not in ("sgd", "adamw"):
+        raise ValueError(f"optimizer must be 'sgd' or 'adamw', got {optimizer!r}")
     model = unwrapped(model)
     _check_place(model)
-    hyper = {"lr": lr, "momentum": momentum}
     with _untouched(model, batches), torch.enable_grad():
         target = _double_copy(model)
         exact = _example_scales(target) if scales is None else {name: _double(value) for name, value in scales.items()}
@@ -125,9 +136,18 @@ def check_equivalence(
         explicit = csla_model(target, exact, partial=partial)
         _call_all(same_again)  # Both draw the same 1x1 kernels.
         reinitialize(target, exact, force=True, partial=partial)
-        mults = grad_mults(target, exact, partial=partial)
-        sgd = torch.optim.SGD(_trained(explicit, weight_decay), **hyper)
-        rep_sgd = FusedRepSGD(_trained(target, weight_decay), **hyper, grad_mults=mults)
+        groups, rep_groups = _trained(explicit, weight_decay), _trained(target, weight_decay)
+        plain: torch.optim.Optimizer
+        rep: FusedRepSGD | FusedRepAdamW
+        converted: Iterable[Tensor]
+        if optimizer == "sgd":
+            mults = converted = grad_mults(target, exact, partial=partial)
+            plain = torch.optim.SGD(groups, lr=lr, momentum=momentum)
+            rep = FusedRepSGD(rep_groups, lr=lr, momentum=momentum, grad_mults=mults)
+        else:
+            branched = converted = branch_scales(target, exact, partial=partial)
+            plain = torch.optim.AdamW(groups, lr, betas, eps, amsgrad=amsgrad)
+            rep = FusedRepAdamW(rep_groups, lr, betas, eps, amsgrad=amsgrad, branch_scales=branched)
         targets = torch.Generator().manual_seed(_SEED)
         largest, made = 0.0, 0
         for batch in _repeated(batches, steps):
@@ -135,13 +155,13 @@ def check_equivalence(
             if made == 0:
                 _check_repeatable(target, item, forward)
             state, same_again = targets.get_state(), random_states(_gpus(model))
-            expected = _step(explicit, sgd, item, batch, forward, loss or bound(_distance, targets))
+            expected = _step(explicit, plain, item, batch, forward, loss or bound(_distance, targets))
             targets.set_state(state)
             _call_all(same_again)
-            found = _step(target, rep_sgd, item, batch, forward, loss or bound(_distance, targets))
+            found = _step(target, rep, item, batch, forward, loss or bound(_distance, targets))
             if not all(bool(torch.isfinite(y).all()) for y in expected):
                 raise FloatingPointError(f"the outputs are not finite at step {made + 1}; an lr below {lr} may help")
-            if made == 0 and not any(w.grad is not None and bool(w.grad.any()) for w in mults):
+            if made == 0 and not any(w.grad is not None and bool(w.grad.any()) for w in converted):
                 raise ValueError("loss: no converted convolution has a gradient, so that there is nothing to compare")
             largest = max([largest, *(_difference(a, b) for a, b in zip(expected, found))])
             made += 1

@@ -133,6 +133,8 @@ class BranchFactors:
                     {"scale": branch.scale, "kernel_size": list(branch.kernel_size), "dilation": branch.dilation}
                     for branch in scales.others
                 ],
+                "constant_identity": scales.constant_identity,
+                "constant_average": scales.constant_average,
             }
         )
         mult = {"scale": self.mult.scale, "identity": self.mult.identity}
@@ -145,7 +147,9 @@ class BranchFactors:
         scales = None
         if branches is not None:
             others = [Branch(o["scale"], tuple(o["kernel_size"]), o["dilation"]) for o in branches["others"]]
-            scales = BranchScales(branches["kxk"], branches["one_by_one"], branches["identity"], others=others)
+            constants = {name: branches[name] for name in ("constant_identity", "constant_average")}
+            first = (branches["kxk"], branches["one_by_one"], branches["identity"])
+            scales = BranchScales(*first, others=others, **constants)
         diagonal = packed["diagonal"]
         return cls(scales, mult, packed["alphas"].detach().clone(), None if diagonal is None else diagonal.clone())
 

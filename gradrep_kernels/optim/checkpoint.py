@@ -85,7 +85,7 @@ class Loading:
         self._averages: str | None = None  # what is to be said of averages of the weights
 
     def judge(self, optimizer: Optimizer, hooked: dict[str, Any]) -> None:
-        """As the last pre-hook: raise ValueError, before anything is changed, where Grad Mults or sizes differ."""
+        """As the last pre-hook: raise ValueError where multipliers, sizes or rules differ. Nothing is changed then."""
         groups = optimizer.param_groups
         check_counts(hooked["param_groups"])
         sizes = _other_sizes(hooked, optimizer)
@@ -100,6 +100,7 @@ class Loading:
                 "the checkpoint's Grad Mults are not the live ones: "
                 f"{first_few(self._verdict.conflicts)}. Set the right ones first, or load with strict=False"
             )
+        _refuse_other_rules(hooked["param_groups"], optimizer)
         params = parameters_of(groups)
         self._restored = [(params[n], self._check(params[n], mult)) for n, mult in self._verdict.restored.items()]
 
@@ -148,6 +149,17 @@ def _about_averages(optimizer: Any) -> str | None:
 def _as_many(saved_groups: ParamGroups, groups: ParamGroups) -> bool:
     """Whether groups have as many parameters as those of a checkpoint. Torch refuses others, in its own words."""
     return [len(group["params"]) for group in saved_groups] == [len(group["params"]) for group in groups]
+
+
+def _refuse_other_rules(saved_groups: ParamGroups, optimizer: Any) -> None:
+    """Raise ValueError for a checkpoint of another optimizer. torch's load takes it, or fails half done."""
+    needed = [key for key in ("betas", "eps", "momentum") if key in optimizer.defaults]
+    missing = [key for key in needed if any(key not in group for group in saved_groups)]
+    if missing:
+        raise ValueError(
+            f"the checkpoint is of another optimizer than {type(optimizer).__name__}: its groups have no "
+            f"{' and no '.join(missing)}"
+        )
 
 
 def _saved_states(hooked: Mapping[str, Any], optimizer: Any) -> Iterator[tuple[int, Tensor, State, Tensor]]:

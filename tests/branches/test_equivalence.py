@@ -72,6 +72,41 @@ def test_it_holds_for_any_scales_and_hyper_parameters():
     assert 0 < max(found.outputs, found.weights) <= 1e-12
 
 
+@pytest.mark.parametrize("options", [{}, {"eps": 1e-2, "betas": (0.5, 0.9)}, {"amsgrad": True, "lr": 0.003}])
+def test_it_holds_for_adamw(options):
+    model = Net()
+    loss = {"loss": lambda y, batch: F.cross_entropy(y, batch[1]), "weight_decay": 0.1, "optimizer": "adamw"}
+    found = check_equivalence(model, random_scales(model), labelled(), steps=40, **loss, **options)
+    assert found.steps == 40
+    assert 0 < max(found.outputs, found.weights) <= 1e-12
+    assert str(found).startswith("CSLA = GR in float64 over 40 steps: outputs differ by at most ")
+    assert check_equivalence(model, None, images(), optimizer="adamw").agrees
+
+
+def test_options_of_adamw_are_taken(monkeypatch):
+    """Both optimizers get the same, and SGD's momentum goes to neither."""
+    made = []
+    for owner, name in ((torch.optim, "AdamW"), (equivalence, "FusedRepAdamW")):
+        right = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, right=right, **k: made.append(right(*a, **k)) or made[-1])
+    options = {"lr": 0.003, "betas": (0.5, 0.9), "eps": 1e-2, "amsgrad": True}
+    check_equivalence(Net(), None, images(), optimizer="adamw", momentum=0.5, weight_decay=0.2, steps=1, **options)
+    assert len(made) == 2
+    for optimizer in made:
+        groups = optimizer.param_groups
+        assert [group["weight_decay"] for group in groups] == [0.2, 0.0]
+        assert all({key: group[key] for key in options} == options for group in groups)
+
+
+def test_a_bias_before_a_batch_norm_needs_an_epsilon():
+    """Its gradient is rounding alone. With torch's default ε AdamW makes more of it than the tolerance."""
+    model, options = Net(), {"optimizer": "adamw", "steps": 60}
+    assert check_equivalence(model, None, images(), **options).weights < 1e-12
+    found = check_equivalence(model, None, images(), eps=1e-10, **options)
+    assert found.outputs < 1e-12
+    assert found.weights > 1e-10
+
+
 def test_without_scales_and_labels_it_makes_them_up():
     found = check_equivalence(Net(), None, images())
     assert found.agrees
@@ -81,12 +116,16 @@ def test_without_scales_and_labels_it_makes_them_up():
     assert first == second
 
 
-@pytest.mark.parametrize("broken", ["grad_mults", "reinitialize", "dropout"])
+@pytest.mark.parametrize("broken", ["grad_mults", "branch_scales", "reinitialize", "dropout"])
 def test_it_sees_a_broken_rule(monkeypatch, broken):
     right = getattr(equivalence, broken, None)
     if broken == "grad_mults":
         monkeypatch.setattr(
             equivalence, broken, lambda *a, **k: {p: gr.GradMult(m.scale) for p, m in right(*a, **k).items()}
+        )
+    elif broken == "branch_scales":
+        monkeypatch.setattr(
+            equivalence, broken, lambda *a, **k: {p: gr.BranchScales(v.kxk) for p, v in right(*a, **k).items()}
         )
     elif broken == "reinitialize":
         monkeypatch.setattr(equivalence, broken, lambda *a, **k: right(*a, identity="one", **k))
@@ -97,7 +136,8 @@ def test_it_sees_a_broken_rule(monkeypatch, broken):
         with pytest.raises(ValueError, match="two copies of the model differ"):
             check_equivalence(model, random_scales(model), images())
     else:
-        found = check_equivalence(model, random_scales(model), images())
+        optimizer = "adamw" if broken == "branch_scales" else "sgd"
+        found = check_equivalence(model, random_scales(model), images(), optimizer=optimizer)
         assert not found
         assert max(found.outputs, found.weights) > 1e-6
 
@@ -234,6 +274,7 @@ class Frozen(Net):
         (Frozen, images(), {}, ValueError, "no parameter that trains"),
         (Net, [], {}, ValueError, "batches is empty"),
         (Net, ["x"], {}, TypeError, "a batch must be a Tensor.*got str"),
+        (Net, images(), {"optimizer": "adam"}, ValueError, "optimizer must be 'sgd' or 'adamw', got 'adam'"),
         (Net, images(), {"steps": 0}, ValueError, "steps must be an int, 1 or more, got 0"),
         (Net, images(), {"loss": lambda y, batch: y}, ValueError, "loss must return a Tensor of one element"),
         (Net, images(), {"loss": lambda y, batch: y.sum() * 0}, ValueError, "no converted convolution has a gradient"),

@@ -9,10 +9,9 @@ import re
 
 import pytest
 import torch
-from cases_branches import BLOCKS, Block, rep_sgd, searched, trained
+from cases_branches import BLOCKS, STRANGERS, Block, Stranger, rep_sgd, searched, trained
 from cases_csla import EQUIVALENCE_TOLERANCE, FORWARD_TOLERANCE
 from torch import nn
-from torch.nn import functional as F
 
 import gradrep_kernels as gr
 from gradrep_kernels import Branch, BranchScales, csla
@@ -234,48 +233,6 @@ def test_search_extract_and_rebuild(case: Block):
 
 
 # ---- blocks that this package did not write
-
-
-class Stranger(nn.Module):
-    """A block as its own paper draws it, written with F.conv2d: kernels, constant scales and a rule for the sum."""
-
-    def __init__(self, kernels, scales, forward, identity=None):
-        super().__init__()
-        self.kernels = nn.ParameterList([nn.Parameter(k.detach().clone()) for k in kernels])
-        self.scales = [s.view(-1, 1, 1) for s in scales]
-        self.identity = None if identity is None else nn.Parameter(identity.clone())
-        self.rule = forward
-
-    def forward(self, x):
-        return self.rule(x, [lambda y, s=s: s * y for s in self.scales], self.kernels, self.identity)
-
-
-def unireplk_7(x, scale, w, _):
-    y = scale[0](F.conv2d(x, w[0], padding=3, groups=8)) + scale[1](F.conv2d(x, w[1], padding=2, groups=8))
-    y = y + scale[2](F.conv2d(x, w[2], padding=2, dilation=2, groups=8))
-    return y + scale[3](F.conv2d(x, w[3], padding=3, dilation=3, groups=8))
-
-
-def mobileone_2(x, scale, w, identity):
-    y = scale[0](F.conv2d(x, w[0], padding=1)) + scale[1](F.conv2d(x, w[1])) + scale[2](F.conv2d(x, w[2], padding=1))
-    return y + identity.view(-1, 1, 1) * x
-
-
-def acb(x, scale, w, _):
-    rows, columns = F.conv2d(x, w[1], padding=(0, 1)), F.conv2d(x, w[2], padding=(1, 0))
-    return scale[0](F.conv2d(x, w[0], padding=1)) + scale[1](rows) + scale[2](columns)
-
-
-def qarepvgg(x, scale, w, _):
-    return scale[0](F.conv2d(x, w[0], padding=1)) + F.conv2d(x, w[1]) + x + F.avg_pool2d(x, 3, 1, 1)
-
-
-STRANGERS = {  # block: (preset, k, groups, kernels of the branches in the order they are drawn, its sum)
-    "unireplk": ("unireplk", 7, 8, [5, 3, 3], unireplk_7),
-    "mobileone": ("mobileone:2", 3, 1, [1, 3], mobileone_2),
-    "acb": ("acb", 3, 1, [(1, 3), (3, 1)], acb),
-    "qarepvgg": ("qarepvgg", 3, 1, [1], qarepvgg),
-}
 
 
 @named("block", STRANGERS)
