@@ -6,8 +6,9 @@
 namespace gradrep {
 namespace {
 
+// Four blocks of a multiprocessor. Left to itself, the compiler keeps to 32 registers, and spills.
 template <typename S>
-__global__ void __launch_bounds__(kThreads) grad_norm_kernel(const __grid_constant__ NormWork<S> work) {
+__global__ void __launch_bounds__(kThreads, 4) grad_norm_kernel(const __grid_constant__ NormWork<S> work) {
   static_assert(sizeof(work) <= kMostParameters);
   __shared__ Arithmetic<S> shared[kThreads];
   norm_block(work, blockIdx.x, shared, ThisThread());

@@ -24,6 +24,16 @@ from gradrep_kernels.optim.update_rule import State, UpdateRule
 ScalesOfBranches = Mapping[Tensor, BranchScales] | Mapping[nn.Parameter, BranchScales]
 
 
+def _check_mapping(branch_scales: Any) -> None:
+    if not isinstance(branch_scales, Mapping):
+        raise TypeError(f"branch_scales must map parameters to BranchScales, got {type(branch_scales).__name__}")
+    if any(isinstance(key, str) for key in branch_scales):
+        raise TypeError(
+            "branch_scales must map parameters to BranchScales, and these go by name: "
+            "branch_scales=gr.csla.branch_scales(model, scales)"
+        )
+
+
 def _hyper(group: dict[str, Any]) -> Sequence[Any]:
     return (
         group["lr"],
@@ -144,6 +154,8 @@ class FusedRepAdamW(RepOptimizer, AdamW):
         max_grad_norm: float | None = None,
         ema_decay: EmaDecay | None = None,
     ):
+        if branch_scales is not None:
+            _check_mapping(branch_scales)
         super().__init__(
             params,
             lr,

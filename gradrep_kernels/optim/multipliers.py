@@ -152,9 +152,10 @@ def warn_of_forgotten(multipliers: Multipliers, groups: ParamGroups) -> None:
     waiting = [(n, p) for n, p in enumerate(parameters_of(groups)) if awaits_grad_mult(p)]
     if waiting and all(multipliers.caller(p) is None for _, p in waiting):
         names = [described(groups, n) for n, _ in waiting]
+        wanted = "branch_scales" if multipliers.kind is BranchFactors else "grad_mults"
         warn_outside(
             "weights were re-initialised for Grad Mults, but this optimizer has none for them: "
-            f"{first_few(names, between=', ')}. It wants grad_mults=gr.csla.grad_mults(model, scales); grad_mults={{}} "
+            f"{first_few(names, between=', ')}. It wants {wanted}=gr.csla.{wanted}(model, scales); {wanted}={{}} "
             "says that none is meant"
         )
 

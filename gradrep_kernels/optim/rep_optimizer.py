@@ -36,6 +36,7 @@ from gradrep_kernels.optim.update_rule import UpdateRule
 # ZeroRedundancyOptimizer puts all its keyword arguments into the groups, on every rank.
 _NOT_OF_A_GROUP = {
     "grad_mults": "call set_grad_mult, under ZeroRedundancyOptimizer that of its .optim",
+    "branch_scales": "call set_branch_scales, under ZeroRedundancyOptimizer that of its .optim",
     "max_grad_norm": "set it as an attribute. Under ZeroRedundancyOptimizer a rank's step does not see all gradients: "
     "clip before the step",
     "ema_decay": "set it as an attribute, under ZeroRedundancyOptimizer that of its .optim",

@@ -449,3 +449,28 @@ def test_a_copy_has_branches_and_counts_of_its_own(copied):
     for p, q in zip(params, twins):
         assert torch.equal(p, q)
     assert [float(opt.state[p]["step"]) for p in params] == [3 + STEADY, 2 + STEADY, 3 + STEADY]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([torch.ones(1)], "branch_scales must map parameters to BranchScales, got list"),
+        (
+            {"0": gr.BranchScales(torch.ones(2))},
+            r"these go by name: branch_scales=gr\.csla\.branch_scales\(model, scales\)",
+        ),
+    ],
+)
+def test_branch_scales_that_are_no_mapping_of_parameters(given, message):
+    with pytest.raises(TypeError, match=message):
+        gr.FusedRepAdamW([nn.Parameter(torch.ones(2, 3))], branch_scales=given)
+
+
+def test_what_is_said_where_scales_are_forgotten():
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2))
+    scales = {"0": gr.BranchScales(torch.ones(2), torch.ones(2), True)}
+    gr.csla.reinitialize(model, scales)
+    optimizer = gr.FusedRepAdamW(gr.param_groups(model, 0.0))
+    model(torch.randn(2, 2, 4, 4)).sum().backward()
+    with pytest.warns(UserWarning, match=r"It wants branch_scales=gr\.csla\.branch_scales\(model, scales\)"):
+        optimizer.step()

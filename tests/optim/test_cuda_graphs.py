@@ -8,7 +8,7 @@ from cases_optim import STEADY, Pair, all_equal, assert_close, batch, overflow
 from implementations import on_gpu
 
 from gradrep_kernels.ops import backends
-from gradrep_kernels.optim import gather, plan, tail
+from gradrep_kernels.optim import gather, plan, step_counts, tail
 
 
 @pytest.fixture
@@ -47,6 +47,23 @@ def test_no_plan_is_made_in_a_capture(case, in_a_capture):
     in_a_capture(False)
     pair.train(1).assert_equal()
     assert (pair.opt._plan is not None) == (backends.planner(case.make.update_rule.op, "cpu") is not None)
+
+
+def test_a_count_on_the_host_is_not_captured(case, monkeypatch):
+    """Each replay would take the same number of steps for granted."""
+    if not case.counts:
+        pytest.skip("it counts no steps")
+    for steps in (1, STEADY):  # without a plan and with one
+        pair = Pair(case).train(steps)
+        before = pair.weights()
+        pair.set_grads(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(step_counts, "capturing", lambda device: True)
+            with pytest.raises(RuntimeError, match="make the optimizer with capturable=True"):
+                pair.opt.step()
+        assert all_equal(before, pair.weights())
+        pair.step()
+        pair.assert_equal()
 
 
 def test_no_average_is_made_in_a_capture(case, in_a_capture):
@@ -90,9 +107,17 @@ def test_steps_are_counted_through_replays(in_a_capture):
     assert own.seed == 5
 
 
+def on_gpu_to_capture(pair: Pair) -> None:
+    """Move ours to the GPU, before its first step. What counts the steps of a parameter is to do so there."""
+    pair.ours.cuda()
+    for group in pair.opt.param_groups:
+        if "capturable" in group:
+            group["capturable"] = True
+
+
 def captured(pair: Pair) -> torch.cuda.CUDAGraph:
     """A graph of one step of ours, on the GPU; arrays and what is derived from the multipliers are made before."""
-    pair.ours.cuda()
+    on_gpu_to_capture(pair)
     pair.train(3)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -139,7 +164,7 @@ def test_two_captures_before_there_is_a_plan(case):
     if not case.is_served_by_kernels("cuda"):
         pytest.skip("the reference reads hyper-parameters on the host")
     pair = Pair(case)
-    pair.ours.cuda()
+    on_gpu_to_capture(pair)
     pair.train(2)  # the next step would make the plan
     graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
     for graph in graphs:
@@ -157,7 +182,7 @@ class WholeStep:
 
     def __init__(self, pair: Pair, images: int = 4, by_hand: bool = False):
         self.pair, self.x = pair, batch(torch.float64, images=images).cuda()
-        pair.ours.cuda()
+        on_gpu_to_capture(pair)
         side = torch.cuda.Stream()  # the capture is on yet another one
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
