@@ -173,9 +173,9 @@ FAMILIES = {
     "RepVGG: small RepOpt-VGG": Family(vgg("repvgg"), (32, 3, 32, 32)),
     "ACNet: small RepOpt-VGG": Family(vgg("acb"), (32, 3, 32, 32)),
     "MobileOne: 4 branches, 3 x 3 depthwise": Family(depthwise(3, "mobileone:4"), (16, 3, 64, 64)),
-    "RepLKNet: 13 x 13 depthwise": Family(depthwise(13, "replk:5"), (16, 3, 64, 64)),
-    "RepLKNet: 31 x 31 depthwise": Family(depthwise(31, "replk:5"), (16, 3, 64, 64)),
-    "UniRepLKNet: 13 x 13 depthwise": Family(depthwise(13, "unireplk"), (16, 3, 64, 64)),
+    "RepLKNet: 13 x 13 depthwise": Family(depthwise(13, "replk:5"), (8, 3, 32, 32)),
+    "RepLKNet: 31 x 31 depthwise": Family(depthwise(31, "replk:5"), (4, 3, 32, 32)),
+    "UniRepLKNet: 13 x 13 depthwise": Family(depthwise(13, "unireplk"), (8, 3, 32, 32)),
     "RepGhost: RepOpt-GhostNet 0.5x": Family(ghost, (16, 3, 96, 96)),
     **{
         f"timm: {name}": Family(lambda name=name: of_timm(name), (8, 3, 96, 96), lambda name=name: _timm(name))
