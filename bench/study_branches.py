@@ -25,8 +25,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from harness import ROOT, Candidate, Comparison, Setup, commit, compare, first_line, machine, thread_count, versions
-from report import duration, number, table
+from harness import (
+    ROOT,
+    Candidate,
+    Comparison,
+    OtherWork,
+    Setup,
+    commit,
+    compare,
+    first_line,
+    machine,
+    thread_count,
+    versions,
+)
+from report import BUSY, duration, number, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW
@@ -316,9 +328,10 @@ def page(found: dict) -> str:
     head += [f"{what}, {of}" for of in OPTIMIZERS for what in ("memory of a step", "time of a step", "times ours")]
     rows = []
     for row in found["rows"]:
-        first = next(iter(row["forms"]))
+        first, (images, _, height, width) = next(iter(row["forms"])), row["shape"]
+        network = f"{row['family']}, {row['blocks']} blocks, {images} images of {height} x {width}"
         for form, figures in row["forms"].items():
-            cells = [f"{row['family']}, {row['blocks']} blocks" if form == first else "", form]
+            cells = [network if form == first else "", form]
             cells.append(f"{figures['parameters'] / 1e6:.2f} M")
             for of in OPTIMIZERS:
                 own, last = figures[of], form == FORMS[-1]
@@ -334,22 +347,29 @@ def page(found: dict) -> str:
         f"commit {found['commit']}. `{found['command']}`",
         "",
     ]
+    busy = found["machine"].get("cores_busy_with_other_work", 0.0)
+    if busy > BUSY:
+        lines += [f"**Other work kept {number(busy)} cores busy: times and ratios suffer.**", ""]
+    if found["remark"]:
+        lines += [f"**{found['remark']}**", ""]
     if found["quick"]:
         lines += ["**Quick form: it shows that the study runs. Its figures mean nothing.**", ""]
     return "\n".join(lines)
 
 
-def study(names: Sequence[str], setup: Setup, threads: int) -> dict:
+def study(names: Sequence[str], setup: Setup, threads: int, remark: str = "") -> dict:
     found: dict = {
         "command": setup.command, "commit": commit(), "versions": versions(), "machine": machine(setup.device),
-        "quick": setup.quick, "threads": threads, "rows": [], "skipped": {},
+        "quick": setup.quick, "threads": threads, "remark": remark, "rows": [], "skipped": {},
     }  # fmt: skip
+    others = OtherWork()
     setup.folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         try:
             found["rows"].append(measured(name, FAMILIES[name], setup, threads))
         except ImportError as error:  # timm is optional
             found["skipped"][name] = first_line(error)
+        found["machine"]["cores_busy_with_other_work"] = others.cores()
         print(f"{name}: {found['skipped'].get(name, 'measured')}", flush=True)
         files.write_json(setup.folder / "study-branches.json", found)
         files.write_text(setup.folder / "study-branches.md", page(found))
@@ -362,6 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small images, two rounds: shows that the study runs")
     parser.add_argument("--seconds", type=float, help="for each family, about (default: 20, with --quick 0.05)")
     parser.add_argument("--threads", type=int, default=min(2, cores()), help="default: %(default)s")
+    parser.add_argument("--remark", default="", help="a sentence for the page of the results")
     parser.add_argument("--results", type=Path, help="default: bench/results, with --quick runs/bench")
     given = parser.parse_args(argv)
     names = [name for name in FAMILIES if not given.families or any(word in name for word in given.families)]
@@ -372,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = " ".join(["python", "bench/study_branches.py", *(sys.argv[1:] if argv is None else argv)])
     setup = Setup(torch.device("cpu"), given.quick, seconds, folder, command)
     with timm_alone():
-        found = study(names, setup, given.threads)
+        found = study(names, setup, given.threads, given.remark)
     print(page(found))
     return 0
 

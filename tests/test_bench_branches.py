@@ -116,3 +116,13 @@ def test_words_that_no_family_has_are_refused(capsys):
     with pytest.raises(SystemExit):
         study.main(["ResNeXt"])
     assert "no family has these words: ResNeXt" in capsys.readouterr().err
+
+
+def test_the_page_of_the_results_is_what_they_give():
+    path = BENCH / "results" / "study-branches.json"
+    if not path.exists():
+        pytest.skip("an sdist brings no results of the benches")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == study.page(found)
+    assert {row["family"] for row in found["rows"]} | set(found["skipped"]) == set(study.FAMILIES)
+    assert not found["quick"]
