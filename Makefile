@@ -65,7 +65,7 @@ figures: $(STAMP)
 	$(PYTHON) bench/ledger.py
 
 # A process for each file: one bench's memory and threads must not meet another's.
-BENCHES := rep_sgd_step step_tail joint_histogram sgs
+BENCHES := rep_sgd_step rep_adamw_step step_tail joint_histogram sgs
 bench bench-quick: $(STAMP)
 	set -e; for b in $(BENCHES); do $(PYTHON) -m pytest bench/bench_$$b.py $(if $(filter bench-quick,$@),--quick) $(BENCH_ARGS); done
 

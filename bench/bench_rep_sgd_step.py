@@ -11,6 +11,7 @@ On a CPU only float32 is timed: torch's fused SGD skips work there in bfloat16 a
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from collections.abc import Callable
 
@@ -29,7 +30,7 @@ from harness import (
     thread_count,
     wall_clock,
 )
-from parameter_sets import SETS, Tensors
+from parameter_sets import SETS, Parameter, Tensors
 from published import rep_sgd_loop
 from report import Results, Target
 from torch.optim import SGD
@@ -65,6 +66,8 @@ HOST_MICROSECONDS = {
 }  # S4 by groups
 HOST_VS_FUSED = {1: (1.7, 3.0), 28: (311 / 90, 6.0)}
 ON_GPU_MICROSECONDS = {62: (80, 50), 161: (130, 80)}  # G0 by tensors, in 2 groups: those of ResNet-18 and ResNet-50
+TAPS = (3, 13, 15, 17, 31)  # T5: sides of kernels; the first is what the others are compared with
+TAPS_TIME = {2: (1.10, 1.05)}  # T5 by threads: time over that with the smallest kernels
 BY_BACKEND = {"auto": OURS, "triton": OURS + ", Triton"}
 
 
@@ -145,8 +148,8 @@ def test_host_cost_on_gpu(benchmark, setup: Setup, results: Results, count: int)
     count_launches(results, f"kernels that an eager step launches, {count} tensors in 2 groups", step)
 
 
-def count_launches(results: Results, what: str, step: Callable[[], object]) -> None:
-    target = Target("G0", what, "launches", less_is_better=True)
+def count_launches(results: Results, what: str, step: Callable[[], object], row: str = "G0") -> None:
+    target = Target(row, what, "launches", less_is_better=True)
     try:
         for _ in range(3):  # until the optimizer has made its plan
             step()
@@ -346,6 +349,48 @@ def test_rivals(benchmark, setup: Setup, results: Results, max_threads: int, nam
             bound=bound,
             why_not=why_not,
         )
+
+
+# -- T5
+
+
+def kernels(floats: int, side: int, kind: str) -> Parameter:
+    """A convolution's weight that takes at most so many floats, and is no smaller than it must be."""
+    channels = floats // side**2
+    inputs = 1 if kind == "depthwise" else math.isqrt(channels)
+    return Parameter((channels // inputs, inputs, side, side))
+
+
+@pytest.mark.parametrize("kind", ["depthwise", "dense"])
+def test_taps(benchmark, setup: Setup, results: Results, kind: str, threads: int):
+    """The same memory as weights of kernels of 9 to 961 taps. Times are those of as many floats."""
+    count, floats = (2, 1 << 16) if setup.quick else (16, 1 << 19)
+    memory = Tensors([Parameter((floats,))] * count, setup.device)
+    ways = []
+    for side in TAPS:
+        tensors = memory.seen_as([kernels(floats, side, kind)] * count)
+        step = tensors.optimizer(gr.FusedRepSGD, grad_mults=tensors.grad_mults).step
+        ways.append(Candidate(_of_taps(side), step, share=tensors.numel / memory.numel, bytes=memory.numel * BYTES))
+    timed = compare(benchmark, setup, [*ways, _limit(setup, memory.numel)], threads=threads, settle=True)
+    on_gpu = setup.device.type == "cuda"
+    where = f"{kind} weights" if on_gpu else f"{kind} weights, {thread_count(threads)}"
+    results.add(f"{where}, by taps of a kernel", timed)
+    _judge_taps(results, timed, where, None if on_gpu else threads)
+
+
+def _of_taps(side: int) -> str:
+    return f"{side} x {side}, {side**2} taps"
+
+
+def _judge_taps(results: Results, timed: Comparison, where: str, threads: int | None) -> None:
+    first, *others = map(_of_taps, TAPS)
+    limit = PROBE if threads else COPY
+    for way in others:
+        shares = [f"{timed.rate_ratio(of, limit).median:.0%}" for of in (way, first)]
+        bound = f"{shares[0]} of the {limit.partition(':')[0]}; {first} {shares[1]}"
+        bounds = TAPS_TIME.get(threads, (None, None))
+        target = Target("T5", f"{where}, {way}: time over that of {first}", "x", *bounds, less_is_better=True)
+        results.target(target, timed.ratio(way, first), bound=bound)
 
 
 def tensors_of(setup: Setup, name: str, layout: str) -> Tensors:

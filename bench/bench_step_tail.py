@@ -105,8 +105,11 @@ def torchs_scaled(tensors: Tensors) -> Callable[[], None]:
 
 def _limit(setup: Setup, numel: int) -> Candidate:
     """How fast this machine moves the bytes of the whole tail with nothing to compute."""
-    if setup.device.type == "cuda":
-        return copy_of(numel * MOVED[SCALED], setup.device)
+    return copy_of(numel * MOVED[SCALED], setup.device) if setup.device.type == "cuda" else stream_probe(setup)
+
+
+def stream_probe(setup: Setup) -> Candidate:
+    """Four arrays read and three of them written on a CPU, with nothing to compute."""
     floats = min(PROBE_FLOATS, 1 << 20) if setup.quick else PROBE_FLOATS
     p, g, v, e = (torch.zeros(floats) for _ in range(4))
 

@@ -76,6 +76,18 @@ CODES = {
         "`optimizer.clip_grad_norm_` for loops that clip between backward and step. Torch's multiplies the gradients "
         "whether it clips or not, ours writes nothing where nothing is clipped.",
     ),
+    "T5": Code(
+        "The step by the size of kernels",
+        "The same memory as weights of 3 x 3 to 31 x 31 kernels, each with its Grad Mult: the time of as many bytes "
+        "over that with 3 x 3 kernels. RepLKNet and UniRepLKNet have depthwise kernels of such sizes, whose multiplier "
+        "is as large as the weight, and is read too.",
+    ),
+    "T6": Code(
+        "AdamW with the scales of branches",
+        "FusedRepAdamW adds up the updates of all branches of a weight, `torch.optim.AdamW(fused=True)` knows no "
+        "branches. The loop has a mask of the weight's size and multiplies twice, as the published code does. The "
+        "host's cost is that of 62 tensors of 1000 floats. Above 1, ours is faster.",
+    ),
     "H1": Code(
         "Counting pairs of pixels",
         "The joint histogram of all four displacements of a 3 x 3 kernel over a feature map of 256 images, 64 channels "

@@ -1,7 +1,9 @@
-"""The parameters of the networks that the step is timed on, and the Grad Mults that their blocks give."""
+"""The parameters of the networks that the step is timed on, and the branch scales that their blocks give."""
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,15 +19,20 @@ class Parameter:
     shape: tuple[int, ...]
     shortcut: bool = False  # whether the convolution's CSLA block has an identity branch
 
-    def grad_mult(self, generator: torch.Generator) -> gr.GradMult | None:
-        """M of a block with a k x k and a 1 x 1 branch (RepOptimizers, Eq. 3).
+    def branch_scales(self, generator: torch.Generator) -> gr.BranchScales | None:
+        """Those of a block with a k x k and a 1 x 1 branch.
 
         A parameter that is no convolution with k > 1 has none.
         """
         if len(self.shape) != 4 or self.shape[-1] == 1:
             return None
         kxk, one_by_one = torch.rand(2, self.shape[0], generator=generator) + 0.5
-        return gr.BranchScales(kxk, one_by_one, identity=self.shortcut).grad_mult(self.shape[2:])
+        return gr.BranchScales(kxk, one_by_one, identity=self.shortcut)
+
+    def grad_mult(self, generator: torch.Generator) -> gr.GradMult | None:
+        """M of that block (RepOptimizers, Eq. 3)."""
+        scales = self.branch_scales(generator)
+        return None if scales is None else scales.grad_mult(self.shape[2:])
 
 
 def _conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1) -> Iterator[Parameter]:
@@ -95,9 +102,9 @@ SETS: dict[str, Callable[[], list[Parameter]]] = {
 
 
 class Tensors:
-    """Parameters, gradients, momentum buffers and, where they are asked for, averages of a set.
+    """Parameters, gradients, momentum buffers and, where they are asked for, averages or squares of a set.
 
-    All optimizers of a comparison share them: B1 alone takes 0.6 GB, and 0.2 more with averages.
+    All optimizers of a comparison share them: B1 alone takes 0.6 GB, and 0.2 more with averages or squares.
     """
 
     def __init__(self, parameters: list[Parameter], device: torch.device, channels_last: bool = False):
@@ -105,20 +112,51 @@ class Tensors:
             tensor = torch.randn(shape, device=device) * 1e-2
             return tensor.contiguous(memory_format=torch.channels_last) if channels_last and len(shape) == 4 else tensor
 
-        generator = torch.Generator().manual_seed(0)
         self.params = [new(p.shape).requires_grad_() for p in parameters]
         self.buffers = [torch.zeros_like(p) for p in self.params]
         for p, parameter in zip(self.params, parameters):
             p.grad = new(parameter.shape)
-        named = [(p, parameter.grad_mult(generator)) for p, parameter in zip(self.params, parameters)]
-        self.grad_mults = {p: mult for p, mult in named if mult is not None}
+        self._describe(parameters)
+
+    def _describe(self, parameters: list[Parameter]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        named = [(p, parameter.branch_scales(generator)) for p, parameter in zip(self.params, parameters)]
+        self.branch_scales = {p: scales for p, scales in named if scales is not None}
+        self.grad_mults = {p: scales.grad_mult(p.shape[2:]) for p, scales in self.branch_scales.items()}
         self.numel = sum(p.numel() for p in self.params)
         self._averages: list[Tensor] | None = None
+        self._squares: list[Tensor] | None = None
+
+    def seen_as(self, parameters: list[Parameter]) -> Tensors:
+        """The same memory as parameters of other shapes, each of which lies in one of these."""
+
+        def seen(tensor: Tensor, parameter: Parameter) -> Tensor:
+            return tensor.detach().flatten()[: math.prod(parameter.shape)].view(parameter.shape)
+
+        other = copy.copy(self)
+        other.params = [seen(p, parameter).requires_grad_() for p, parameter in zip(self.params, parameters)]
+        other.buffers = [seen(buffer, parameter) for buffer, parameter in zip(self.buffers, parameters)]
+        for p, own, parameter in zip(other.params, self.params, parameters):
+            p.grad = seen(own.grad, parameter)
+        other._describe(parameters)
+        return other
+
+    def _groups(self, count: int) -> list[dict]:
+        return [{"params": self.params[n::count], "weight_decay": 1e-4 * (n + 1)} for n in range(count)]
+
+    def adamw(self, cls: type[torch.optim.AdamW], groups: int = 1, **options) -> torch.optim.AdamW:
+        """AdamW over groups whose hyper-parameters differ. Its first moments are the momentum buffers."""
+        optimizer = cls(self._groups(groups), lr=1e-4, **options)
+        self._squares = self._squares or [torch.zeros_like(p) for p in self.params]
+        for p, average, square in zip(self.params, self.buffers, self._squares):
+            optimizer.state[p].update(exp_avg=average, exp_avg_sq=square)
+            if not isinstance(optimizer, gr.FusedRepAdamW):  # ours begins to count by itself
+                optimizer.state[p]["step"] = torch.zeros((), device=p.device if options.get("fused") else "cpu")
+        return optimizer
 
     def optimizer(self, cls: type[torch.optim.SGD], groups: int = 1, **options) -> torch.optim.SGD:
         """SGD with momentum and weight decay, past its first step, over groups whose hyper-parameters differ."""
-        split = [{"params": self.params[n::groups], "weight_decay": 1e-4 * (n + 1)} for n in range(groups)]
-        optimizer = cls(split, lr=1e-4, momentum=0.9, **options)
+        optimizer = cls(self._groups(groups), lr=1e-4, momentum=0.9, **options)
         states = {"momentum_buffer": self.buffers}
         if options.get("momentum_dtype") is not None:
             states["momentum_buffer"] = [buffer.to(options["momentum_dtype"]) for buffer in self.buffers]

@@ -106,6 +106,12 @@ def steps(tensors: Tensors, backend: str) -> Iterator[Call]:
     yield f"scale_gradients_, {backend}, after its norm", gr.use_backend(backend)(lambda: clip(1.0))
 
 
+def adamw_steps(tensors: Tensors, backend: str) -> Iterator[Call]:
+    for what, scales in {"branch scales": tensors.branch_scales, "no scales": None}.items():
+        step = tensors.adamw(gr.FusedRepAdamW, branch_scales=scales).step
+        yield f"rep_adamw_step, {backend}, {what}", gr.use_backend(backend)(step)
+
+
 def calls(device: torch.device, quick: bool) -> Iterator[Call]:
     """What is available here. What is not is printed with its reason."""
     report = {row["op"]: row for row in backends.report((device.type,))}
@@ -118,6 +124,8 @@ def calls(device: torch.device, quick: bool) -> Iterator[Call]:
             print(f"not called: {op}, {backend}: {reason}")
         if not missing.keys() & {"rep_sgd_step", "rep_grad_norm", "scale_gradients_"}:
             yield from steps(tensors, backend)
+        if "rep_adamw_step" not in missing:
+            yield from adamw_steps(tensors, backend)
         if missing.keys() & {"pair_ranges", "joint_histogram", "joint_histogram_"}:
             continue
         for found in every_map:
@@ -126,6 +134,7 @@ def calls(device: torch.device, quick: bool) -> Iterator[Call]:
         yield training_batch(every_map[2].x[:128], backend)
     fused = tensors.optimizer(torch.optim.SGD, fused=True)
     yield "torch.optim.SGD(fused=True), no multiplier", fused.step
+    yield "torch.optim.AdamW(fused=True), no scales", tensors.adamw(torch.optim.AdamW, fused=True).step
 
 
 def run(device: torch.device, quick: bool, seconds: float) -> int:

@@ -28,6 +28,32 @@ def rep_sgd_loop(
         p.add_(buffer, alpha=-lr)
 
 
+@torch.no_grad()
+def rep_adamw_loop(
+    params: Sequence[Tensor],
+    masks: dict[Tensor, Tensor],
+    averages: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    step: int,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> None:
+    """RepOptimizers' AdamW: a full-size mask multiplies the gradient, and the update once more.
+
+    For one branch the mask is its α. Of several it is Σ α, which is not what AdamW does to them.
+    """
+    for p, average, square in zip(params, averages, squares):
+        g = p.grad * masks[p] if p in masks else p.grad
+        p.mul_(1 - lr * weight_decay)
+        average.mul_(betas[0]).add_(g, alpha=1 - betas[0])
+        square.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        root = (square.sqrt() / math.sqrt(1 - betas[1] ** step)).add_(eps)
+        update = average / root
+        p.add_(update.mul_(masks[p]) if p in masks else update, alpha=-lr / (1 - betas[0] ** step))
+
+
 def fast_histogram2d(
     p: np.ndarray, q: np.ndarray, bins: int, p_range: tuple[float, float], q_range: tuple[float, float]
 ) -> np.ndarray:

@@ -34,7 +34,8 @@ TOLERANCE = {
 Case = tuple[str, Tensor, Tensor, float]  # what, found, expected, tolerance
 
 
-def _optimizer(device: str, dtype: torch.dtype, **options) -> gr.FusedRepSGD:
+def _parts(device: str, dtype: torch.dtype) -> tuple[list[dict], dict[Tensor, gr.BranchScales | gr.GradMult]]:
+    """(parameter groups, what the parameters have: the scales of branches, and a dense multiplier)"""
     generator = torch.Generator().manual_seed(1)
 
     def new(n: int) -> Tensor:
@@ -49,14 +50,31 @@ def _optimizer(device: str, dtype: torch.dtype, **options) -> gr.FusedRepSGD:
         params.append(p)
         if len(shape) == 4:
             scales = torch.rand(2, shape[0], generator=generator)
-            mults[p] = gr.BranchScales(*scales, identity=n in WITH_IDENTITY).grad_mult(shape[2:])
+            mults[p] = gr.BranchScales(*scales, identity=n in WITH_IDENTITY)
         elif n in DENSE:
             mults[p] = gr.GradMult(torch.rand(shape, generator=generator))
-    groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.01, "nesterov": True}]
+    return [{"params": params[::2]}, {"params": params[1::2], "lr": 0.01}], mults
+
+
+def _optimizer(device: str, dtype: torch.dtype, **options) -> gr.FusedRepSGD:
+    groups, given = _parts(device, dtype)
+    groups[1]["nesterov"] = True
+    mults = {p: v.grad_mult(p.shape[2:]) if isinstance(v, gr.BranchScales) else v for p, v in given.items()}
     return gr.FusedRepSGD(groups, lr=0.1, momentum=0.9, weight_decay=1e-3, grad_mults=mults, **options)
 
 
-def _parameters(optimizer: gr.FusedRepSGD) -> list[Tensor]:
+def _adamw(device: str, dtype: torch.dtype) -> gr.FusedRepAdamW:
+    """With three branches where the others have two, and with amsgrad in one group."""
+    groups, given = _parts(device, dtype)
+    groups[1]["amsgrad"] = True
+    scales = {p: v for p, v in given.items() if isinstance(v, gr.BranchScales)}
+    for p, v in scales.items():
+        if p.shape[-1] == 5:
+            scales[p] = gr.BranchScales(v.kxk, v.one_by_one, others=[gr.Branch(-v.kxk, 3, dilation=2)])
+    return gr.FusedRepAdamW(groups, lr=0.02, branch_scales=scales)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -73,6 +91,18 @@ def steps(device: str, backend: str) -> Iterator[Case]:
         ends = []
         for where, name in _both(device, backend):
             optimizer = _optimizer(where, dtype)
+            with gr.use_backend(name):
+                for _ in range(5):  # the last with a plan
+                    optimizer.step()
+            ends.append(_flat(_parameters(optimizer)))
+        yield str(dtype), *ends, tolerance
+
+
+def adamw_steps(device: str, backend: str) -> Iterator[Case]:
+    for dtype, tolerance in TOLERANCE.items():
+        ends = []
+        for where, name in _both(device, backend):
+            optimizer = _adamw(where, dtype)
             with gr.use_backend(name):
                 for _ in range(5):  # the last with a plan
                     optimizer.step()
@@ -172,6 +202,7 @@ def run(device: str, only: str | None = None, needs: Sequence[str] = ()) -> int:
         return 1
     needed = {
         steps: {"rep_sgd_step"},
+        adamw_steps: {"rep_adamw_step"},
         tails: {"rep_sgd_step", "rep_grad_norm"},
         norms: {"rep_grad_norm"},
         scalings: {"rep_grad_norm", "scale_gradients_"},

@@ -41,7 +41,8 @@ import report
 import test_lost_device
 
 TARGET_ROWS = {  # of the quick form on a CPU, where those of a GPU are named as not measured
-    "rep_sgd_step": {"S1", "S2", "S3", "S4", "S5", "G0", "G1"},
+    "rep_sgd_step": {"S1", "S2", "S3", "S4", "S5", "T5", "G0", "G1"},
+    "rep_adamw_step": {"T6"},
     "step_tail": {"T1", "T2", "T3", "T4", "G0", "G5"},
     "joint_histogram": {"H1", "H2", "G2", "G3"},
     "sgs": {"H3", "", "G4"},

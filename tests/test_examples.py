@@ -142,6 +142,47 @@ def test_a_model_of_timm(start):
     assert [call.args[1] for call in clip.call_args_list] == [5.0] * 6
 
 
+BRANCHES = {  # model of timm: what is covered, and what one of its convolutions stands for
+    "mobileone_s0": ("22 of 22", "stages.0.0.reparam_conv.0", [*[(3, 3)] * 4, (1, 1), "identity"]),
+    "repvgg_a0": ("22 of 22", "stages.0.1.reparam_conv.0", [(3, 3), (1, 1), "identity"]),
+    "repvit_m1": ("23 of 28", "stages.0.blocks.0.token_mixer.c", ["kxk", "1x1", "identity=1"]),
+    "fastvit_t8": ("16 of 26", "stages.1.downsample.proj.0.reparam_conv.0", [(7, 7), (3, 3), "identity"]),
+}
+
+
+def test_models_of_timm_with_branches(start):
+    with importable_timm():
+        said = start("timm_branches.py")
+        for of_model, (name, (covered, _, _)) in zip(said.split("deployed"), BRANCHES.items()):
+            assert f"{name}\n  {covered} k x k convolutions have branches" in of_model
+            assert of_model.count("FusedRep") == 3
+    assert "nan" not in said
+    assert said.count("43 of 43 norms are folded") == 1
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_plain_forms_of_timm_have_the_convolutions_of_the_deployed_ones(start, name):
+    """And the branches that the blocks had. timm merges its own blocks."""
+    with importable_timm():
+        import timm
+        from timm.utils.model import reparameterize_model
+
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=2)
+        deployed = reparameterize_model(model)
+        branches = importlib.import_module("timm_branches").plain_form(model)
+        sys.modules.pop("timm_branches")
+    _, conv, kinds = BRANCHES[name]
+    assert branches[conv] == kinds
+    kernels = [
+        sorted(tuple(m.weight.shape) for m in of.modules() if isinstance(m, nn.Conv2d)) for of in (model, deployed)
+    ]
+    assert kernels[0] == kernels[1]
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 2)
+    named = dict(model.named_modules())
+    assert all(isinstance(named[conv], nn.Conv2d) for conv in branches)
+
+
 # ---- YOLOv6
 
 

@@ -86,7 +86,14 @@ def test_every_op_is_called_by_each_backend_that_has_it(monkeypatch):
     calls = dict(profile_once.calls(CPU, quick=True))
     served = [b for b in profile_once.BACKENDS["cpu"] if backends.report(("cpu",))[0][b] == "available"]
     for backend in served:
-        for op in ("rep_sgd_step", "rep_grad_norm", "scale_gradients_", "pair_ranges", "joint_histogram"):
+        for op in (
+            "rep_sgd_step",
+            "rep_adamw_step",
+            "rep_grad_norm",
+            "scale_gradients_",
+            "pair_ranges",
+            "joint_histogram",
+        ):
             assert any(name.startswith(f"{op}, {backend}") for name in calls)
         calls[f"update from a training batch, {backend}"]()
     for found in profile_once.maps(CPU, quick=True):
@@ -107,6 +114,7 @@ def test_every_kernel_has_a_name_that_is_profiled():
     assert len(names) == sources.count("__global__ void")
     for path in ROOT.glob("gradrep_kernels/ops/triton/*.py"):
         names += re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    assert {"rep_sgd_step_kernel", "rep_adamw_step_kernel"} <= set(names)
     assert len(names) >= 8
     assert [name for name in names if not re.search(pattern, name)] == []
 

@@ -23,8 +23,11 @@ def importable_timm() -> Iterator[None]:
         pytest.skip("needs timm: pip install --no-deps timm (and the extra interop)")
     is_whole = importlib.util.find_spec("torchvision") is not None
     stubs = {} if is_whole else {name: mock.MagicMock(name=name, __path__=[], __spec__=None) for name in VISION}
-    with mock.patch.dict(sys.modules, stubs):
+    # No mock.patch.dict: it would also forget Triton, which aborts the process when it is imported again.
+    sys.modules.update(stubs)
+    try:
         yield
-    if stubs:
-        for name in [name for name in sys.modules if name.split(".")[0] == "timm"]:
-            del sys.modules[name]
+    finally:
+        if stubs:
+            for name in [name for name in sys.modules if name in stubs or name.split(".")[0] == "timm"]:
+                del sys.modules[name]
