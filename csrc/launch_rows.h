@@ -42,28 +42,28 @@ struct PlacedRow {
   // The layers of a scale at a place: G, and then the |α| of the branches that reach it. Where there is no scale, G and
   // one α are 1.
   struct Layers {
-    const T *at, *identity;
-    uint32_t count, stride;
+    const PlacedRow& row;
+    MultPlaces::Found found;  // indices, not pointers: the compiler would not see that a pointer that may be null, and
+                              // otherwise leads to a tensor, leads to global memory
 
-    GRADREP_HD GRADREP_INLINE T first() const { return at == nullptr ? T(1) : *at; }
+    GRADREP_HD GRADREP_INLINE T first() const { return row.form == Form::kNone ? T(1) : row.scale[found.index]; }
     // f(|α|) for each, the identity's last.
     template <typename F>
     GRADREP_HD GRADREP_INLINE void each_alpha(const F& f) const {
-      if (at == nullptr) {
+      if (row.form == Form::kNone) {
         f(T(1));
         return;
       }
 #if defined(__CUDACC__)
 #pragma unroll 1
 #endif
-      for (uint32_t n = 1; n < count; ++n) f(at[n * stride]);
-      if (identity != nullptr) f(*identity);
+      for (uint32_t n = 1; n < row.places.layers; ++n) f(row.scale[found.index + n * row.places.layer_stride]);
+      if (found.tap) f(row.identity[found.outer]);
     }
   };
   GRADREP_HD GRADREP_INLINE Layers layers(uint32_t place) const {
-    if (form == Form::kNone) return {nullptr, nullptr, 0, 0};
-    const MultPlaces::Found found = places.find(place, identity != nullptr);
-    return {scale + found.index, found.tap ? identity + found.outer : nullptr, places.layers, places.layer_stride};
+    if (form == Form::kNone) return {*this, {0, 0, false}};
+    return {*this, places.find(place, identity != nullptr)};
   }
 
   // M of the gradient norm where it is not one number: of layers it is Σ α².

@@ -22,23 +22,23 @@ class BranchFactors:
 
     Args:
         scales:   the branch scales they come from. None: they come from none.
-        mult:     M of these scales, of which the gradient norm is made
         alphas:   [B, ...]: B times |α| that broadcast to the weight, 0 on taps that no further branch reaches
         identity: [O] ones, or None
         spatial:  G, or None
+        mult:     M, of which the gradient norm is made. None: Σ α², which is formed where it is asked for
     """
 
-    __slots__ = ("_stack", "alphas", "identity", "mult", "scales", "spatial")
+    __slots__ = ("_mult", "_stack", "identity", "scales", "spatial")
 
     def __init__(
         self,
         scales: BranchScales | None,
-        mult: GradMult,
         alphas: Tensor,
         identity: Tensor | None = None,
         spatial: GradMult | None = None,
+        mult: GradMult | None = None,
     ):
-        self.scales, self.mult, self.alphas, self.identity, self.spatial = scales, mult, alphas, identity, spatial
+        self.scales, self.identity, self.spatial, self._mult = scales, identity, spatial, mult
         first = alphas.new_ones(()) if spatial is None else spatial.scale
         shape = torch.broadcast_shapes(first.shape, alphas.shape[1:])
         dtype = torch.promote_types(first.dtype, alphas.dtype)
@@ -62,27 +62,34 @@ class BranchFactors:
         if len(shape) == 2:
             alphas = alphas[:, :, :, 0, 0]
         ones = alphas.new_ones(scales.channels) if scales.has_identity else None
-        # M stays as it is formed, in float64: explicit branches have no rounding of it either.
-        mult = GradMult.of_parts(alphas.square().sum(0), ones)
-        mult.check(shape)
-        return cls(scales, mult, alphas.to(dtype), None if ones is None else ones.to(dtype))
+        factors = cls(scales, alphas.to(dtype), None if ones is None else ones.to(dtype))
+        factors.mult.check(shape)
+        return factors
 
     @classmethod
     def of_spatial(cls, spatial: GradMult, dims: int) -> BranchFactors:
         """Return those of a weight of `dims` dimensions without branches."""
         one = torch.ones((1,) * (1 + dims), dtype=spatial.dtype, device=spatial.device)
-        return cls(None, GradMult.of_parts(one[0], None), one, None, spatial)
+        return cls(None, one, None, spatial)
 
     def with_spatial(self, spatial: GradMult | None) -> BranchFactors:
-        return BranchFactors(self.scales, self.mult, self.alphas, self.identity, spatial)
+        return BranchFactors(self.scales, self.alphas, self.identity, spatial, self._mult)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.alphas.dtype
+    def alphas(self) -> Tensor:
+        return self._stack[1:]
+
+    @property
+    def mult(self) -> GradMult:
+        """M = Σ α², in float64 as it is formed: explicit branches have no rounding of it either."""
+        if self._mult is not None:
+            return self._mult
+        ones = None if self.identity is None else self.identity.double()
+        return GradMult.of_parts(self.alphas.double().square().sum(0), ones)
 
     @property
     def device(self) -> torch.device:
-        return self.alphas.device
+        return self._stack.device
 
     def parts(self) -> tuple[Tensor, Tensor | None]:
         """Return G and the |α| as one tensor [1 + B, ...], and the identity, as the op takes them."""
@@ -90,9 +97,9 @@ class BranchFactors:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that tells these factors from others, but for G."""
-        return {"scale": self.mult.scale, "alphas": self.alphas} | (
-            {} if self.identity is None else {"identity": self.identity}
-        )
+        given = self._mult.parts() if self._mult is not None else ()
+        named = {"alphas": self.alphas, "diagonal": self.identity, **dict(zip(("scale", "identity"), given))}
+        return {name: t for name, t in named.items() if t is not None}
 
     def mapped(self, part: Callable[[GradMult], GradMult]) -> BranchFactors:
         """Apply `part`, which takes a Grad Mult to another place or to its part on a shard, to each of the factors."""
@@ -105,7 +112,8 @@ class BranchFactors:
             if identity is None:  # dense: the diagonal is shifted on this shard, and becomes one more factor
                 alphas = [alpha.expand(shifted.scale.shape) for alpha in (*alphas, shifted.scale)]
         spatial = None if self.spatial is None else part(self.spatial)
-        return BranchFactors(self.scales, part(self.mult), torch.stack(alphas), identity, spatial)
+        mult = None if self._mult is None else part(self._mult)
+        return BranchFactors(self.scales, torch.stack(alphas), identity, spatial, mult)
 
     def to(self, device: torch.device | str) -> BranchFactors:
         return self if torch.device(device) == self.device else self.mapped(lambda mult: mult.to(device))
@@ -137,24 +145,27 @@ class BranchFactors:
                 "constant_average": scales.constant_average,
             }
         )
-        mult = {"scale": self.mult.scale, "identity": self.mult.identity}
-        return {**mult, "alphas": self.alphas, "diagonal": self.identity, "branch_scales": branches}
+        # A view would bring all of its storage into a file.
+        own = {"alphas": self.alphas.clone(), "diagonal": self.identity, "branch_scales": branches}
+        mult = (None, None) if self._mult is None else self._mult.parts()
+        return {**dict(zip(("scale", "identity"), mult)), **own}
 
     @classmethod
     def unpacked(cls, packed: Mapping[str, Any]) -> BranchFactors:
         """Raises KeyError or TypeError where entries are missing."""
-        branches, mult = packed["branch_scales"], GradMult(packed["scale"], packed["identity"])
-        scales = None
+        branches, scales, mult = packed["branch_scales"], None, None
+        if packed["scale"] is not None:
+            mult = GradMult(packed["scale"], packed["identity"])
         if branches is not None:
             others = [Branch(o["scale"], tuple(o["kernel_size"]), o["dilation"]) for o in branches["others"]]
             constants = {name: branches[name] for name in ("constant_identity", "constant_average")}
             first = (branches["kxk"], branches["one_by_one"], branches["identity"])
             scales = BranchScales(*first, others=others, **constants)
         diagonal = packed["diagonal"]
-        return cls(scales, mult, packed["alphas"].detach().clone(), None if diagonal is None else diagonal.clone())
+        return cls(scales, packed["alphas"].detach(), None if diagonal is None else diagonal.clone(), None, mult)
 
     def __reduce__(self):
-        return BranchFactors, (self.scales, self.mult, self.alphas, self.identity, self.spatial)
+        return BranchFactors, (self.scales, self.alphas.clone(), self.identity, self.spatial, self._mult)
 
     def __repr__(self) -> str:
         return f"BranchFactors({self.scales!r})"

@@ -340,16 +340,15 @@ def _unpacked(packed: Any, kind: type[Factor]) -> dict[int, tuple[Factor, str | 
 
 
 def _unpacked_one(packed: Mapping[str, Any], kind: type[Factor]) -> Factor:
+    of_branches = "alphas" in packed
+    if of_branches and kind is GradMult:
+        raise ValueError("the checkpoint is of FusedRepAdamW: its branch scales are no Grad Mults of this optimizer")
+    if of_branches:
+        return BranchFactors.unpacked(packed)
     mult = GradMult(packed["scale"], packed["identity"])
-    if kind is GradMult:
-        if "alphas" in packed:
-            raise ValueError(
-                "the checkpoint is of FusedRepAdamW: its branch scales are no Grad Mults of this optimizer"
-            )
-        return mult
-    if "alphas" not in packed:
+    if kind is not GradMult:
         raise ValueError("the checkpoint is of FusedRepSGD: its Grad Mults do not determine a step of AdamW")
-    return BranchFactors.unpacked(packed)
+    return mult
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -21,7 +21,8 @@ def one_branch(mult: gr.GradMult, shape: torch.Size) -> BranchFactors:
     if mult.identity is not None:  # its parts are brought to the dtype that is computed in before they are added
         scale = gr.GradMult(scale, mult.identity.double()).dense(shape)
     alphas = scale.sqrt()
-    return BranchFactors(None, mult, alphas.reshape((1,) * (1 + len(shape) - alphas.dim()) + tuple(alphas.shape)))
+    alphas = alphas.reshape((1,) * (1 + len(shape) - alphas.dim()) + tuple(alphas.shape))
+    return BranchFactors(None, alphas, mult=mult)
 
 
 class AdamWOfMasks(gr.FusedRepAdamW):
