@@ -9,19 +9,13 @@ names are those of the code that the authors of RepOptimizers published, so that
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradrep_kernels import csla
-from gradrep_kernels.branch_scales import BranchScales
-from gradrep_kernels.branches.convert import with_blocks
-from gradrep_kernels.branches.csla import CSLABlock
 from gradrep_kernels.branches.normed import repghost_model
-from gradrep_kernels.branches.sites import Site, conv_sites
 from gradrep_kernels.messages import first_few
 from gradrep_kernels.models.modes import ScalesOrPath, scales_of_mode
 
@@ -203,13 +197,7 @@ def _first_scales(target: RepOptGhostNet) -> dict[str, float]:
 
 def _hyper_search(target: RepOptGhostNet) -> nn.Module:
     starts = _first_scales(target)
-
-    def blocks(model: nn.Module) -> Iterator[tuple[Site, CSLABlock]]:
-        for site in conv_sites(model, list(starts)):
-            scale = torch.full((site.conv.out_channels,), starts[site.name], dtype=torch.float64, device="cpu")
-            yield site, CSLABlock(site.conv, BranchScales(scale, None, True), trainable=True)
-
-    return with_blocks(target, blocks)
+    return csla.hyper_search_model(target, starts, branches="repghost", where=list(starts))
 
 
 def _csla(target: RepOptGhostNet, scales: csla.Scales) -> nn.Module:
