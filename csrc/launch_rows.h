@@ -41,29 +41,33 @@ struct PlacedRow {
 
   // The layers of a scale at a place: G, and then the |α| of the branches that reach it. Where there is no scale, G and
   // one α are 1.
+  // They are values and indices. Of a reference to the row, and of a pointer that may be null, the compiler does not see
+  // to which memory it leads.
   struct Layers {
-    const PlacedRow& row;
-    MultPlaces::Found found;  // indices, not pointers: the compiler would not see that a pointer that may be null, and
-                              // otherwise leads to a tensor, leads to global memory
+    const T *scale, *identity;
+    uint32_t index, outer, count, stride;
+    bool there, tap;
 
-    GRADREP_HD GRADREP_INLINE T first() const { return row.form == Form::kNone ? T(1) : row.scale[found.index]; }
+    GRADREP_HD GRADREP_INLINE T first() const { return there ? scale[index] : T(1); }
     // f(|α|) for each, the identity's last.
     template <typename F>
     GRADREP_HD GRADREP_INLINE void each_alpha(const F& f) const {
-      if (row.form == Form::kNone) {
+      if (!there) {
         f(T(1));
         return;
       }
 #if defined(__CUDACC__)
 #pragma unroll 1
 #endif
-      for (uint32_t n = 1; n < row.places.layers; ++n) f(row.scale[found.index + n * row.places.layer_stride]);
-      if (found.tap) f(row.identity[found.outer]);
+      for (uint32_t n = 1; n < count; ++n) f(scale[index + n * stride]);
+      if (tap) f(identity[outer]);
     }
   };
   GRADREP_HD GRADREP_INLINE Layers layers(uint32_t place) const {
-    if (form == Form::kNone) return {*this, {0, 0, false}};
-    return {*this, places.find(place, identity != nullptr)};
+    const bool there = form != Form::kNone;
+    MultPlaces::Found found{0, 0, false};
+    if (there) found = places.find(place, identity != nullptr);
+    return {scale, identity, found.index, found.outer, places.layers, places.layer_stride, there, found.tap};
   }
 
   // M of the gradient norm where it is not one number: of layers it is Σ α².

@@ -95,7 +95,8 @@ def _add_run(commands: Any, name: str, help_text: str) -> _Parser:
         "--out", type=_path, default=Path("runs"), metavar="DIR", help="folder of all runs; default: %(default)s"
     )
     parser.add_argument(
-        "--name", help="folder of this run in it; default: DATA-MODEL, with a number where that is taken"
+        "--name",
+        help="folder of this run in it; default: DATA-MODEL, -BRANCHES where given, with a number where that is taken",
     )
     parser.add_argument(
         "--resume",

@@ -200,6 +200,9 @@ def hyper_search_model(
     Other convolutions are left and logged (logger `gradrep_kernels.csla`, level INFO). Train the model on a small set,
     then `extract_scales` gives the constants (RepOptimizers, section 3.3).
 
+    Where a convolution and its norm are no siblings, the class of a module above both names the norm, by a class
+    attribute such as `norms_after = {"cheap_operation.0": "final_bn"}`: {name of the convolution: name of the norm}.
+
     Args:
         init: 'depth': in module order, i = 0 at a block without identity and +1 at each that has one. Scales behind
             convs start at 1 for i = 0, else at √(2/i) (Appendix B, which section 4.1 misprints).

@@ -1,4 +1,4 @@
-"""Blocks with a norm in every branch (RepVGG, ACB, RepGhost), the baselines of both papers.
+"""Blocks with a norm in every branch (RepVGG, ACB, RepGhost, MobileOne, ...), the baselines of the papers.
 
 They re-parameterize the structure instead of the optimizer, and are merged after training.
 """
@@ -6,7 +6,7 @@ They re-parameterize the structure instead of the optimizer, and are merged afte
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,16 @@ from gradrep_kernels.branches.algebra import (
     add_centred,
     add_diagonal,
     fold,
-    has_shortcut,
     plain_conv,
     rounded,
 )
 from gradrep_kernels.branches.convert import with_blocks
 from gradrep_kernels.branches.pairs import check_pairs
+from gradrep_kernels.branches.presets import Branches, Kernel, layout_of
 from gradrep_kernels.branches.sites import Site, Where, conv_sites
 from gradrep_kernels.messages import first_few
 
-__all__ = ["NormedBranches", "acb_model", "repghost_model", "repvgg_model"]
+__all__ = ["NormedBranches", "acb_model", "normed_model", "repghost_model", "repvgg_model"]
 
 
 class NormedBranches(MultiBranch):
@@ -36,17 +36,17 @@ class NormedBranches(MultiBranch):
 
     Args:
         conv, norm: the plain pair. The first branch takes over the weight and bias of conv, and the norm.
-        smaller:    kernel sizes of the other branches, centred on conv's and drawn as nn.Conv2d draws them.
+        others:     kernels of the other branches, centred on conv's and drawn as nn.Conv2d draws them.
         identity:   whether there is a branch of a BatchNorm2d alone.
     """
 
     holds_norm = True
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, smaller: list[tuple[int, int]], identity: bool):
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, others: Sequence[Kernel], identity: bool):
         super().__init__()
         first = plain_conv(conv, conv.weight, conv.bias)
-        self.convs = nn.ModuleList([first, *(CentredConv2d(conv, size) for size in smaller)])
-        self.norms = nn.ModuleList([norm, *(copy.deepcopy(norm) for _ in smaller)])
+        self.convs = nn.ModuleList([first, *(CentredConv2d(conv, other.size, other.dilation) for other in others)])
+        self.norms = nn.ModuleList([norm, *(copy.deepcopy(norm) for _ in others)])
         self.norm_identity = copy.deepcopy(norm) if identity else None
         self.train(conv.training)
 
@@ -60,7 +60,7 @@ class NormedBranches(MultiBranch):
         kernel, bias = fold(first.weight, first.bias, self.norms[0])
         for conv, norm in zip(self.convs[1:], self.norms[1:]):
             small, shift = fold(conv.weight, conv.bias, norm)
-            add_centred(kernel, small)
+            add_centred(kernel, small, conv.dilation[0] // first.dilation[0])
             bias += shift
         if self.norm_identity is not None:
             # The identity is the kernel diag(1), into which its norm is folded.
@@ -73,6 +73,40 @@ class NormedBranches(MultiBranch):
         return plain_conv(first, weight, nn.Parameter(bias.to(weight.dtype), weight.requires_grad))
 
 
+def normed_model(model: nn.Module, *, branches: Branches = "repvgg", where: Where | None = None) -> nn.Module:
+    """Return a new model of blocks with a BatchNorm2d in every branch.
+
+    `branches` and `where` say which, as in `csla.hyper_search_model`. A block stands in place of a conv and of its
+    BatchNorm2d. An identity is a BN alone. `csla.merge` gives the deployed form. Random numbers and names are as in
+    `csla.hyper_search_model`. `model` itself is not changed.
+
+    Raises ValueError if such a conv is followed by another norm than a BatchNorm2d with running statistics, if that
+    norm is not the only consumer of its output, or for branches of a fixed value, which have no norm.
+    """
+
+    def blocks(model: nn.Module) -> Iterator[tuple[Site, NormedBranches]]:
+        laid_out = [(site, layout_of(branches, site.name, site.conv)) for site in conv_sites(model, where)]
+        laid_out = [(site, layout) for site, layout in laid_out if layout is not None]
+        problems = [
+            f"{site.name}: {type(site.norm).__name__}"
+            for site, _ in laid_out
+            if type(site.norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or site.norm.running_mean is None
+        ]
+        if problems:
+            raise ValueError(
+                f"the branches need a BatchNorm2d with running statistics after each conv, got {first_few(problems)}"
+            )
+        for site, layout in laid_out:
+            if layout.has_fixed:
+                raise ValueError(f"branches of {site.name}: those of a fixed value have no form with a norm in each")
+        check_pairs(model, [site for site, _ in laid_out], None, "a block that takes its norm along")
+        for site, layout in laid_out:
+            others = [*([] if layout.one_by_one is None else [layout.one_by_one]), *layout.others]
+            yield site, NormedBranches(site.conv, site.norm, others, layout.identity)
+
+    return with_blocks(model, blocks)
+
+
 def repvgg_model(model: nn.Module) -> nn.Module:
     """Return a new model in RepVGG's training form (Ding et al., 2021).
 
@@ -83,7 +117,7 @@ def repvgg_model(model: nn.Module) -> nn.Module:
     Raises ValueError if such a conv is followed by another norm than a BatchNorm2d with running statistics, or if that
     norm is not the only consumer of its output.
     """
-    return _with_normed_branches(model, lambda kh, kw: [(1, 1)], identity=True)
+    return normed_model(model, branches="repvgg")
 
 
 def acb_model(model: nn.Module) -> nn.Module:
@@ -91,7 +125,7 @@ def acb_model(model: nn.Module) -> nn.Module:
 
     A block is k x k + BN, 1 x k + BN and k x 1 + BN. Otherwise as `repvgg_model`.
     """
-    return _with_normed_branches(model, lambda kh, kw: [(1, kw), (kh, 1)], identity=False)
+    return normed_model(model, branches="acb")
 
 
 def repghost_model(model: nn.Module, *, where: Where | None = None) -> nn.Module:
@@ -100,29 +134,4 @@ def repghost_model(model: nn.Module, *, where: Where | None = None) -> nn.Module
     A block is k x k + BN and a BN alone, the fusion layer. `where` chooses convolutions as in
     `csla.hyper_search_model`. Otherwise as `repvgg_model`. Draws no random numbers.
     """
-    return _with_normed_branches(model, lambda kh, kw: [], identity=True, where=where)
-
-
-def _with_normed_branches(
-    model: nn.Module,
-    smaller: Callable[[int, int], list[tuple[int, int]]],
-    identity: bool,
-    where: Where | None = None,
-) -> nn.Module:
-    def blocks(model: nn.Module) -> Iterator[tuple[Site, NormedBranches]]:
-        sites = conv_sites(model, where)
-        problems = [
-            f"{site.name}: {type(site.norm).__name__}"
-            for site in sites
-            if type(site.norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or site.norm.running_mean is None
-        ]
-        if problems:
-            raise ValueError(
-                f"the branches need a BatchNorm2d with running statistics after each conv, got {first_few(problems)}"
-            )
-        check_pairs(model, sites, None, "a block that takes its norm along")
-        for site in sites:
-            sizes = smaller(*site.conv.kernel_size)
-            yield site, NormedBranches(site.conv, site.norm, sizes, identity and has_shortcut(site.conv))
-
-    return with_blocks(model, blocks)
+    return normed_model(model, branches="repghost", where=where)

@@ -17,7 +17,7 @@ from torch import nn
 from gradrep_kernels.branch_scales import Branch, BranchScales, branch_names
 from gradrep_kernels.branches.algebra import can_average, has_shortcut
 
-__all__ = ["Branches", "Kernel", "Layout", "kernel_text", "layout_of"]
+__all__ = ["PRESETS", "Branches", "Kernel", "Layout", "kernel_text", "layout_of", "preset"]
 
 Branches = str | Sequence | Callable[[str, nn.Conv2d], "str | Sequence | None"]
 
@@ -57,6 +57,11 @@ class Layout:
         others = branch_names(self.scales(1, 1.0).others)
         named = [("conv", self.kxk), ("1x1", self.one_by_one), *zip(others, self.others)]
         return frozenset(name for name, kernel in named if kernel is not None and kernel.fixed is not None)
+
+    @property
+    def has_fixed(self) -> bool:
+        """Whether some branch has a value that is not searched."""
+        return bool(self.fixed or self.constant_identity or self.constant_average)
 
     def scales(self, channels: int, start: float) -> BranchScales:
         """Return the scales [channels] that a search starts from, float64."""
@@ -120,6 +125,9 @@ _PRESETS: dict[str, Callable[..., list]] = {
     "qarepvgg": lambda conv: ["kxk", "1x1=1", *["identity=1", "average=1"] * has_shortcut(conv)],
 }
 
+PRESETS = tuple(_PRESETS)
+"""How the presets are written."""
+
 _BILINEAR = (
     "a sequence of trained kernels is bilinear: its merged kernel is their product, and no constant multiplier of the "
     "gradient stands for it"
@@ -157,7 +165,7 @@ def layout_of(branches: Branches, name: str, conv: nn.Conv2d) -> Layout | None:
         if described is None:
             return None
     if isinstance(described, str):
-        described = _preset(described, conv, name)
+        described = _listed(described, conv, name)
     elif not isinstance(described, Sequence):
         raise TypeError(
             f"branches must be the name of a preset, a list of branches or a function of (name, conv), got "
@@ -169,23 +177,32 @@ def layout_of(branches: Branches, name: str, conv: nn.Conv2d) -> Layout | None:
         raise ValueError(f"branches of {name or 'the model itself'}: {error}") from None
 
 
-def _preset(text: str, conv: nn.Conv2d, name: str) -> list:
+def preset(text: str) -> Callable[[nn.Conv2d], list]:
+    """Return the function that lists the branches of a preset for a convolution, and raises ValueError if none fit.
+
+    Raises ValueError, which begins with the word 'branches', for a name that is no preset.
+    """
     word, _, number = text.partition(":")
     if text in _WITHOUT_FORM:
         raise ValueError(f"branches {text!r} have no exact form: {_WITHOUT_FORM[text]}")
-    for preset, make in _PRESETS.items():
-        if preset.partition(":")[0] != word:
+    for written, make in _PRESETS.items():
+        if written.partition(":")[0] != word:
             continue
-        takes_number = ":" in preset
+        takes_number = ":" in written
         if takes_number != (":" in text) or (takes_number and not re.fullmatch(r"[1-9]\d*", number)):
-            raise ValueError(f"branches: {preset} is how this preset is written, got {text!r}")
-        try:
-            return make(conv, int(number)) if takes_number else make(conv)
-        except ValueError as error:
-            raise ValueError(
-                f"branches of {name or 'the model itself'}: {error}; `where`, or None of a function, leaves it plain"
-            ) from None
-    raise ValueError(f"branches must be one of {', '.join(_PRESETS)}, a list or a function, got {text!r}")
+            raise ValueError(f"branches: {written} is how this preset is written, got {text!r}")
+        return (lambda conv, make=make: make(conv, int(number))) if takes_number else make
+    raise ValueError(f"branches must be one of {', '.join(PRESETS)}, got {text!r}")
+
+
+def _listed(text: str, conv: nn.Conv2d, name: str) -> list:
+    make = preset(text)
+    try:
+        return make(conv)
+    except ValueError as error:
+        raise ValueError(
+            f"branches of {name or 'the model itself'}: {error}; `where`, or None of a function, leaves it plain"
+        ) from None
 
 
 def _layout(described: Iterable, conv: nn.Conv2d) -> Layout:

@@ -9,21 +9,14 @@ names are those of the code that the authors of RepOptimizers published, so that
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradrep_kernels import csla
-from gradrep_kernels.branch_scales import BranchScales
-from gradrep_kernels.branches.convert import with_blocks
-from gradrep_kernels.branches.csla import CSLABlock
-from gradrep_kernels.branches.normed import repghost_model
-from gradrep_kernels.branches.sites import Site, conv_sites
 from gradrep_kernels.messages import first_few
-from gradrep_kernels.models.modes import ScalesOrPath, scales_of_mode
+from gradrep_kernels.models.modes import BranchForm, ScalesOrPath, scales_of_mode
 
 __all__ = ["GhostModule", "RepOptGhostNet", "repopt_ghostnet", "repopt_ghostnet_0_5x"]
 
@@ -177,6 +170,8 @@ class RepOptGhostNet(nn.Module):
         self.conv_head = nn.Conv2d(last, _HEAD, 1)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(_HEAD, num_classes)
+        starts = _first_scales(self)
+        self.branch_form = BranchForm("repghost", tuple(starts), starts)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in_channels, H, W] -> [N, num_classes]
         x = self.blocks(F.relu(self.bn1(self.conv_stem(x))))
@@ -201,23 +196,12 @@ def _first_scales(target: RepOptGhostNet) -> dict[str, float]:
     return starts
 
 
-def _hyper_search(target: RepOptGhostNet) -> nn.Module:
-    starts = _first_scales(target)
-
-    def blocks(model: nn.Module) -> Iterator[tuple[Site, CSLABlock]]:
-        for site in conv_sites(model, list(starts)):
-            scale = torch.full((site.conv.out_channels,), starts[site.name], dtype=torch.float64, device="cpu")
-            yield site, CSLABlock(site.conv, BranchScales(scale, None, True), trainable=True)
-
-    return with_blocks(target, blocks)
-
-
 def _csla(target: RepOptGhostNet, scales: csla.Scales) -> nn.Module:
     """Convert a network by scales that leave out the convolutions outside of ghost modules, but no ghost module."""
-    model = csla.csla_model(target, scales, partial=True)
+    model = target.branch_form.explicit(target, scales)
     missing = [
         name
-        for name in _first_scales(target)
+        for name in target.branch_form.where
         if getattr(model.get_submodule(name), "scale_identity", None) is None  # a plain convolution has none either
     ]
     if missing:
@@ -262,10 +246,10 @@ def repopt_ghostnet(
     scales = scales_of_mode(mode, scales, "rep")
     target = RepOptGhostNet(width, num_classes, in_channels, dropout)
     if mode == "hs":
-        return _hyper_search(target)
+        return target.branch_form.hyper_search(target)
     if mode == "csla":
         return _csla(target, scales)
-    return repghost_model(target, where=list(_first_scales(target))) if mode == "rep" else target
+    return target.branch_form.normed(target) if mode == "rep" else target
 
 
 def repopt_ghostnet_0_5x(

@@ -9,6 +9,7 @@ from torch import nn
 
 from gradrep_kernels import csla
 from gradrep_kernels.grad_mult import GradMult
+from gradrep_kernels.models.modes import BranchForm, branch_form
 from gradrep_kernels.optim import param_groups
 from gradrep_kernels.recipes import interrupts
 from gradrep_kernels.recipes.data import Data
@@ -39,15 +40,20 @@ class Trainee:
 def plain_model(options: Options, data: Data, seed: int) -> nn.Module:
     """Draw the target network from `seed` on the CPU, the same for every device.
 
-    Seeds the default generator.
+    Seeds the default generator. The network says which branches it has in its other forms (`branch_form`): those of
+    --branches, where it was given.
     """
     torch.manual_seed(derived_seed(seed, _INITIALISATION))
-    return MODELS[options.model](num_classes=len(data.classes), in_channels=data.channels)
+    model = MODELS[options.model](num_classes=len(data.classes), in_channels=data.channels)
+    if options.branches is not None:
+        model.branch_form = BranchForm(options.branches)
+    return model
 
 
 def search_model(options: Options, data: Data) -> Trainee:
     """The network of the Hyper-Search, drawn from the first seed."""
-    model = csla.hyper_search_model(plain_model(options, data, options.seed)).to(options.device)
+    plain = plain_model(options, data, options.seed)
+    model = branch_form(plain).hyper_search(plain).to(options.device)
     return Trainee(model, _optimizer(SGD, model, options, options.search_lr), options.search_lr)
 
 
@@ -58,11 +64,12 @@ def build(recipe: Recipe, options: Options, data: Data, searched: csla.Scales | 
     where no row needs them. Draws from the default generator.
     """
     model = plain_model(options, data, seed)
+    partial = branch_form(model).partial
     scales = None if recipe.scales is None else recipe.scales.scales_for(model, searched)
     if recipe.reinitialize:
-        csla.reinitialize(model, scales)
+        csla.reinitialize(model, scales, partial=partial)
     model = recipe.network(model, scales).to(options.device)
-    grad_mults = csla.grad_mults(model, scales) if recipe.grad_mults else None
+    grad_mults = csla.grad_mults(model, scales, partial=partial) if recipe.grad_mults else None
     if recipe.reinitialize and not recipe.grad_mults:
         grad_mults = {}  # The row that shows what is lost without them.
     kind = FUSED_REP_SGD if options.beyond_torch else recipe.optimizer

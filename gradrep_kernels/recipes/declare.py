@@ -63,6 +63,9 @@ class Option:
     """Checks the value. None accepts all."""
     outcome: bool = True
     """Whether results depend on it. A resumed run may have another value of those that they do not depend on."""
+    earlier: Any = None
+    """The value in runs that were started before there was this option, as `to_json` would write it. None: such runs
+    cannot be resumed."""
     name: str = ""
     type: type = str
 

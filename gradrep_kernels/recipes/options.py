@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from gradrep_kernels import models
+from gradrep_kernels.branches.presets import PRESETS, preset
 from gradrep_kernels.recipes.augmentation import AUGMENTATIONS
 from gradrep_kernels.recipes.cores import cores, free_processes
 from gradrep_kernels.recipes.data import FOLDER_SIDE, DataSource
@@ -54,6 +55,14 @@ def _with_meanings(table: Mapping[str, Any]) -> str:
 def _read_model(flag: str, value: str) -> str:
     """The full name of a model. 'small' is short for 'repopt_vgg_small', 'deep' for 'repopt_vgg_deep'."""
     return MODELS[one_of(MODELS)(flag, value)].__name__
+
+
+def _read_branches(flag: str, value: str) -> str:
+    try:
+        preset(value)
+    except ValueError as reason:
+        raise InputError(f"{flag}{str(reason).removeprefix('branches')}") from None
+    return value
 
 
 def _read_recipes(flag: str, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -113,6 +122,11 @@ class Options:
         False, commands=TRAIN, default_help="the whole job",
     )  # fmt: skip
     model: str = option(", ".join(MODELS), "small", metavar="MODEL", reader=_read_model, digits="deep")
+    branches: str | None = option(
+        f"of each k x k convolution in the Hyper-Search and in all recipes with branches: {', '.join(PRESETS)}",
+        default_help="those that the model says (repopt_ghostnet: repghost, in ghost modules alone), else repvgg",
+        metavar="PRESET", reader=_read_branches, earlier="repvgg",
+    )  # fmt: skip
     recipe: tuple[str, ...] = option(
         f"comma-separated: {_with_meanings(RECIPES)}; or all",
         ("all",), digits=("sgd", "sgs", "repopt", "csla", "repvgg"), quick=("sgd", "repopt"),
@@ -228,8 +242,10 @@ class Options:
     def from_json(cls, stored: Mapping[str, Any]) -> Options:
         """The options that `to_json` wrote.
 
-        Raises InputError if they are of another version.
+        Options that came later have the value that runs had before them. Raises InputError if they are of another
+        version.
         """
+        stored = {name: o.earlier for name, o in OPTIONS.items() if o.earlier is not None} | dict(stored)
         unlike = sorted(OPTIONS.keys() ^ stored.keys())
         if unlike:
             raise InputError(f"it differs in {', '.join(unlike)}")

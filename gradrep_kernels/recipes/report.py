@@ -258,11 +258,20 @@ def scales_line(summary: Mapping[str, Any]) -> str:
 
 
 def _check_line(summary: Mapping[str, Any]) -> str:
-    """CSLA = GR in one sentence."""
+    """CSLA = GR, and where the check was another than the job's training."""
     check = summary["csla_equals_gr"]
     if check["outputs"] is None or check["weights"] is None:
         return f"CSLA = GR in float64 over {check['steps']} steps: not finite, a lower --search-lr may help."
-    return f"{Equivalence(check['steps'], check['outputs'], check['weights'])}."
+    lines = [f"{Equivalence(check['steps'], check['outputs'], check['weights'])}."]
+    options = summary["options"]
+    if check.get("lr", options["search_lr"]) != options["search_lr"]:  # runs of before have none
+        lines.append(
+            f"This is at learning rate {check['lr']:g}. At {options['search_lr']:g} the training magnifies rounding "
+            f"from step to step, and outputs differ by {check['at_search_lr']:.1e}."
+        )
+    if check.get("weight_decay", options["weight_decay"]) != options["weight_decay"]:
+        lines.append("It is without weight decay, which takes hold of constant branches in the merged kernel alone.")
+    return " ".join(lines)
 
 
 def _markdown_table(cells: Sequence[Sequence[str]], left: int = 1) -> list[str]:
@@ -277,7 +286,8 @@ def _markdown(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     images = f"{data['train']} training and {data['test']} test images of {shape}, {data['classes']} classes"
     threads = f"{summary['threads']} thread{'s' * (summary['threads'] > 1)}"
     where = f"{summary['device']} ({summary['processor']}), {threads}, torch {summary['versions']['torch']}"
-    lines = [f"# {summary['run']}", "", f"{options['model']} on {data['name']} ({images}), on {where}.", ""]
+    model = options["model"] + (f" with {options['branches']} branches" if options["branches"] else "")
+    lines = [f"# {summary['run']}", "", f"{model} on {data['name']} ({images}), on {where}.", ""]
     if "cost.png" in pictures:
         lines += [f"![{pictures['cost.png']}](cost.png)", "", f"{pictures['cost.png']}.", ""]
     if summary["recipes"] or summary["not_trained"]:

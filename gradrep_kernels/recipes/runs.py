@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gradrep_kernels import csla
+from gradrep_kernels.branch_scales import BranchScales
 from gradrep_kernels.branches.scales import match
+from gradrep_kernels.messages import first_few
+from gradrep_kernels.models.modes import branch_form
 from gradrep_kernels.ops import backends, registry
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.build import plain_model
@@ -58,8 +62,8 @@ class Run:
 def open_run(out: Path, name: str | None, given: Mapping[str, Any], *, resume: bool, search: bool = False) -> Run:
     """Start a run in a folder of `out`, or resume one.
 
-    Without a name a new run takes DATA-MODEL, or DATA-MODEL-2, -3, ... where that is taken, and resuming takes the last
-    of them. A resumed run keeps the options that it was started with.
+    Without a name a new run takes DATA-MODEL, followed by -BRANCHES where they were given, or DATA-MODEL-2, -3, ...
+    where that is taken, and resuming takes the last of them. A resumed run keeps the options that it was started with.
 
     Args:
         given: the options that a user gave, as `resolve` takes them.
@@ -199,6 +203,8 @@ def _read_again(folder: Path, given: Mapping[str, Any], search: bool) -> tuple[O
 
 def _base_name(options: Options) -> str:
     name = f"{options.data.kind}-{options.model.removeprefix('repopt_vgg_')}"
+    if options.branches is not None:
+        name += "-" + options.branches.replace(":", "")  # No folder on Windows has a colon in its name.
     return name if options.recipe else f"{name}-search"
 
 
@@ -229,21 +235,57 @@ def _given_scales(options: Options, data: Data) -> csla.Scales | None:
     converted as the rows of the table need it.
     """
     if options.rows and not any(recipe.uses_branches for recipe in options.rows):
+        recipes = ", ".join(options.recipe)
         if options.scales is not None:
-            raise InputError(f"--scales {options.scales}: none of the recipes {', '.join(options.recipe)} uses scales")
+            raise InputError(f"--scales {options.scales}: none of the recipes {recipes} uses scales")
+        if options.branches is not None:
+            raise InputError(f"--branches {options.branches}: none of the recipes {recipes} has branches")
         return None
     with torch.random.fork_rng():
         model = plain_model(options, data, options.seed)
-        try:
-            initial_scales(model)
-        except ValueError as reason:
-            raise InputError(f"--model {options.model}: {reason}") from None
+        initial = _initial_scales(options, model)
         if options.scales is None:
             return None
         try:
-            matched = match(model, csla.load_scales(options.scales))
+            matched = match(model, csla.load_scales(options.scales), partial=branch_form(model).partial)
         except (OSError, ValueError) as reason:
             said, left_out, _ = str(reason).partition(" (partial=True")
             needed = "; the commands need scales of every convolution and of its shortcut" if left_out else ""
             raise InputError(f"--scales {options.scales}: {said}{needed}") from None
-    return {site.name: branch_scales for site, branch_scales in matched}  # Published files name blocks instead.
+    scales = {site.name: value for site, value in matched}  # Published files name blocks instead.
+    unlike = [
+        f"{name}: {_branches_of(scales.get(name))}, not {_branches_of(initial.get(name))}"
+        for name in {**initial, **scales}
+        if _branches_of(scales.get(name)) != _branches_of(initial.get(name))
+    ]
+    if unlike:
+        has = f"--branches {options.branches}" if options.branches else f"--model {options.model} without --branches"
+        raise InputError(f"--scales {options.scales}: other branches than {has} has: {first_few(unlike)}")
+    return scales
+
+
+def _initial_scales(options: Options, model: nn.Module) -> csla.Scales:
+    """Where a Hyper-Search of `model` starts. Raises InputError where a row, or the search, has no such network."""
+    named = f"--branches {options.branches}" if options.branches else f"--model {options.model}"
+    try:
+        scales = initial_scales(model)
+    except ValueError as reason:
+        said = str(reason).partition("; `where`")[0]  # which the commands do not have
+        raise InputError(f"{named}: {said}") from None
+    for row in options.rows:
+        if row.scales is None and row.uses_branches:
+            try:
+                row.network(model, None)
+            except ValueError as reason:
+                raise InputError(f"{named}: {reason}; leave {row.name} out of --recipe") from None
+    return scales
+
+
+def _branches_of(scales: BranchScales | None) -> str:
+    """The branches of a block in words."""
+    if scales is None:
+        return "no branches"
+    names = {"conv": "kxk", **{name: name for name in scales.tensors() if name not in ("conv", "identity")}}
+    parts = [*sorted(names.values(), key=lambda name: (name != "kxk", name)), *["identity"] * scales.has_identity]
+    constants = {"identity": scales.constant_identity, "average": scales.constant_average}
+    return " + ".join([*parts, *(f"{name}={value:g}" for name, value in constants.items() if value)])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradrep_kernels import csla
+from gradrep_kernels.models.modes import branch_form
 
 __all__ = ["CHANNEL_MEAN", "INITIAL", "ONES", "SEARCHED", "ScaleSource", "initial_scales"]
 
@@ -31,7 +32,7 @@ def initial_scales(model: nn.Module) -> csla.Scales:
     Leaves the default generator as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        return csla.extract_scales(csla.hyper_search_model(model))
+        return csla.extract_scales(branch_form(model).hyper_search(model))
 
 
 def _each_tensor(scales: csla.Scales, change: Callable[[Tensor], Tensor]) -> csla.Scales:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrep_kernels import csla, models
+from gradrep_kernels import csla
+from gradrep_kernels.models.modes import branch_form
 from gradrep_kernels.optim import FusedRepSGD
 from gradrep_kernels.recipes.scale_sources import CHANNEL_MEAN, INITIAL, ONES, SEARCHED, ScaleSource
 
@@ -118,14 +119,14 @@ RECIPES: dict[str, Recipe] = _by_name(
     Recipe(
         "csla",
         "the explicit multi-branch model that repopt imitates",
-        network=csla.csla_model,
+        network=lambda model, scales: branch_form(model).explicit(model, scales),
         scales=SEARCHED,
         rate_of=_REPOPT.name,  # They are one training in two forms, which the check CSLA = GR shows.
     ),
     Recipe(
         "repvgg",
         "the multi-branch model with a norm in every branch",
-        network=lambda model, scales: models.repvgg_model(model),
+        network=lambda model, scales: branch_form(model).normed(model),
     ),
 )
 

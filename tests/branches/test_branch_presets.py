@@ -97,7 +97,10 @@ def test_where_and_branches():
 
 
 REFUSED = {
-    "unknown": ("resnet", "must be one of repvgg, acb, repghost, mobileone:N, replk:K, unireplk, qarepvgg, a list or"),
+    "unknown": (
+        "resnet",
+        "must be one of repvgg, acb, repghost, mobileone:N, replk:K, unireplk, qarepvgg, got 'resnet'",
+    ),
     "dbb": ("dbb", "'dbb' have no exact form: its average branch (1 x 1, then AvgPool) is linear but not elementwise"),
     "dbb-avg": ("dbb-avg", "is linear but not elementwise: each of its parameters lands on every tap"),
     "sequence": ("1x1-kxk", "no exact form: a sequence of trained kernels is bilinear"),

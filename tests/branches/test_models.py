@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import gradrep_kernels as gr
 from gradrep_kernels import csla, models
-from gradrep_kernels.branches.normed import NormedBranches
+from gradrep_kernels.branches.normed import NormedBranches, normed_model
 
 # RepOptimizers, Table 1: millions of parameters of the target form with 1000 classes.
 MILLIONS = {"b1": 51.84, "b2": 80.33, "l1": 76.04, "l2": 118.13}
@@ -218,6 +218,30 @@ def test_repvgg_by_hand():
 def test_acb_has_its_kernels():
     model = models.acb_model(nn.Sequential(nn.Conv2d(4, 6, (3, 5), padding=(1, 2)), nn.BatchNorm2d(6)))
     assert [conv.kernel_size for conv in model[0].convs] == [(3, 5), (1, 5), (3, 1)]
+
+
+@pytest.mark.parametrize(
+    "branches", ["repvgg", "acb", "repghost", "mobileone:3", "replk:3", "unireplk", ["kxk", "3x3_d2"]]
+)
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "groups": 2}, {"dilation": 2, "padding": 6, "groups": 4}])
+def test_any_preset_has_a_form_with_a_norm_in_each_branch(branches, options):
+    plain = nn.Sequential(nn.Conv2d(4, 4, 7, **{"padding": 3, **options}), nn.BatchNorm2d(4)).double().eval()
+    model = normed_model(plain, branches=branches)
+    search = csla.hyper_search_model(plain, branches=branches)
+    sizes = [(conv.kernel_size, conv.dilation) for conv in model[0].convs]
+    expected = [(m.kernel_size, m.dilation) for m in search[0].modules() if isinstance(m, nn.Conv2d)]
+    assert sizes == expected
+    assert (model[0].norm_identity is None) == (search[0].scale_identity is None)
+    randomise_norms(model)
+    x = torch.randn(2, 4, 15, 16, dtype=torch.float64)
+    torch.testing.assert_close(csla.merge(model)(x), model(x), rtol=0, atol=FORWARD_TOLERANCE)
+
+
+def test_branches_of_a_fixed_value_have_no_norm():
+    plain = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+    for branches in ("qarepvgg", ["kxk", "1x1=1"], ["kxk", "identity=1"]):
+        with pytest.raises(ValueError, match="branches of 0: those of a fixed value have no form with a norm in each"):
+            normed_model(plain, branches=branches)
 
 
 def test_branches_need_batch_norms():

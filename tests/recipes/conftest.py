@@ -10,7 +10,7 @@ import gradrep_kernels as gr
 from gradrep_kernels.recipes import plots
 from gradrep_kernels.recipes.build import plain_model
 from gradrep_kernels.recipes.data import DataSource, load_data
-from gradrep_kernels.recipes.options import resolve
+from gradrep_kernels.recipes.options import MODELS, resolve
 from gradrep_kernels.recipes.scale_sources import initial_scales
 from gradrep_kernels.recipes.training import repeatable
 
@@ -40,6 +40,17 @@ def scales(options, data):
         )
         for name, value in initial_scales(plain_model(options, data, 0)).items()
     }
+
+
+@pytest.fixture
+def tiny_ghost(monkeypatch):
+    """The name of a RepOpt-GhostNet of a twentieth of the width, a model of the commands."""
+
+    def tiny_ghost(num_classes, in_channels):
+        return gr.models.repopt_ghostnet(num_classes=num_classes, in_channels=in_channels, width=0.05)
+
+    monkeypatch.setitem(MODELS, "tiny_ghost", tiny_ghost)
+    return "tiny_ghost"
 
 
 @pytest.fixture

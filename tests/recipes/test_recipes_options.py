@@ -39,6 +39,7 @@ def test_options_json_keeps_its_form():
         "data": "cifar10:/somewhere/cifar",
         "quick": False,
         "model": "repopt_vgg_small",
+        "branches": None,
         "recipe": ["sgs", "repopt"],
         "ablate": ["ones"],
         "scales": None,
@@ -75,6 +76,9 @@ def test_options_json_keeps_its_form():
     options = resolve({"data": "cifar10:/somewhere/cifar", **given})
     assert list(options.to_json().items()) == list(stored.items())
     assert Options.from_json(stored) == options
+    # Runs of before --branches had RepVGG's, whatever the model.
+    before = {name: value for name, value in stored.items() if name != "branches"}
+    assert Options.from_json(before) == dataclasses.replace(options, branches="repvgg")
     with pytest.raises(InputError, match="it differs in colour"):
         Options.from_json({**stored, "colour": "red"})
     with pytest.raises(InputError, match="it differs in lr, seeds"):
@@ -159,6 +163,12 @@ WRONG_OPTIONS = {
     "ablate": ({"ablate": ("hs",)}, "--ablate must be one of init, grad, ones, hs-init, channel-mean, got 'hs'"),
     "augment": ({"augment": ("blur",)}, "--augment must be one of flip, crop, cutout, got 'blur'"),
     "model": ({"model": "b3"}, "--model must be one of small, .*, got 'b3'"),
+    "branches": (
+        {"branches": "resnet"},
+        "--branches must be one of repvgg, acb, repghost, mobileone:N, replk:K, unireplk, qarepvgg, got 'resnet'",
+    ),
+    "branches in part": ({"branches": "replk"}, "--branches: replk:K is how this preset is written, got 'replk'"),
+    "branches without form": ({"branches": "dbb"}, "--branches 'dbb' have no exact form: its average branch"),
     "device": ({"device": "tpu"}, "--device must be cpu, cuda or cuda:N, got 'tpu'"),
     "image size": ({"image_size": 32}, "--image-size is for folder:DIR, digits has its own"),
     "data": ({"data": "mnist"}, "--data must be digits, .*, got 'mnist'"),
@@ -190,6 +200,7 @@ def test_a_resumed_run_takes_no_other_options(options):
         ({"data": "digits"}, "--data was cifar10:.*, now it is digits"),
         ({"data": f"cifar100:{options.data.folder}"}, "--data was cifar10:.*, now it is cifar100:"),
         ({"ablate": ("ones",)}, "--ablate was "),
+        ({"branches": "acb"}, "--branches was None when this run was started, now it is acb"),
     ):
         with pytest.raises(InputError, match=said):
             options.check_against(given)

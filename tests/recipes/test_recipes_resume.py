@@ -141,6 +141,18 @@ def test_resuming_a_finished_run_only_writes_its_report_again(finished, tmp_path
     assert {path: path.stat().st_mtime_ns for path in (folder / "weights").iterdir()} == before
 
 
+def test_a_run_of_before_there_were_branches_goes_on(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "before")
+    stored = json.loads((folder / "options.json").read_text())
+    del stored["options"]["branches"]
+    (folder / "options.json").write_text(json.dumps(stored))
+    for path in (folder / "summary.json", folder / "state" / "csla-seed0.json", folder / "weights" / "csla-seed0.pt"):
+        path.unlink()
+    assert main(["train", "--out", str(tmp_path), "--name", "before", "--resume"]) == 0
+    assert_same_results(finished, folder, ordered=False)
+    assert json.loads((folder / "summary.json").read_text())["options"]["branches"] == "repvgg"
+
+
 def test_resume_without_a_name_takes_the_last_default_one(source, tmp_path, monkeypatch):
     arguments = train_arguments(source, tmp_path, "--recipe", "sgd", "--epochs", "1")
     assert main(arguments) == 0

@@ -44,11 +44,31 @@ def wrong_cases(source, tmp_path, finished):
             [*train, "--recipe", "sgd", "--scales", str(unfit)],
             "none of the recipes sgd uses scales",
         ),
+        "branches": ([*train, "--branches", "resnet"], "--branches must be one of repvgg, acb, repghost, mobileone:N,"),
+        "branches of a search": ([*search, "--branches", "dbb"], "--branches 'dbb' have no exact form"),
+        "branches that do not fit": (
+            [*search, "--branches", "replk:5"],
+            "--branches replk:5: branches of stage0.conv: replk:K needs an odd K smaller than the kernel, got 5 for a "
+            "3 x 3 kernel\n",
+        ),
+        "branches without norms": (
+            [*train, "--branches", "qarepvgg"],
+            "have no form with a norm in each; leave repvgg out of --recipe",
+        ),
+        "branches that nobody uses": (
+            [*train, "--recipe", "sgd,sgs", "--branches", "acb"],
+            "--branches acb: none of the recipes sgd, sgs has branches",
+        ),
+        "scales of other branches": (
+            [*train, "--branches", "repghost", "--recipe", "repopt", "--scales", str(finished / "scales.pt")],
+            "other branches than --branches repghost has: stage0.conv: kxk + 1x1, not kxk; ",
+        ),
         "folder in use": ([*train, "--name", "full"], "has something in it already"),
         "finished run": (["train", *theirs, "--data", source], "has something in it already"),
         "nothing to resume": (["train", *ours, "--name", "none", "--resume"], "there is no run to resume"),
         "no default to resume": (["train", *ours, "--resume"], "there is no run to resume"),
         "resume differs": ([*again, "--lr", "0.2"], "--lr was 0.1 when this run was started, now it is 0.2"),
+        "resume with other branches": ([*again, "--branches", "acb"], "--branches was None when this run was started"),
         "resume of another recipe": ([*again, "--recipe", "sgd"], "--recipe was repopt+sgs,csla when"),
         "search of a train": (["search", *theirs, "--resume"], "was started by `train`"),
         "output folder": ([*search, "--output", "/nowhere/s.pt"], "--output /nowhere/s.pt: no such folder"),
