@@ -12,8 +12,8 @@
 // Reads downwards: hyper-parameters -> the rows of a launch -> what a block does -> the launches of one dtype.
 //
 // The update is a type as step_plan.h lists it. Of its members this file needs kStates, kVariants, Hyper, Numbers,
-// reads_states and element, for host and device. One that has kLayered gets the layers of a scale in place of M, and has
-// moments, added and moved in place of element, as rep_adamw_update.h.
+// reads_states and element, for host and device. One that has kLayered gets the layers of a scale in place of M, and
+// has moments, added and moved in place of element, as rep_adamw_update.h.
 #pragma once
 
 #include "launch_rows.h"
