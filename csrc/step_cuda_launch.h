@@ -12,7 +12,8 @@ template <typename Update>
 constexpr int kStepBlocks = Update::kStates > 2 ? 2 : 4;
 
 template <typename Update, typename S, TailKind kKind>
-__global__ void __launch_bounds__(kThreads, kStepBlocks<Update>) step_kernel(const __grid_constant__ StepWork<Update, S> work) {
+__global__ void __launch_bounds__(kThreads, kStepBlocks<Update>)
+    step_kernel(const __grid_constant__ StepWork<Update, S> work) {
   static_assert(sizeof(work) <= kMostParameters);
   step_block<kKind>(work, blockIdx.x, threadIdx.x);
 }

@@ -70,7 +70,8 @@ def main(name: str, batches: Sequence[tuple]) -> None:
     original = timm.create_model(name, num_classes=10)
     model = copy.deepcopy(original)
     branches = plain_form(model)
-    search = gr.csla.hyper_search_model(model, branches=lambda name, conv: branches.get(name))
+    # `where`: by their names 1 x 1 convolutions get branches too.
+    search = gr.csla.hyper_search_model(model, where=list(branches), branches=lambda name, conv: branches[name])
     coverage = gr.csla.coverage(search)
     print(*(f"  {line}" for line in str(coverage).splitlines()[:4]), sep="\n")
 

@@ -219,7 +219,8 @@ def hyper_search_model(
             Identities stand where the convolution has a shortcut, averages where in = out channels and padding 'same'.
         where: which convolutions to replace: a name (of a conv, or of a module above), a pattern as of the module
             fnmatch ('*.conv2'), several of them, or a function of (name, conv). A chosen convolution needs no norm
-            behind it. The others stay plain and need no scales: give `partial=True` to what takes them.
+            behind it. The others stay plain and need no scales: give `partial=True` to what takes them. A convolution
+            with a side of 1, as MobileOne's pointwise ones, is replaced where its own name is given.
 
     The first k x k branches take the present weights. The other kernels are drawn as nn.Conv2d draws them, in module
     order, from the default generator, which moves on. `model` itself is not changed. A wrapper (DDP, torch.compile,

@@ -59,7 +59,8 @@ def match(
     if partial and not scales:
         raise ValueError("scales are empty: no convolution has any")
     refuse_blocks(model)
-    found = survey(model, lambda name, conv: True, fake_quantized=fake_quantized)
+    small = {*scales, *map(saved_name, scales)}
+    found = survey(model, lambda name, conv: True, fake_quantized=fake_quantized, small=small)
     followed = [site for site in found.sites if site.norm is not None]
     if not followed and not (found.sites and scales):
         conv_sites(model)  # says why there is none

@@ -116,16 +116,19 @@ def is_fake_quantized(conv: nn.Conv2d) -> bool:
     return type(conv).__module__.startswith(("torch.ao.nn.qat", "torch.ao.nn.intrinsic.qat"))
 
 
-def _why_no_block(sibling: Sibling, fake_quantized: bool) -> str | None:
-    """Say why no block can stand for this convolution, whatever follows it. None: one can."""
+def _why_no_block(sibling: Sibling, fake_quantized: bool, named: bool) -> str | None:
+    """Say why no block can stand for this convolution, whatever follows it. None: one can.
+
+    One with a side of 1 must be `named`: the papers' blocks leave them alone, MobileOne's do not.
+    """
     conv = sibling.conv
     if is_fake_quantized(conv):
         if not fake_quantized:
             return "it is fake-quantized; convert the model before prepare_qat"
     elif type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} may have a forward of its own"
-    if not is_kxk(conv.kernel_size):
-        kh, kw = conv.kernel_size
+    kh, kw = conv.kernel_size
+    if kh % 2 == 0 or kw % 2 == 0 or not (named or is_kxk(conv.kernel_size)):
         return f"kernel {kh} x {kw}, needed is odd and above 1 both ways"
     if "weight" not in conv._parameters:
         return "its weight is not a parameter (weight norm, pruning)"
@@ -190,12 +193,19 @@ def multi_branch_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {plain_name(name) or "the model itself": module for module, name in inner.items()}
 
 
-def survey(model: nn.Module, where: Where | None = None, *, fake_quantized: bool = False) -> Survey:
+def survey(
+    model: nn.Module,
+    where: Where | None = None,
+    *,
+    fake_quantized: bool = False,
+    small: Container[str] = (),
+) -> Survey:
     """Sort the convolutions of a model, in module order.
 
     Args:
         where: convolutions that are chosen. They need no norm behind them. None: all that have one.
         fake_quantized: whether those of prepare_qat count too.
+        small: names of convolutions that count although a side of their kernel is 1. Those that `where` names do.
 
     Raises TypeError or ValueError for a `where` of another kind, with a name or pattern that no convolution has, or
     with the name of a convolution that cannot be converted.
@@ -205,7 +215,8 @@ def survey(model: nn.Module, where: Where | None = None, *, fake_quantized: bool
     block_of = {m: (name, block) for name, block in found.blocks.items() for m in block.modules()}
     for sibling in convs_and_siblings(model):
         name, conv = sibling.name, sibling.conv
-        reason = _why_no_block(sibling, fake_quantized)
+        by_name = name in small or (chosen is not None and chosen.names(name))
+        reason = _why_no_block(sibling, fake_quantized, by_name)
         if reason is None and conv in block_of:
             block_name, block = block_of[conv]
             reason = f"part of {block_name}, a {type(block).__name__} that is multi-branch already"

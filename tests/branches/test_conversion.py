@@ -76,7 +76,6 @@ def test_where_chooses(where, expected, no_warnings):
         ("stam", ValueError, "where: the model has no convolution of that name, or below it: stam"),
         (["stem", "layers.7", "x*"], ValueError, "or below it: layers.7; x*"),
         ("head", ValueError, "or below it: head"),
-        ("layers.0.conv1", ValueError, "where: layers.0.conv1 cannot be converted: kernel 1 x 1, needed is odd"),
         ("*.conv1", ValueError, "model has no odd k x k nn.Conv2d that `where` chooses (stem.0: not chosen by `where`"),
         (lambda name, conv: False, ValueError, "model has no odd k x k nn.Conv2d that `where` chooses"),
         (3, TypeError, "where must be names, patterns or a function of (name, conv), got 3"),
@@ -146,8 +145,10 @@ def test_partial_scales_are_asked_for(no_warnings):
 
 def test_a_convolution_that_cannot_have_scales_says_why():
     s = BranchScales(torch.ones(8))
-    with pytest.raises(ValueError, match=r"layers\.0\.conv1: unexpected, its conv cannot have any: kernel 1 x 1"):
-        csla.grad_mults(Dense(), {"stem.0": s, "layers.0.conv1": s})
+    model = Dense()
+    model.layers[0].conv1 = nn.Conv2d(8, 8, 2)
+    with pytest.raises(ValueError, match=r"layers\.0\.conv1: unexpected, its conv cannot have any: kernel 2 x 2"):
+        csla.grad_mults(model, {"stem.0": s, "layers.0.conv1": s})
 
 
 def test_a_shortcut_that_was_not_searched_is_left_out_when_asked_for():

@@ -343,3 +343,63 @@ def test_the_equivalence_is_not_a_matter_of_course(wrong):
     rep = gr.FusedRepSGD(gr.param_groups(plain, 0.0), grad_mults=mults, **options)
     trained(plain, rep, lambda _: 0.0, steps=20)
     assert float((csla.merge(explicit)[3].weight - plain[3].weight).detach().abs().max()) > 1e6 * EQUIVALENCE_TOLERANCE
+
+
+# ---- kernels with a side of 1
+
+
+class Pointwise(nn.Module):
+    """MobileOne's pair: depthwise 3 x 3 and pointwise, a norm behind each; and a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)
+        self.first = nn.BatchNorm2d(6)
+        self.pointwise = nn.Conv2d(6, 6, 1, bias=False)
+        self.second = nn.BatchNorm2d(6)
+        self.row = nn.Conv2d(6, 4, (1, 3), padding=(0, 1), bias=False)
+        self.third = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.second(self.pointwise(self.first(self.depthwise(x)).relu())).relu()
+        return self.third(self.row(x))
+
+
+def test_a_pointwise_convolution_gets_branches_where_it_is_named():
+    torch.manual_seed(0)
+    plain = Pointwise().double()
+    assert set(csla.coverage(plain).converted) == {"depthwise"}
+    names = ["depthwise", "pointwise", "row"]
+    searched_model = csla.hyper_search_model(plain, branches="mobileone:2", where=names)
+    with torch.no_grad():
+        for name, p in searched_model.named_parameters():
+            if "scale" in name:
+                p.uniform_(-1.5, 1.5)
+    scales = csla.extract_scales(searched_model)
+    assert list(scales) == names
+    assert set(csla.coverage(plain, scales).converted) == set(names)
+    torch.manual_seed(5)
+    explicit = csla.csla_model(plain, scales)
+    torch.manual_seed(5)
+    csla.reinitialize(plain, scales)
+    mults = csla.grad_mults(plain, scales)
+    assert mults[plain.pointwise.weight].scale.shape == (6, 1, 1, 1)
+    assert mults[plain.pointwise.weight].identity is not None
+    options = {"lr": 0.02, "momentum": 0.9, "nesterov": True}
+    theirs = torch.optim.SGD(gr.param_groups(explicit, 1e-3), **options)
+    ours = gr.FusedRepSGD(gr.param_groups(plain, 1e-3), **options, grad_mults=mults)
+    for step in range(60):
+        x = torch.randn(8, 6, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        for model, optimizer in ((explicit, theirs), (plain, ours)):
+            optimizer.zero_grad()
+            (model(x) - 1).square().mean().backward()
+            optimizer.step()
+    merged = dict(csla.merge(explicit).named_parameters())
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(p, merged[name], rtol=0, atol=EQUIVALENCE_TOLERANCE)
+
+
+def test_an_even_kernel_has_no_branches_even_where_it_is_named():
+    model = nn.Sequential(nn.Conv2d(2, 2, 2), nn.BatchNorm2d(2))
+    with pytest.raises(ValueError, match=r"where: 0 cannot be converted: kernel 2 x 2, needed is odd and above 1"):
+        csla.hyper_search_model(model, where="0")
