@@ -17,16 +17,32 @@ using AdamwLoops = PerTarget<base::AdamwLoops, avx2::AdamwLoops, avx512::AdamwLo
 template <typename T>
 using AdamwArrays = StepArrays<AdamwUpdate, T>;
 
+constexpr size_t kRedone = 4;  // elements of the identity in a run that are computed once more
+
 template <int kVariant, typename T, typename Loops>
 void step_run_as(const AdamwArrays<T>& arrays, const BranchRun<T>& run, int64_t n) {
   using Of = typename Loops::template Of<kVariant, T>;
   T *const p = arrays.p, *const m = arrays.states[0], *const v = arrays.states[1], *const x = arrays.states[2];
   const auto& h = arrays.numbers;
   if (run.factor == nullptr) return Of::whole(p, arrays.g, n, h, run.sign, m, v, x);
-  if (run.identity.empty() && run.alphas.size() == 1)
-    return Of::one_branch(p, arrays.g, run.factor, run.alphas[0], n, h, m, v, x);
-  if (run.identity.empty() && run.alphas.size() == 2)
-    return Of::two_branches(p, arrays.g, run.factor, run.alphas[0], run.alphas[1], n, h, m, v, x);
+  // In one loop, and the identity's elements once more: a row of a convolution has one. In parts a run takes twice as
+  // long.
+  if (run.alphas.size() <= 2 && run.identity.size() <= kRedone) {
+    T old[kRedone];
+    for (size_t k = 0; k < run.identity.size(); ++k) old[k] = p[run.identity[k].at];
+    if (run.alphas.size() == 1)
+      Of::one_branch(p, arrays.g, run.factor, run.alphas[0], n, h, m, v, x);
+    else
+      Of::two_branches(p, arrays.g, run.factor, run.alphas[0], run.alphas[1], n, h, m, v, x);
+    for (size_t k = 0; k < run.identity.size(); ++k) {
+      const auto& [at, one] = run.identity[k];
+      const auto shared = AdamwUpdate::shared(m[at], kVariant >= 2 ? x[at] : v[at], h);
+      T sum = AdamwUpdate::added(shared.n, shared.s, run.alphas[0][at], h);
+      if (run.alphas.size() == 2) sum = sum + AdamwUpdate::added(shared.n, shared.s, run.alphas[1][at], h);
+      p[at] = AdamwUpdate::moved(old[k], sum + AdamwUpdate::added(shared.n, shared.s, one, h), h);
+    }
+    return;
+  }
   alignas(64) T n_of[kBranchRun], s_of[kBranchRun], sum[kBranchRun];
   Of::shared(arrays.g, run.factor, n, h, m, v, x, n_of, s_of);
   Of::first(n_of, s_of, run.alphas[0], n, h, sum);

@@ -41,8 +41,8 @@ struct PlacedRow {
 
   // The layers of a scale at a place: G, and then the |α| of the branches that reach it. Where there is no scale, G and
   // one α are 1.
-  // They are values and indices. Of a reference to the row, and of a pointer that may be null, the compiler does not see
-  // to which memory it leads.
+  // They are values and indices. Of a reference to the row, and of a pointer that may be null, the compiler does not
+  // see to which memory it leads.
   struct Layers {
     const T *scale, *identity;
     uint32_t index, outer, count, stride;

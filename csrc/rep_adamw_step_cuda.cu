@@ -1,5 +1,6 @@
-// The ops of AdamW summed over branches on CUDA: kernels, launches and registration. What a block does is in step_cuda.h
-// with the rule of rep_adamw_update.h, the plan is in step_cuda_plan.h and the ops' arguments in rep_adamw_ops.h.
+// The ops of AdamW summed over branches on CUDA: kernels, launches and registration. What a block does is in
+// step_cuda.h with the rule of rep_adamw_update.h, the plan is in step_cuda_plan.h and the ops' arguments in
+// rep_adamw_ops.h.
 #include "rep_adamw_ops.h"
 #include "step_cuda_launch.h"
 #include "step_cuda_plan.h"

@@ -84,6 +84,12 @@ struct AdamwUpdate {
       x = greatest > v || greatest != greatest ? greatest : v;  // NaN stays
       greatest = x;
     }
+    return shared(m, x, h);
+  }
+
+  // From the new m and v, or the greatest v.
+  template <typename T>
+  GRADREP_HD GRADREP_INLINE static Shared<T> shared(T m, T x, const Numbers<T>& h) {
     return {m * h.step_size, root_of(x) * h.inverse_root};
   }
 

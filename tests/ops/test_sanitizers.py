@@ -30,6 +30,10 @@ SELECTED = {
         "(references_bits and (float32 or bfloat16) and (repopt or dense or per_input))"
         " or test_unscaling or zeros_infinities"
     ),
+    "ops/test_rep_adamw_step.py": (
+        "(references_bits and (float32 or bfloat16) and (repopt or dense or per_input)) or large_kernels"
+        " or before_and_after or norm_of_a_planned"
+    ),
     "ops/test_step_tail.py": (
         "(references_bits and not scaled and (float32 or float16) and (repopt or dense or per_input))"
         " or (planned_steps_clip and not float64) or parts_of_a_parameter or unaligned or scaled_gradients"

@@ -3,6 +3,7 @@
 #include "bin_stacks.h"
 #include "pair_counting.h"
 #include "pair_ranges_cpu.h"
+#include "rep_adamw_update.h"
 #include "rep_sgd_update.h"
 #include "rounding.h"
 #include "step_tail.h"
@@ -20,12 +21,15 @@
 #include "for_each_target.h"
 #define GRADREP_LOOPS "step_loops.h"
 #include "for_each_target.h"
+#define GRADREP_LOOPS "adamw_loops.h"
+#include "for_each_target.h"
 
 using namespace gradrep;
 
 namespace {
 
 using GradNormLoops = PerTarget<base::GradNormLoops, avx2::GradNormLoops, avx512::GradNormLoops>;
+using AdamwLoops = PerTarget<base::AdamwLoops, avx2::AdamwLoops, avx512::AdamwLoops>;
 using TailLoops = PerTarget<base::TailLoops, avx2::TailLoops, avx512::TailLoops>;
 
 constexpr int64_t kSizes[] = {
@@ -144,6 +148,46 @@ void check_steps() {
   using Avx512 = avx512::StepLoops::Of<SgdUpdate, 2 * SgdUpdate::kPlain, T, T>;
   check_step<T>("25 taps", {{}, {Base::template taps<25>, Avx2::template taps<25>, Avx512::template taps<25>}});
   check_step<T>("49 taps", {{}, {Base::template taps<49>, Avx2::template taps<49>, Avx512::template taps<49>}});
+}
+
+// A run of AdamW, whole, of one and two branches, and in parts.
+template <typename T, int variant>
+void check_adamw_variant() {
+  static const auto g = values<T>(kMost, 40), factor = values<T>(kMost, 41);
+  static const auto first = values<T>(kMost, 42), second = values<T>(kMost, 43);
+  const AdamwUpdate::Numbers<T> h{T(0.1), T(0.1), T(0.9), T(0.99), T(0.01), T(1e-8), T(0.999), T(3)};
+  for (const int64_t n : kSizes)
+    for (const int branches : {0, 1, 2, 3})
+      check("adamw of " + std::to_string(branches) + " branches", [&](Target target) {
+        auto p = values<T>(kMost, 44), m = values<T>(kMost, 45), v = values<T>(kMost, 46), x = values<T>(kMost, 47);
+        std::vector<T> n_of(kMost), s_of(kMost), sum(kMost);
+        AdamwLoops::on(target, [&]<typename Loops>(Loops loops) {
+          using Of = typename Loops::template Of<variant, T>;
+          if (branches == 0) {
+            Of::whole(p.data(), g.data(), n, h, T(-1), m.data(), v.data(), x.data());
+          } else if (branches == 1) {
+            Of::one_branch(p.data(), g.data(), factor.data(), first.data(), n, h, m.data(), v.data(), x.data());
+          } else if (branches == 2) {
+            Of::two_branches(p.data(), g.data(), factor.data(), first.data(), second.data(), n, h, m.data(), v.data(),
+                             x.data());
+          } else {
+            Of::shared(g.data(), factor.data(), n, h, m.data(), v.data(), x.data(), n_of.data(), s_of.data());
+            Of::first(n_of.data(), s_of.data(), first.data(), n, h, sum.data());
+            Of::further(n_of.data(), s_of.data(), second.data(), n, h, sum.data());
+            Of::move(p.data(), sum.data(), n, h);
+            loops.add_square(second.data(), n, sum.data());
+          }
+        });
+        return joined(joined(joined(p, m), joined(v, x)), sum);
+      });
+}
+
+template <typename T>
+void check_adamw() {
+  check_adamw_variant<T, 0>();
+  check_adamw_variant<T, 1>();
+  check_adamw_variant<T, 2>();
+  check_adamw_variant<T, 3>();
 }
 
 template <typename S>
@@ -371,6 +415,8 @@ void check_counting() {
 int main() {
   check_steps<float>();
   check_steps<double>();
+  check_adamw<float>();
+  check_adamw<double>();
   check_tails();
   check_norm<float>("float32");
   check_norm<double>("float64");
