@@ -50,6 +50,8 @@ class Equivalence:
     weights: float
     """That of all weights and buffers at the end, after the branches are merged."""
     tolerance: float = TOLERANCE
+    note: str = ""
+    """Why they may differ, where that is known."""
 
     @property
     def agrees(self) -> bool:
@@ -64,6 +66,7 @@ class Equivalence:
         return (
             f"CSLA = GR in float64 over {steps}: outputs differ by at most {self.outputs:.1e}, weights by "
             f"{self.weights:.1e} ({'within' if self.agrees else 'NOT within'} {self.tolerance:.0e})"
+            + (f". {self.note}" if self.note and not self.agrees else "")
         )
 
 
@@ -170,7 +173,9 @@ def check_equivalence(
     merged = merge(explicit).state_dict()
     tensors = {name: t for name, t in target.state_dict().items() if isinstance(t, Tensor)}
     weights = max(_difference(merged[name], t) for name, t in tensors.items())
-    return Equivalence(made, largest, weights, tolerance)
+    constants = any(value.constant_identity or value.constant_average for value in exact.values())
+    note = "Constant branches do not decay as the kernel does: weight_decay=0 compares what is exact"
+    return Equivalence(made, largest, weights, tolerance, note if constants and weight_decay else "")
 
 
 def _check_place(model: nn.Module) -> None:

@@ -183,8 +183,10 @@ def preset(text: str) -> Callable[[nn.Conv2d], list]:
     Raises ValueError, which begins with the word 'branches', for a name that is no preset.
     """
     word, _, number = text.partition(":")
-    if text in _WITHOUT_FORM:
-        raise ValueError(f"branches {text!r} have no exact form: {_WITHOUT_FORM[text]}")
+    if text.lower() in _WITHOUT_FORM:
+        raise ValueError(
+            f"branches {text!r} have no exact form: {_WITHOUT_FORM[text.lower()]}. Train the explicit block, and merge it"
+        )
     for written, make in _PRESETS.items():
         if written.partition(":")[0] != word:
             continue
@@ -192,7 +194,9 @@ def preset(text: str) -> Callable[[nn.Conv2d], list]:
         if takes_number != (":" in text) or (takes_number and not re.fullmatch(r"[1-9]\d*", number)):
             raise ValueError(f"branches: {written} is how this preset is written, got {text!r}")
         return (lambda conv, make=make: make(conv, int(number))) if takes_number else make
-    raise ValueError(f"branches must be one of {', '.join(PRESETS)}, got {text!r}")
+    meant = {"acnet": "acb", "ghost": "repghost", "kxk": "a list, ['kxk']"}.get(text.lower())
+    hint = "" if meant is None else f": {meant} is meant?"
+    raise ValueError(f"branches must be one of {', '.join(PRESETS)}, got {text!r}{hint}")
 
 
 def _listed(text: str, conv: nn.Conv2d, name: str) -> list:
@@ -241,8 +245,8 @@ def _parsed(part: object, conv: nn.Conv2d) -> tuple[Kernel | str, float | None]:
         value = _number(number, part) if equals else None
         if word == "identity" or (word == "average" and equals):
             return word, value
-        if part in _WITHOUT_FORM:
-            raise ValueError(f"{part!r} has no exact form: {_WITHOUT_FORM[part]}")
+        if part.lower() in _WITHOUT_FORM:
+            raise ValueError(f"{part!r} has no exact form: {_WITHOUT_FORM[part.lower()]}")
         match = _KERNEL.fullmatch(word)
         if match is None:
             raise ValueError(f"{part!r} is no branch, {_GRAMMAR}")

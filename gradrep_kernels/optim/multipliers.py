@@ -185,7 +185,10 @@ def as_grad_mult(mult: GradMult | Tensor, shape: torch.Size) -> GradMult:
         # A user's full-size mask often has the structured form: 0.1 MB instead of 199 MB for RepOpt-VGG-B1.
         mult = GradMult.from_dense(mult) if mult.shape == shape else GradMult(mult)
     if isinstance(mult, BranchScales):
-        raise TypeError("a Grad Mult must be a GradMult or a Tensor, got BranchScales: give .grad_mult(kernel_size)")
+        raise TypeError(
+            "a Grad Mult must be a GradMult or a Tensor, got BranchScales: gr.csla.grad_mults(model, scales) makes "
+            "those of a model, and .grad_mult(kernel_size) one"
+        )
     if not isinstance(mult, GradMult):
         raise TypeError(f"a Grad Mult must be a GradMult or a Tensor, got {type(mult).__name__}")
     mult.check(shape)

@@ -293,3 +293,16 @@ def test_it_refuses(model, batches, options, error, message):
 def test_scales_of_another_kind_are_refused():
     with pytest.raises(TypeError, match="scales must map names to BranchScales, got Tensor"):
         check_equivalence(Net(), {"body.0": torch.ones(8)}, images())
+
+
+def test_constant_branches_that_decay_are_named():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+    scales = gr.csla.extract_scales(gr.csla.hyper_search_model(model, branches="qarepvgg"))
+    batches = [torch.randn(8, 4, 6, 6)]
+    found = gr.csla.check_equivalence(model, scales, batches, weight_decay=0.1)
+    assert "NOT within" in str(found)
+    assert "weight_decay=0 compares what is exact" in str(found)
+    exact = gr.csla.check_equivalence(model, scales, batches, weight_decay=0.0)
+    assert exact
+    assert "weight_decay" not in str(exact)
