@@ -110,7 +110,7 @@ def test_there_is_no_circle_of_imports():
 
 
 OTHERS = {"_modules", "_parameters", "_buffers", "_version", "_orig_mod", "_init_group", "_replace"}
-OTHERS |= {"_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "_values"}
+OTHERS |= {"_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "_values", "_base"}
 OTHERS |= {"_forward_hooks", "_forward_pre_hooks", "_ConvNd", "_per_optimizer_states"}
 """Private names of torch's and Python's classes that the package reads, since there are no public ones for them."""
 

@@ -145,7 +145,7 @@ def _scales_of(parts: Mapping[str, object]) -> BranchScales:
 def _of_version(content: Mapping) -> tuple[Mapping[str, Mapping], list[str]]:
     """Return the blocks of a file that names its version, and what is wrong with it."""
     version, blocks = content[_VERSION], content.get(_BLOCKS)
-    if version != _NEWEST:
+    if isinstance(version, Tensor) or version != _NEWEST:
         return {}, [f"its {_VERSION} is {version!r}, this gradrep_kernels reads {_NEWEST} and files without one"]
     if not isinstance(blocks, Mapping):
         return {}, [f"it has no {_BLOCKS!r}"]
@@ -241,5 +241,8 @@ def _add_further(flat: Mapping, blocks: dict[str, dict[str, object]]) -> list[st
         else:
             further.setdefault(name, {}).setdefault(int(match[2]), {})["scale"] = tensor
     for name, numbered in further.items():
+        lacking = [n for n in range(max(numbered)) if n not in numbered]
+        if lacking:
+            problems.append(f"{name} has no further branch {lacking[0]}, but one of number {max(numbered)}")
         blocks[name]["others"] = [numbered[n] for n in sorted(numbered)]
     return problems

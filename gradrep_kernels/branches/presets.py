@@ -185,7 +185,7 @@ def preset(text: str) -> Callable[[nn.Conv2d], list]:
     word, _, number = text.partition(":")
     if text.lower() in _WITHOUT_FORM:
         raise ValueError(
-            f"branches {text!r} have no exact form: {_WITHOUT_FORM[text.lower()]}. Train explicit blocks, and merge them"
+            f"branches {text!r} have no exact form: {_WITHOUT_FORM[text.lower()]}. Train explicit blocks and merge them"
         )
     for written, make in _PRESETS.items():
         if written.partition(":")[0] != word:

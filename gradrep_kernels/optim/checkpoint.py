@@ -91,6 +91,9 @@ class Loading:
         sizes = _other_sizes(hooked, optimizer)
         if sizes:
             raise ValueError(f"the checkpoint is of parameters of other sizes: {first_few(sizes)}")
+        partial = _partial(hooked, optimizer)
+        if partial:
+            raise ValueError(f"the checkpoint has states that cannot go on: {first_few(partial)}")
         states_moved = not _same(self._given["state"], hooked["state"])
         self._hooked, self._verdict = hooked, judge(self._given, hooked, states_moved, groups, self._live)
         if hooked["state"] and not states_moved:
@@ -183,6 +186,16 @@ def _other_sizes(hooked: Mapping[str, Any], optimizer: Any) -> list[str]:
         for position, p, state, value in _saved_states(hooked, optimizer)
         if value.numel() != p.numel()
     ]
+
+
+def _partial(hooked: Mapping[str, Any], optimizer: Any) -> list[str]:
+    """List the parameters that have a part of their state only. A step would begin the rest anew."""
+    groups = optimizer.param_groups
+    if not _as_many(hooked["param_groups"], groups):
+        return []
+    entries = (hooked["state"].get(n) for n in _ids(hooked["param_groups"]))
+    lacking = [optimizer.update_rule.missing(entry) if isinstance(entry, Mapping) else [] for entry in entries]
+    return [f"{described(groups, n)} has no {' and '.join(keys)}" for n, keys in enumerate(lacking) if keys]
 
 
 def _dicts_copied(value: Any, levels: int) -> Any:

@@ -17,9 +17,9 @@ from gradrep_kernels.ops.reference.multiply import compute_dtype
 from gradrep_kernels.ops.reference.rep_adamw_step import branched, like, mixed, real
 from gradrep_kernels.optim.branch_factors import BranchFactors
 from gradrep_kernels.optim.rep_optimizer import RepOptimizer
-from gradrep_kernels.optim.step_counts import COUNT, device_of_count
+from gradrep_kernels.optim.step_counts import device_of_count
 from gradrep_kernels.optim.tail import EmaDecay
-from gradrep_kernels.optim.update_rule import State, UpdateRule
+from gradrep_kernels.optim.update_rule import COUNT, State, UpdateRule
 
 ScalesOfBranches = Mapping[Tensor, BranchScales] | Mapping[nn.Parameter, BranchScales]
 
@@ -57,7 +57,6 @@ def _functional_adamw(
         if COUNT not in state:
             where = device_of_count(group, p, unscales=False)
             state[COUNT] = torch.zeros((), dtype=torch.float32, device=where)
-        # One that other parameters share, who may take no step now, is this parameter's alone from here on.
         count = state[COUNT] = state[COUNT] + 1
         for kept in optimizer.update_rule.states:
             if kept.used(group) and kept.key not in state:
@@ -112,8 +111,8 @@ class FusedRepAdamW(RepOptimizer, AdamW):
         max_grad_norm, ema_decay: as FusedRepSGD. The norm is √(Σ M ⊙ g²) with M = Σ α², in which G is no factor: it is
             what torch.nn.utils.clip_grad_norm_ gives for explicit branches, before SGS scales their gradients.
 
-    States and checkpoints are those of torch.optim.AdamW, which loads them and whose it loads. Parameters of one group
-    that began in the same step share the tensor `step`. In a checkpoint each has its own.
+    States and checkpoints are those of torch.optim.AdamW, which loads them and whose it loads. The tensors `step` of
+    parameters that have taken as many steps are elements of one array.
 
     On a GPU a step waits for nothing once the arrays exist. A CUDA graph needs capturable=True, and three steps before
     the capture. Where torch.compile traces the step, and with differentiable=True, plain torch operations take it.
@@ -127,7 +126,7 @@ class FusedRepAdamW(RepOptimizer, AdamW):
         states=(
             State("exp_avg", start=torch.zeros_like),
             State("exp_avg_sq", start=torch.zeros_like),
-            State("max_exp_avg_sq", start=torch.zeros_like, used=lambda group: group["amsgrad"]),
+            State("max_exp_avg_sq", start=torch.zeros_like, used=lambda group: group["amsgrad"], later=True),
         ),
         functional=_functional_adamw,
         not_with_sparse=lambda group: "AdamW",

@@ -17,9 +17,9 @@ from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, are_plain
 from gradrep_kernels.optim.sharding import aligned_grad, element_numbers_of
-from gradrep_kernels.optim.step_counts import COUNT, StepCounts, refuse_capture
+from gradrep_kernels.optim.step_counts import StepCounts, refuse_capture
 from gradrep_kernels.optim.tail import AVERAGE
-from gradrep_kernels.optim.update_rule import UpdateRule
+from gradrep_kernels.optim.update_rule import COUNT, UpdateRule
 
 
 class Destination(NamedTuple):
@@ -132,6 +132,12 @@ def gather(
                 gathered.sparse.append((group, p))
                 continue
             grad, first = aligned_grad(p), False
+            missing = rule.missing(own)
+            if missing:
+                raise RuntimeError(
+                    f"a parameter of shape {list(p.shape)} has a state without {' and '.join(missing)}, so that its "
+                    "update cannot go on. Delete its whole state to begin anew"
+                )
             states = {kept.key: own.get(kept.key) for kept in used}
             for kept in used:
                 if states[kept.key] is None:
@@ -150,11 +156,11 @@ def gather(
             elements = element_numbers_of(p) if rule.stochastic else None
             row_number = number
             if gathered.counts is not None:
-                row_number, count = gathered.counts.row_of(number, group, p)
-                if count is not None:
+                row_number = gathered.counts.row_of(number, p)
+                if p in gathered.counts.new:
                     _refuse_in_capture(p, COUNT)
-                    gathered.new_states[p, COUNT] = count
-                refuse_capture(gathered.counts.rows[-1:], p.device)
+                    gathered.new_states[p, COUNT] = gathered.counts.new[p]
+                refuse_capture([gathered.counts.rows[row_number]], p.device)
             row = Row(p, grad, kept_arrays, parts, first, row_number, shards, average, position, elements)
             # A parameter that is listed twice is stepped twice, one after the other, which only the reference does.
             plain = p not in seen and are_plain(shards)

@@ -24,9 +24,9 @@ from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim.gather import Gathered, places_on_device
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, parameters_of
-from gradrep_kernels.optim.step_counts import COUNT, count_steps, counted_rows, refuse_capture
+from gradrep_kernels.optim.step_counts import count_steps, counted_rows, refuse_capture, were_written_to
 from gradrep_kernels.optim.tail import AVERAGE, TailOptions, average_idle, clip_factor
-from gradrep_kernels.optim.update_rule import UpdateRule
+from gradrep_kernels.optim.update_rule import COUNT, UpdateRule
 
 _params, _grad, _layout, _device = itemgetter("params"), *map(attrgetter, ("grad", "layout", "device"))
 _NUMBERS = frozenset((bool, int, float))
@@ -132,6 +132,7 @@ class StepPlan:
             self._multipliers.version != self._version
             or self._options.version != self._options_version
             or backends.planner(self._op, self._device.type) is not self._planner
+            or (self._counted is not None and were_written_to(self._counted))
             or not self._holds(groups, state)
             or not all(map(is_, map(_grad, self._idle), repeat(None)))
         ):

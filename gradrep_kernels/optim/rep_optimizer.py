@@ -28,7 +28,7 @@ from gradrep_kernels.optim.parameters import (
     position_of,
 )
 from gradrep_kernels.optim.plan import Scaler, StepPlan
-from gradrep_kernels.optim.step_counts import share_counts, with_own_counts
+from gradrep_kernels.optim.step_counts import with_own_counts
 from gradrep_kernels.optim.step_end import StepEnd
 from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, TailOptions, average_idle, clip_factor, first_average
 from gradrep_kernels.optim.update_rule import UpdateRule
@@ -301,8 +301,6 @@ class RepOptimizer(Multiplied, StepEnd):
         if "_tail" not in state:  # of a checkpoint, or a pickle of torch's optimizer
             self.__dict__.setdefault("_tail", TailOptions()).restore(self.param_groups)
         self._take_rule()
-        if self.update_rule.counts:
-            share_counts(self.param_groups, self.state, self._unscales_itself)
         for group in self.param_groups:
             group["fused"] = None  # of a checkpoint of torch's with fused=True: not ours to take over
         self._refresh_fingerprints()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim.branch_factors import BranchFactors
+
+COUNT = "step"
+"""The entry of a parameter's state that counts its steps, where a rule does."""
 
 Factor = GradMult | BranchFactors
 """What a step multiplies by: a Grad Mult, and under AdamW the factors of the branches."""
@@ -27,6 +30,7 @@ class State:
     start: Callable[..., Tensor] = torch.empty_like
     dtype: Callable[[torch.dtype, torch.dtype], torch.dtype] = torch.promote_types  # from parameter's and gradient's
     used: Callable[[dict[str, Any]], bool] = lambda group: True  # whether the parameters of a group have it
+    later: bool = False  # whether it may begin when others have gone on for some time
 
     def new(self, p: Tensor, grad: Tensor) -> Tensor:
         return self.start(p, dtype=self.dtype(p.dtype, grad.dtype), memory_format=torch.preserve_format)
@@ -62,6 +66,14 @@ class UpdateRule:
         wanted, states = OPS[self.op].step.states, [state.key for state in self.states]
         if len(wanted) != len(states):
             raise ValueError(f"{self.op} keeps {list(wanted)}, in this order, and its rule has {states}")
+
+    def missing(self, entry: Mapping[str, Any]) -> list[str]:
+        """List what the entry of a parameter lacks though it has a part of its state. Each array alone may go on."""
+        if not self.counts:
+            return []
+        needed = [COUNT, *(state.key for state in self.states if not state.later)]
+        missing = [key for key in needed if entry.get(key) is None]
+        return missing if len(missing) < len(needed) else []
 
     def hyper_row(self, group: dict[str, Any]) -> Sequence[Any]:
         return [group[key] for key in OPS[self.op].step.hyper] if self.hyper is None else self.hyper(group)

@@ -403,3 +403,15 @@ def test_an_even_kernel_has_no_branches_even_where_it_is_named():
     model = nn.Sequential(nn.Conv2d(2, 2, 2), nn.BatchNorm2d(2))
     with pytest.raises(ValueError, match=r"where: 0 cannot be converted: kernel 2 x 2, needed is odd and above 1"):
         csla.hyper_search_model(model, where="0")
+
+
+def test_a_search_of_which_a_further_branch_is_missing_is_no_scales_file(tmp_path):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+    model = csla.hyper_search_model(model, branches="mobileone:4")
+    state = {key: value for key, value in model.state_dict().items() if "others.1." not in key}
+    torch.save(state, tmp_path / "gap.pth")
+    with pytest.raises(ValueError, match="0 has no further branch 1, but one of number 2"):
+        csla.load_scales(tmp_path / "gap.pth")
+    torch.save({"scales_version": torch.tensor([2, 2]), "blocks": {}}, tmp_path / "version.pth")
+    with pytest.raises(ValueError, match="scales_version"):
+        csla.load_scales(tmp_path / "version.pth")

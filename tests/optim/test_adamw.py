@@ -218,7 +218,7 @@ def test_branch_scales_that_do_not_fit_change_nothing(what):
 
 def test_scales_for_sgd_are_refused_by_it_with_what_to_give():
     params, _, scales = scaled()
-    with pytest.raises(TypeError, match=r"got BranchScales: give \.grad_mult\(kernel_size\)"):
+    with pytest.raises(TypeError, match=r"got BranchScales: gr\.csla\.grad_mults\(model, scales\)"):
         gr.FusedRepSGD(params, grad_mults=scales)
 
 
@@ -387,10 +387,11 @@ def test_checkpoints_of_torchs_and_back_in_mid_run(kind, helper):
 
 @pytest.mark.parametrize("to", ["file", "copy"])
 def test_each_parameter_has_its_own_count_in_a_checkpoint(to):
-    """Here they share one tensor, to which torch would add 1 for each parameter."""
+    """Here they are elements of one array, which goes on counting."""
     params, opt, _ = scaled()
     train(params, opt)
-    assert len({id(opt.state[p]["step"]) for p in params}) == 1
+    assert len({opt.state[p]["step"].untyped_storage().data_ptr() for p in params}) == 1
+    assert len({opt.state[p]["step"].data_ptr() for p in params}) == len(params)
     saved = opt.state_dict() if to == "copy" else through_a_file(opt.state_dict())
     counts = [saved["state"][n]["step"] for n in range(len(params))]
     assert len({count.data_ptr() for count in counts}) == len(params)
@@ -399,7 +400,92 @@ def test_each_parameter_has_its_own_count_in_a_checkpoint(to):
     assert float(opt.state[params[0]]["step"]) == STEADY
     fresh = gr.FusedRepAdamW(params)
     fresh.load_state_dict(through_a_file(opt.state_dict()))
-    assert len({id(fresh.state[p]["step"]) for p in params}) == 1
+    train(params, fresh)
+    assert len({fresh.state[p]["step"].untyped_storage().data_ptr() for p in params}) == 1
+    assert {float(fresh.state[p]["step"]) for p in params} == {2 * STEADY}
+
+
+def reset_the_first(params, opt):
+    state = opt.state[params[0]]
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        state[key].zero_()
+
+
+def ten_more(params, opt):
+    for p in params:
+        opt.state[p]["step"] += 10
+
+
+def replace_one(params, opt):
+    opt.state[params[1]]["step"] = torch.tensor(100.0)
+
+
+@pytest.mark.parametrize("edit", [reset_the_first, ten_more, replace_one])
+@pytest.mark.parametrize("before", [1, STEADY])
+def test_counts_that_a_user_writes_to(edit, before):
+    """Each is its parameter's own, whether or not the steps are planned."""
+    ours, theirs = (parameters(0, ((4, 3, 3, 3), (5, 4), (6,))) for _ in range(2))
+    opt, adamw = (make(params, lr=0.05) for make, params in ((gr.FusedRepAdamW, ours), (AdamW, theirs)))
+    for step in range(before + STEADY):
+        if step == before:
+            edit(ours, opt)
+            edit(theirs, adamw)
+        set_both_grads(ours, theirs, step)
+        opt.step()
+        adamw.step()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-13)
+        assert float(opt.state[p]["step"]) == float(adamw.state[q]["step"])
+
+
+def test_counts_that_part_after_the_step_was_compiled():
+    ours, theirs = ([nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(2)] for _ in range(2))
+    opt, adamw = gr.FusedRepAdamW(ours, lr=torch.tensor(0.1)), AdamW(theirs, lr=torch.tensor(0.1))
+    step = opt.step
+    for number in range(5):
+        if number == 1:
+            step = torch.compile(opt.step, backend="eager")
+        set_both_grads(ours, theirs, number)
+        if number == 2:
+            ours[1].grad = theirs[1].grad = None
+        step()
+        adamw.step()
+    assert [float(opt.state[p]["step"]) for p in ours] == [5, 4]
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq"])
+def test_a_state_of_which_a_part_is_missing_is_refused(key):
+    params, opt, _ = scaled()
+    train(params, opt)
+    saved = opt.state_dict()
+    del saved["state"][1][key]
+    fresh = gr.FusedRepAdamW(params)
+    with pytest.raises(ValueError, match=rf"the checkpoint has states that cannot go on: parameter 1 .* has no {key}"):
+        fresh.load_state_dict(saved)
+    assert not fresh.state
+    del opt.state[params[1]][key]
+    before = [p.detach().clone() for p in params]
+    set_grads(params, 0)
+    with pytest.raises(RuntimeError, match=f"has a state without {key}, so that its update cannot go on"):
+        opt.step()
+    assert all(torch.equal(p, old) for p, old in zip(params, before))
+
+
+def test_a_complex_weight_with_an_identity():
+    generator = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.randn(4, 4, 3, 3, dtype=torch.complex128, generator=generator))
+    real, imaginary = (nn.Parameter(part.detach().clone()) for part in (p.real, p.imag))
+    scales = gr.BranchScales(torch.full((4,), 0.7).double(), identity=True)
+    ours = gr.FusedRepAdamW([p], branch_scales={p: scales})
+    parts = gr.FusedRepAdamW([real, imaginary], branch_scales={real: scales, imaginary: scales})
+    for _ in range(3):
+        p.grad = torch.randn(p.shape, dtype=torch.complex128, generator=generator)
+        real.grad, imaginary.grad = p.grad.real.clone(), p.grad.imag.clone()
+        ours.step()
+        parts.step()
+    torch.testing.assert_close(p, torch.complex(real, imaginary), rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("how", ["late", "frozen", "dealt", "moved"])

@@ -122,6 +122,7 @@ def branched(n: Tensor, s: Tensor, alphas: Tensor | None, identity: Tensor | Non
         total = part if total is None else total + part
     if identity is not None:
         taps, one = diagonal_taps(n.shape, n.device), identity.to(n.dtype)
+        one = one.reshape(-1, *(1,) * (n.dim() - 4))  # complex weights are pairs of numbers
         total[taps] += one * one * n[taps] / (one * s[taps] + eps)
     return total
 
