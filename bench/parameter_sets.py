@@ -150,8 +150,8 @@ class Tensors:
         self._squares = self._squares or [torch.zeros_like(p) for p in self.params]
         for p, average, square in zip(self.params, self.buffers, self._squares):
             optimizer.state[p].update(exp_avg=average, exp_avg_sq=square)
-            if not isinstance(optimizer, gr.FusedRepAdamW):  # ours begins to count by itself
-                optimizer.state[p]["step"] = torch.zeros((), device=p.device if options.get("fused") else "cpu")
+            # torch's fused step counts on the device. So does ours where it may unscale.
+            optimizer.state[p]["step"] = torch.zeros((), device=p.device if options.get("fused") else "cpu")
         return optimizer
 
     def optimizer(self, cls: type[torch.optim.SGD], groups: int = 1, **options) -> torch.optim.SGD:

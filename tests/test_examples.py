@@ -170,6 +170,7 @@ def test_plain_forms_of_timm_have_the_convolutions_of_the_deployed_ones(start, n
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=2)
         deployed = reparameterize_model(model)
+        sys.modules.pop("timm_branches", None)  # the study of branches imports it too, with another timm
         branches = importlib.import_module("timm_branches").plain_form(model)
         sys.modules.pop("timm_branches")
     _, conv, kinds = BRANCHES[name]

@@ -76,7 +76,7 @@ def test_launches(emulated):
     problem.grads = [g.to(dtype) for g, dtype in zip(problem.grads, DTYPES)]
     agree(emulated, problem)
     assert emulated.told.launches == len(DTYPES) + 1
-    agree(emulated, Problem([(n % 7 + 1, 2, 3, 3) for n in range(600)]))
+    agree(emulated, Problem([(n % 7 + 1, 2, 3, 3) for n in range(450)]))
     assert emulated.told.launches == len(DTYPES) + 1 + 2 + 1
 
 

@@ -208,6 +208,8 @@ def compile_cuda(folder: Path, targets: tuple[str, ...]) -> tuple[list[str], dic
     found = {}
     for made in objects:
         ptx = _by_kernel(_cuobjdump("-ptx", made), r"\.entry (\w+)\(")  # of the last target
+        # What follows a kernel may be a function that another one calls, such as pow.
+        ptx = {name: re.split(r"^(?:\.\w+ )*\.func\b", text, flags=re.MULTILINE)[0] for name, text in ptx.items()}
         for target in targets:
             sass = _by_kernel(_cuobjdump("-sass", "-arch", target, made), r"Function : (\w+)")
             for name, usage in _by_kernel(_cuobjdump("-res-usage", "-arch", target, made), r"Function (\w+):").items():
