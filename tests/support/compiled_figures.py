@@ -21,6 +21,7 @@ from gate_variants import compiled_histogram, compiled_over_pairs, compiled_over
 from gradrep_kernels.ops.triton.addressing import POINTERS, multiplier
 from gradrep_kernels.ops.triton.joint_histogram import private_cells
 from gradrep_kernels.ops.triton.pair_ranges import BLOCK, PLACES, channel_ranges_kernel, pair_ranges_kernel
+from gradrep_kernels.ops.triton.rep_adamw_step import rep_adamw_step_kernel
 from gradrep_kernels.ops.triton.rep_grad_norm import rep_grad_norm_kernel
 from gradrep_kernels.ops.triton.rep_sgd_step import rep_sgd_step_kernel
 from gradrep_kernels.ops.triton.scale_gradients import scale_gradients_kernel
@@ -30,6 +31,8 @@ CUDA = {  # kernels as the compiler names them
     "rep_sgd_step, CUDA C++": "step_kernelINS_9SgdUpdateEfLNS_8TailKindE0E",
     "rep_sgd_step, CUDA C++, clipping and averages": "step_kernelINS_9SgdUpdateEfLNS_8TailKindE1E",
     "rep_sgd_step, CUDA C++, states in bfloat16 beside them": "step_kernelINS_9SgdUpdateEfLNS_8TailKindE2E",
+    "rep_adamw_step, CUDA C++": "step_kernelINS_11AdamwUpdateEfLNS_8TailKindE0E",
+    "rep_adamw_step, CUDA C++, clipping and averages": "step_kernelINS_11AdamwUpdateEfLNS_8TailKindE1E",
     "rep_grad_norm, CUDA C++, over chunks": "grad_norm_kernelIfE",
     "scale_gradients_, CUDA C++": "scale_gradients_kernelIfE",
     "joint_histogram, CUDA C++, up to 24 bins": f"{COUNTING}1ELi25ELb1EEEfE",
@@ -48,6 +51,7 @@ def triton_kernels(target: str) -> dict[str, compile_gate.Compiled]:
     return {
         "rep_sgd_step, Triton": step(),
         "rep_sgd_step, Triton, clipped, with an average and its state in bfloat16": step(("clip",), True, 1),
+        "rep_adamw_step, Triton": compiled_step(rep_adamw_step_kernel, torch.float32, target, many_states=True),
         "rep_grad_norm, Triton": over_parameters(rep_grad_norm_kernel, types=types, constants=width),
         "scale_gradients_, Triton": over_parameters(scale_gradients_kernel, types=types, constants={}),
         "joint_histogram, Triton, 23 bins": compiled_histogram(torch.float32, target, private_cells(23)),
