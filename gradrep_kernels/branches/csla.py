@@ -24,9 +24,9 @@ from gradrep_kernels.branches.algebra import (
     rounded,
 )
 from gradrep_kernels.branches.convert import with_blocks
-from gradrep_kernels.branches.presets import Branches, Layout, layout_of
+from gradrep_kernels.branches.presets import Branches, Layout, laid_out_sites
 from gradrep_kernels.branches.scales import Scales, match
-from gradrep_kernels.branches.sites import Site, Where, branch_scale, conv_sites, has_branch_scales
+from gradrep_kernels.branches.sites import Site, Where, branch_scale, has_branch_scales
 from gradrep_kernels.messages import first_few
 from gradrep_kernels.wrappers import named_root, plain_name
 
@@ -236,8 +236,7 @@ def hyper_search_model(
     _check_init(init)
 
     def blocks(model: nn.Module) -> Iterator[tuple[Site, CSLABlock]]:
-        laid_out = [(site, layout_of(branches, site.name, site.conv)) for site in conv_sites(model, where)]
-        laid_out = [(site, layout) for site, layout in laid_out if layout is not None]
+        laid_out = laid_out_sites(model, branches, where)
         if not laid_out:
             raise ValueError("branches: the function returned None for every convolution")
         starts = _starts(init, laid_out)

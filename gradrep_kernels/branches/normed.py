@@ -22,8 +22,8 @@ from gradrep_kernels.branches.algebra import (
 )
 from gradrep_kernels.branches.convert import with_blocks
 from gradrep_kernels.branches.pairs import check_pairs
-from gradrep_kernels.branches.presets import Branches, Kernel, layout_of
-from gradrep_kernels.branches.sites import Site, Where, conv_sites
+from gradrep_kernels.branches.presets import Branches, Kernel, laid_out_sites
+from gradrep_kernels.branches.sites import Site, Where
 from gradrep_kernels.messages import first_few
 
 __all__ = ["NormedBranches", "acb_model", "normed_model", "repghost_model", "repvgg_model"]
@@ -85,8 +85,7 @@ def normed_model(model: nn.Module, *, branches: Branches = "repvgg", where: Wher
     """
 
     def blocks(model: nn.Module) -> Iterator[tuple[Site, NormedBranches]]:
-        laid_out = [(site, layout_of(branches, site.name, site.conv)) for site in conv_sites(model, where)]
-        laid_out = [(site, layout) for site, layout in laid_out if layout is not None]
+        laid_out = laid_out_sites(model, branches, where)
         problems = [
             f"{site.name}: {type(site.norm).__name__}"
             for site, _ in laid_out

@@ -16,8 +16,9 @@ from torch import nn
 
 from gradrep_kernels.branch_scales import Branch, BranchScales, branch_names
 from gradrep_kernels.branches.algebra import can_average, has_shortcut
+from gradrep_kernels.branches.sites import Site, Where, conv_sites
 
-__all__ = ["PRESETS", "Branches", "Kernel", "Layout", "kernel_text", "layout_of", "preset"]
+__all__ = ["PRESETS", "Branches", "Kernel", "Layout", "kernel_text", "laid_out_sites", "layout_of", "preset"]
 
 Branches = str | Sequence | Callable[[str, nn.Conv2d], "str | Sequence | None"]
 
@@ -147,6 +148,12 @@ _GRAMMAR = (
     "needed are 'kxk', '1x1', '1xk', '5x5', '3x3_d2' (dilation 2), k, (rows, columns), ((rows, columns), dilation), "
     "'identity', or a fixed 'KERNEL=VALUE', 'identity=VALUE', 'average=VALUE'"
 )
+
+
+def laid_out_sites(model: nn.Module, branches: Branches, where: Where | None) -> list[tuple[Site, Layout]]:
+    """Return the convolutions that `where` chooses and `branches` does not leave plain, with their branches."""
+    described = [(site, layout_of(branches, site.name, site.conv)) for site in conv_sites(model, where)]
+    return [(site, layout) for site, layout in described if layout is not None]
 
 
 def layout_of(branches: Branches, name: str, conv: nn.Conv2d) -> Layout | None:
