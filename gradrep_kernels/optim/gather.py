@@ -17,7 +17,7 @@ from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.optim.multipliers import Multipliers
 from gradrep_kernels.optim.parameters import ParamGroups, are_plain
 from gradrep_kernels.optim.sharding import aligned_grad, element_numbers_of
-from gradrep_kernels.optim.step_counts import StepCounts, refuse_capture
+from gradrep_kernels.optim.step_counts import StepCounts, counted_rows, refuse_capture
 from gradrep_kernels.optim.tail import AVERAGE
 from gradrep_kernels.optim.update_rule import COUNT, UpdateRule
 
@@ -215,7 +215,7 @@ def hyper_table(groups: ParamGroups, rule: UpdateRule, counts: StepCounts | None
     if counts is None:
         rows = [v for group in groups for v in rule.hyper_row(group)]
     else:
-        rows = counts.hyper(rule.hyper_row, groups)
+        rows = counted_rows(counts.rows, rule.hyper_row, groups)
     return table_of(rows).reshape(-1, len(OPS[rule.op].step.hyper))
 
 

@@ -28,7 +28,7 @@ from gradrep_kernels.optim.parameters import (
     position_of,
 )
 from gradrep_kernels.optim.plan import Scaler, StepPlan
-from gradrep_kernels.optim.step_counts import with_own_counts
+from gradrep_kernels.optim.step_counts import count_steps, with_own_counts
 from gradrep_kernels.optim.step_end import StepEnd
 from gradrep_kernels.optim.tail import AVERAGE, EmaDecay, TailOptions, average_idle, clip_factor, first_average
 from gradrep_kernels.optim.update_rule import UpdateRule
@@ -206,7 +206,7 @@ class RepOptimizer(Multiplied, StepEnd):
         for (p, key), state in work.new_states.items():
             self.state[p][key] = state
         if work.counts is not None:
-            work.counts.took(found_inf)
+            count_steps(work.counts.rows, found_inf)
         for group, p in work.sparse:
             if grad_scale is not None:
                 in_place(p.grad, lambda grad: grad.div_(grad_scale))

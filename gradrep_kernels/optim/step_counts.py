@@ -28,10 +28,6 @@ class Counts:
     value: float | None  # that number; None: only the device knows it
     version: int  # of the array, which tells whether somebody else has written to one of them
 
-    @property
-    def were_written_to(self) -> bool:
-        return self.array._version != self.version
-
 
 class CountedRow(NamedTuple):
     """A row of the table of hyper-parameters."""
@@ -110,14 +106,6 @@ class StepCounts:
             self.rows.append(CountedRow(number, counts, again))
         return self._numbers[key]
 
-    def hyper(self, hyper_row: Callable[[Any], Sequence[Any]], groups: ParamGroups) -> list[Any]:
-        """Return the table of hyper-parameters row by row. Its last column is the count."""
-        return counted_rows(self.rows, hyper_row, groups)
-
-    def took(self, found_inf: Tensor | None) -> None:
-        """Count the step, unless it was skipped."""
-        count_steps(self.rows, found_inf)
-
 
 class _Array(NamedTuple):
     """An array on a device, none of whose elements the host may read."""
@@ -139,6 +127,7 @@ def _told(count: Any, where: torch.device) -> Any:
 def counted_rows(
     rows: Sequence[CountedRow], hyper_row: Callable[[Any], Sequence[Any]], groups: ParamGroups
 ) -> list[Any]:
+    """Return the table of hyper-parameters row by row. Its last column is the count."""
     table: list[Any] = []
     for number, counts, again in rows:
         table += hyper_row(groups[number])
@@ -150,6 +139,7 @@ def counted_rows(
 
 
 def count_steps(rows: Sequence[CountedRow], found_inf: Tensor | None) -> None:
+    """Count the step, unless it was skipped."""
     for _, counts, _ in rows:  # a parameter that is listed twice has two rows, and takes two steps
         if counts.value is None:
             counts.array.add_(1 if found_inf is None else (found_inf.to(counts.array.device) == 0).reshape(()))
@@ -161,7 +151,7 @@ def count_steps(rows: Sequence[CountedRow], found_inf: Tensor | None) -> None:
 
 def were_written_to(rows: Sequence[CountedRow]) -> bool:
     """Whether somebody else has written to a count since the last step."""
-    return any(counts.were_written_to for _, counts, _ in rows)
+    return any(counts.array._version != counts.version for _, counts, _ in rows)
 
 
 def refuse_capture(rows: Sequence[CountedRow], device: torch.device) -> None:
