@@ -128,6 +128,12 @@ def multiplier_place(place, inside, row_of_piece):
 
 
 @triton.jit
+def multiplier_layers(row_of_piece):
+    """How many layers the scale of a piece has, and the stride from one to the next."""
+    return row_of_piece[19], row_of_piece[20]
+
+
+@triton.jit
 def multiplier(place, inside, row_of_piece):
     """M at the given places of a piece, 1 for a piece without a multiplier."""
     scale, has_scale, identity, tap = multiplier_place(place, inside, row_of_piece)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradrep_kernels.ops import reference
-from gradrep_kernels.ops.triton.addressing import multiplier_place
+from gradrep_kernels.ops.triton.addressing import multiplier_layers, multiplier_place
 from gradrep_kernels.ops.triton.step_frame import NUMBERS, TENSORS, step_frame
 from gradrep_kernels.ops.triton.step_op import StepOp
 from gradrep_kernels.ops.triton.step_tail import quotient
@@ -32,7 +32,8 @@ def _row(hyper):
 def _factors(place, inside, row_of_piece):
     """Where G and the |α| of the branches are. A piece without factors has one branch with α = 1."""
     scale, has_scale, identity, tap = multiplier_place(place, inside, row_of_piece)
-    return scale, has_scale, identity, tap, row_of_piece[19], row_of_piece[20]
+    layers, stride = multiplier_layers(row_of_piece)
+    return scale, has_scale, identity, tap, layers, stride
 
 
 @triton.jit
