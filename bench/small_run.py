@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -87,22 +87,18 @@ def _both(device: str, backend: str) -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def steps(device: str, backend: str) -> Iterator[Case]:
-    for dtype, tolerance in TOLERANCE.items():
-        ends = []
-        for where, name in _both(device, backend):
-            optimizer = _optimizer(where, dtype)
-            with gr.use_backend(name):
-                for _ in range(5):  # the last with a plan
-                    optimizer.step()
-            ends.append(_flat(_parameters(optimizer)))
-        yield str(dtype), *ends, tolerance
+    return _steps_of(_optimizer, device, backend)
 
 
 def adamw_steps(device: str, backend: str) -> Iterator[Case]:
+    return _steps_of(_adamw, device, backend)
+
+
+def _steps_of(make: Callable[[str, torch.dtype], torch.optim.Optimizer], device: str, backend: str) -> Iterator[Case]:
     for dtype, tolerance in TOLERANCE.items():
         ends = []
         for where, name in _both(device, backend):
-            optimizer = _adamw(where, dtype)
+            optimizer = make(where, dtype)
             with gr.use_backend(name):
                 for _ in range(5):  # the last with a plan
                     optimizer.step()

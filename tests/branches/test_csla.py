@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from cases_branches import trained
 from cases_csla import (
     EQUIVALENCE_TOLERANCE,
     EQUIVALENCES,
@@ -529,17 +530,7 @@ def network(geometry: Geometry) -> nn.Module:
 
 
 def train(model, opt, clip, steps=60):
-    """Norms of the gradients before clipping."""
-    data = torch.Generator().manual_seed(11)
-    x = torch.randn(steps, 6, 3, 8, 8, dtype=torch.float64, generator=data)
-    y = torch.randint(0, 5, (steps, 6), generator=data)
-    norms = []
-    for images, labels in zip(x, y):
-        opt.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        norms.append(float(clip(opt)))
-        opt.step()
-    return norms
+    return trained(model, opt, clip, steps, images=(6, 3, 8, 8))
 
 
 @named("case", **by_name(EQUIVALENCES))

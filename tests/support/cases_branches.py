@@ -182,15 +182,17 @@ def searched(model: nn.Module, branches: Any, *, negative: float = 0.4) -> dict[
     return {name: value.mapped(drawn) for name, value in scales.items()}
 
 
-def trained(model: nn.Module, optimizer: torch.optim.Optimizer, clip, steps: int = 60) -> list[float]:
+def trained(
+    model: nn.Module, optimizer: torch.optim.Optimizer, clip, steps: int = 60, images: tuple[int, ...] = (4, 3, 14, 15)
+) -> list[float]:
     """Train on random images. Returns the norms of the gradients before clipping."""
     data = torch.Generator().manual_seed(11)
-    x = torch.randn(steps, 4, 3, 14, 15, dtype=torch.float64, generator=data)
-    y = torch.randint(0, 5, (steps, 4), generator=data)
+    x = torch.randn(steps, *images, dtype=torch.float64, generator=data)
+    y = torch.randint(0, 5, (steps, images[0]), generator=data)
     norms = []
-    for images, labels in zip(x, y):
+    for batch, labels in zip(x, y):
         optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+        F.cross_entropy(model(batch), labels).backward()
         norms.append(float(clip(optimizer)))
         optimizer.step()
     return norms
