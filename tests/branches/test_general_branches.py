@@ -129,7 +129,7 @@ WRONG = {
     "dilation": (lambda: Branch(ONES, 3, 0), ValueError, "dilation must be an int, 1 or more, got 0"),
     "dilation_pair": (lambda: Branch(ONES, 3, (1, 2)), ValueError, "dilation must be an int, 1 or more, got (1, 2)"),
     "others": (lambda: BranchScales(ONES, others=[ONES]), TypeError, "others[0] must be a Branch, got Tensor"),
-    "one_other": (lambda: BranchScales(ONES, others=Branch(ONES, 3)).others[1], IndexError, ""),
+    "one_other": (lambda: BranchScales(ONES, others=Branch(ONES, 3)).others[1], IndexError, "index out of range"),
     "channels": (
         lambda: BranchScales(ONES, others=[Branch(torch.ones(4), 3)]),
         ValueError,
