@@ -55,7 +55,6 @@ class BranchMultiplier {
   // f(run, position, n) for runs over the elements [begin, end).
   template <typename F>
   void each_run(T sign, int64_t begin, int64_t end, const F& f) const {
-    constexpr int64_t kShort = 256;  // elements: see mult_runs.h
     BranchRun<T> run;
     run.sign = sign;
     if (is_none()) {
@@ -63,8 +62,8 @@ class BranchMultiplier {
       return;
     }
     run.alphas.resize(count_ - 1);
-    const bool taps = stack_.taps() != 0, repeats = taps && stack_.row_length() >= kShort;
-    const int64_t period = repeats && taps ? stack_.taps() : 1, room = kBranchRun + period;
+    const bool repeats = stack_.taps() != 0 && stack_.row_length() >= kShortRow;
+    const int64_t period = repeats ? stack_.taps() : 1, room = kBranchRun + period;
     std::vector<T> values(count_ * room);
     auto next = std::lower_bound(diagonal_.begin(), diagonal_.end(), begin,
                                  [](const auto& one, int64_t at) { return one.at < at; });
@@ -80,9 +79,7 @@ class BranchMultiplier {
           const int64_t place = at + k * numel_;
           stack_.each_row(place, place + 1, [&](const T* of_copy, int64_t, int64_t) { row = of_copy; });
           for (int64_t tap = 0; tap < period; ++tap) to[tap] = k == 0 ? row[tap] * sign : row[tap];
-          const int64_t needed = period - 1 + std::min(kBranchRun, n);
-          for (int64_t made = period; made < needed; made *= 2)
-            std::copy_n(to, std::min(made, needed - made), to + made);
+          repeat(to, period, period - 1 + std::min(kBranchRun, n));
         }
         for (const int64_t row_end = at + n; at < row_end; at += kBranchRun) {
           const T* const from = values.data() + at % period;
