@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 __all__ = ["AUGMENTATIONS", "cutout", "flip", "pad_and_crop"]
 
-AUGMENTATIONS = ("flip", "crop", "cutout")
+AUGMENTATIONS = ("resized", "crop", "flip", "randaugment", "jitter", "cutout")
 
 
 def flip(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -22,7 +22,7 @@ __all__ = ["FOLDER_SIDE", "KINDS", "Data", "DataSource", "Images", "load_data"]
 
 log = logging.getLogger(__name__)
 
-KINDS = ("digits", "cifar10", "cifar100", "folder")
+KINDS = ("digits", "cifar10", "cifar100", "mnist", "fashion", "svhn", "folder")
 FOLDER_SIDE = 224
 """The side that images of a folder are brought to unless another is given."""
 _SIDE, _PLANE = 32, 32 * 32  # CIFAR
@@ -56,7 +56,8 @@ class DataSource:
         """
         kind, colon, folder = text.partition(":")
         if kind not in KINDS or (kind == "digits") == bool(colon) or (colon and not folder):
-            raise InputError(f"--data must be digits, cifar10:DIR, cifar100:DIR or folder:DIR, got {text!r}")
+            others = ", ".join(f"{name}:DIR" for name in KINDS[1:])
+            raise InputError(f"--data must be digits, {others}, got {text!r}")
         return cls(kind, Path(folder).absolute() if folder else None)
 
     def __str__(self) -> str:
