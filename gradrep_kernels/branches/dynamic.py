@@ -153,7 +153,7 @@ class DynamicReparameterization:
         yield from sorted(modules, key=lambda named: named[0].count(".branches."))
 
     def _convs(self) -> Iterator[tuple[str, nn.Conv2d, int]]:
-        """The k x k convolutions by name: those of the network, and those inside blocks, with the blocks around each."""
+        """The k x k convolutions: name, module, and how many blocks it is inside of."""
         pending = [(name, 0) for name in reversed(self._names)]
         while pending:
             name, depth = pending.pop()

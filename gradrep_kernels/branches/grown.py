@@ -71,9 +71,8 @@ class DynamicBranches(DiverseBranches):
     def start(self, generator: torch.Generator, size: float, x: Tensor) -> None:
         """Draw the further branches, `size` times as large as the output of the convolution, which stays what it is."""
         conv = self.plain
-        kernel, bias = conv.weight.double(), torch.zeros(len(conv.weight), dtype=torch.float64, device=x.device)
-        if conv.bias is not None:
-            bias = conv.bias.double()
+        kernel = conv.weight.double().clone()
+        bias = kernel.new_zeros(len(kernel)) if conv.bias is None else conv.bias.double().clone()
         spread = conv(x).double().std((0, 2, 3), correction=0)
         for kind, branch in self.branches.items():
             if kind == OWN:
