@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradrep_kernels.branches.grown import ORDER, OWN, DynamicBranches, kinds_for
@@ -22,6 +21,7 @@ from gradrep_kernels.wrappers import inner_optimizer, unwrapped
 __all__ = ["DynamicReparameterization", "StructureChange"]
 
 Forward = Callable[[nn.Module, Any], Any]
+_INSIDE = ".branches."  # between the name of a block and that of its branch
 _DEEPEST = 2  # blocks within blocks, as the published code limits them
 
 _SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -69,6 +69,9 @@ class DynamicReparameterization:
     beside a k x k branch of 1. The momentum of a kernel that a cut rewrites is dropped, there kept. Updates come before
     an epoch, there after the one before it.
 
+    Where several ranks train, all update before the same epochs. New weights are those of rank 0, which
+    DistributedDataParallel sends to all when it wraps the model again.
+
     Args:
         model:     the plain network, not wrapped: wrap it again after an update that returns True.
         optimizer: trains its parameters.
@@ -83,8 +86,8 @@ class DynamicReparameterization:
 
     Raises:
         TypeError: for what is no model or optimizer.
-        ValueError: for a wrapped model, arguments out of range, groups that are not the optimizer's, a model without a
-            convolution that can grow, and in a process group of several ranks, whose batches would differ.
+        ValueError: for a wrapped model, arguments out of range, groups that are not the optimizer's, and a model
+            without a convolution that can grow.
     """
 
     def __init__(
@@ -107,8 +110,6 @@ class DynamicReparameterization:
                 f"model must be the network itself, got it inside a {type(model).__name__}: pass what is inside, and "
                 "wrap it again after each update that returns True"
             )
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise ValueError(f"DyRep trains in one process, got {dist.get_world_size()} ranks")
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         if score not in _SCORES:
@@ -150,7 +151,7 @@ class DynamicReparameterization:
     def _blocks(self) -> Iterator[tuple[str, DynamicBranches]]:
         """The blocks by name, outer ones first."""
         modules = [(name, module) for name, module in self.model.named_modules() if isinstance(module, DynamicBranches)]
-        yield from sorted(modules, key=lambda named: named[0].count(".branches."))
+        yield from sorted(modules, key=lambda named: named[0].count(_INSIDE))
 
     def _convs(self) -> Iterator[tuple[str, nn.Conv2d, int]]:
         """The k x k convolutions: name, module, and how many blocks it is inside of."""
@@ -160,7 +161,7 @@ class DynamicReparameterization:
             module = self.model.get_submodule(name)
             if isinstance(module, DynamicBranches):
                 inside = [kind for kind in ("1x1_kxk", OWN) if kind in module.branches]
-                pending += [(f"{name}.branches.{kind}.conv", depth + 1) for kind in inside]
+                pending += [(f"{name}{_INSIDE}{kind}.conv", depth + 1) for kind in inside]
             else:
                 yield name, module, depth
 
@@ -330,25 +331,42 @@ class DynamicReparameterization:
         Raises ValueError for a model that has branches already, and for a structure that does not fit it. Nothing is
         changed then.
         """
+        self._rebuild({name: tuple(kinds) for name, kinds in state_dict["blocks"]}, state_dict["biases"])
+        self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, total in state_dict["sums"].items()}
+        self._steps = state_dict["steps"]
+        self._history = [StructureChange(e, n, tuple(grown), tuple(cut)) for e, n, grown, cut in state_dict["history"]]
+        self._generator.set_state(state_dict["generator"].cpu())
+
+    def take_structure_of(self, weights: Mapping[str, Tensor]) -> None:
+        """Give the plain model the structure of a trained one, from the names in its state_dict, which it then loads.
+
+        Scores and history stay empty. Raises ValueError as `load_state_dict` does.
+        """
+        blocks: dict[str, tuple[str, ...]] = {}
+        for key in weights:
+            parts = key.split(_INSIDE)
+            for n, part in enumerate(parts[1:], 1):
+                name, kind = _INSIDE.join(parts[:n]), part.partition(".")[0]
+                if parts[0] in self._names and kind not in blocks.get(name, ()):
+                    blocks[name] = (*blocks.get(name, ()), kind)
+        biases = {key.removesuffix(".bias") for key in weights if key.endswith(".bias")}
+        self._rebuild(dict(sorted(blocks.items(), key=lambda block: block[0].count(_INSIDE))), biases)
+
+    def _rebuild(self, blocks: Mapping[str, tuple[str, ...]], biases: Iterable[str]) -> None:
+        """Put blocks into the plain model, outer ones first, and biases to the convolutions of these names."""
         if has := [name for name, _ in self._blocks()]:
-            raise ValueError(f"load_state_dict needs the plain model, it has branches already: {first_few(has)}")
-        blocks = {name: tuple(kinds) for name, kinds in state_dict["blocks"]}
-        problems = [name for name in blocks if name.partition(".branches.")[0] not in self._names]
+            raise ValueError(f"the model must be the plain one, it has branches already: {first_few(has)}")
+        problems = [name for name in blocks if name.partition(_INSIDE)[0] not in self._names]
         problems += [name for name, kinds in blocks.items() if OWN not in kinds or not set(kinds) <= set(ORDER)]
         if problems:
             raise ValueError(f"the structure that was saved does not fit the model: {first_few(problems)}")
         with torch.random.fork_rng(self._gpus()):
             for name, kinds in blocks.items():
                 self._put(name, DynamicBranches(self.model.get_submodule(name), kinds))
-        for name in state_dict["biases"]:
-            conv = self.model.get_submodule(name)
-            if conv.bias is None:
+        for name, conv, _ in self._convs():
+            if name in biases and conv.bias is None:
                 conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels), conv.weight.requires_grad)
         self._renew_groups()
-        self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, total in state_dict["sums"].items()}
-        self._steps = state_dict["steps"]
-        self._history = [StructureChange(e, n, tuple(grown), tuple(cut)) for e, n, grown, cut in state_dict["history"]]
-        self._generator.set_state(state_dict["generator"].cpu())
 
 
 def _forward(model: nn.Module, batch: Any) -> None:

@@ -1,6 +1,7 @@
 """Networks to train: RepOpt-VGG, RepOpt-GhostNet, VGG and ResNet-18 for CIFAR, and multi-branch baselines."""
 
 from gradrep_kernels.branches.diverse import dbb_model
+from gradrep_kernels.branches.dynamic import DynamicReparameterization, StructureChange
 from gradrep_kernels.branches.normed import acb_model, repghost_model, repvgg_model
 from gradrep_kernels.branches.quantizable import qarepvgg_model
 from gradrep_kernels.models.repopt_ghostnet import repopt_ghostnet, repopt_ghostnet_0_5x
@@ -16,6 +17,8 @@ from gradrep_kernels.models.resnet import resnet18
 from gradrep_kernels.models.vgg import vgg11, vgg13, vgg16, vgg19
 
 __all__ = [
+    "DynamicReparameterization",
+    "StructureChange",
     "acb_model",
     "dbb_model",
     "qarepvgg_model",

@@ -32,7 +32,7 @@ __all__ = [
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "small": models.repopt_vgg_small,
     "deep": models.repopt_vgg_deep,
-    **{name: getattr(models, name) for name in models.__all__ if not name.endswith("_model")},
+    **{name: getattr(models, name) for name in models.__all__ if name.islower() and not name.endswith("_model")},
 }
 
 ABOVE_0 = number(lambda value: 0 < value < float("inf"), "a number above 0")

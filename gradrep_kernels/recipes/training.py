@@ -86,6 +86,8 @@ def train_epoch(
     start = now(options.device)
     statistics = _training_batches(data, options, derived_seed(seed, _STATISTICS, epoch))
     sgs_updated = trainee.sgs is not None and trainee.sgs.update_if_due(epoch, statistics)
+    if trainee.structure is not None:
+        trainee.structure.update_if_due(epoch, statistics)
     training_start = now(options.device)
     batches = epoch_batches(data, options, seed, epoch)
     steps = epochs * len(batches)

@@ -357,6 +357,25 @@ def test_a_resumed_training_is_the_same_bit_for_bit(optimizer, stop):
     assert not torch.equal(other.model[0](batches(1)[0][0]), whole.model[0](batches(1)[0][0]))
 
 
+def test_the_structure_is_in_the_names_of_the_weights():
+    trained = Training().steps(2).grow("3").grow("0").grow("0.branches.kxk.conv").grow("0.branches.1x1_kxk.conv")
+    del trained.block("3").branches["1xk"]
+    block = trained.block("0").branches["1x1_kxk"].conv
+    trained.dyrep._cut("0.branches.1x1_kxk.conv", tuple(block.branches)[1:], torch.zeros(()).double())
+    trained.dyrep._renew_groups()
+    assert trained.model.get_submodule("0.branches.1x1_kxk.conv").bias is not None
+    new = Training()
+    new.dyrep.take_structure_of(trained.model.state_dict())
+    new.model.load_state_dict(trained.model.state_dict())
+    assert new.dyrep.state_dict()["blocks"] == trained.dyrep.state_dict()["blocks"] != []
+    assert_in_step(new)
+    x = torch.randn(4, 3, 11, 7, dtype=torch.float64)
+    assert torch.equal(in_eval(new.model, x), in_eval(trained.model, x))
+    again = Training()
+    again.dyrep.take_structure_of(again.model.state_dict())
+    assert not list(again.dyrep._blocks())
+
+
 def test_the_fused_step_trains_what_torchs_does():
     """Its plans must not outlive the parameters."""
     models = []
@@ -424,13 +443,13 @@ def test_wrong_input():
         DynamicReparameterization(model, optimizer, lambda model: [{"params": model.parameters()}])
     with pytest.raises(ValueError, match="got it inside a DataParallel"):
         DynamicReparameterization(nn.DataParallel(model), optimizer, groups)
-    with pytest.raises(ValueError, match="no odd k x k nn.Conv2d that `where` chooses"):
+    with pytest.raises(ValueError, match="that `where` chooses"):
         DynamicReparameterization(model, optimizer, groups, where=lambda name, conv: False)
     small = nn.Sequential(nn.Conv2d(3, 4, (1, 3)), nn.BatchNorm2d(4))
     with pytest.raises(ValueError, match="no convolution that could grow"):
         DynamicReparameterization(small, sgd(small), groups, where="0")
     grown = Training().steps(1).grow("0")
-    with pytest.raises(ValueError, match=r"needs the plain model, it has branches already: 0"):
+    with pytest.raises(ValueError, match=r"the model must be the plain one, it has branches already: 0"):
         grown.dyrep.load_state_dict(grown.dyrep.state_dict())
     state = grown.dyrep.state_dict()
     for blocks in ([["13", ["kxk", "1x1"]]], [["0", ["1x1"]]], [["0", ["kxk", "new"]]]):

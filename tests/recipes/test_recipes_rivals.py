@@ -1,0 +1,168 @@
+"""The rows of other papers: what they train, that it merges, and DyRep's structure from epoch to epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from cases_recipes import TINY, assert_same_tensors, tensors, train, train_arguments
+from torch import nn
+
+from gradrep_kernels import models
+from gradrep_kernels.branches.diverse import DiverseBranchBlock
+from gradrep_kernels.branches.grown import DynamicBranches
+from gradrep_kernels.branches.normed import NormedBranches
+from gradrep_kernels.branches.quantizable import QuantizableBranches
+from gradrep_kernels.cli import main
+from gradrep_kernels.recipes import files
+from gradrep_kernels.recipes.build import build, plain_model
+from gradrep_kernels.recipes.errors import InputError
+from gradrep_kernels.recipes.merged import merged_figures
+from gradrep_kernels.recipes.options import resolve
+from gradrep_kernels.recipes.table import RECIPES, RIVALS, in_all
+from gradrep_kernels.recipes.training import train_epoch
+from gradrep_kernels.recipes.trainings import take_structure
+
+pytestmark = pytest.mark.usefixtures("no_pictures", "one_thread")
+BLOCKS = {"acb": NormedBranches, "dbb": DiverseBranchBlock, "qarepvgg": QuantizableBranches}
+
+
+def test_rivals_are_asked_for_by_name():
+    assert RIVALS == ("acb", "dbb", "qarepvgg", "dyrep")
+    assert not {*RIVALS} & {*in_all()}
+    assert resolve({"recipe": ("rivals",)}).recipe == RIVALS
+    assert not {*RIVALS} & {*resolve({}).recipe}
+    assert all(RECIPES[name].compared_with == ("sgd",) for name in RIVALS)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_rivals_have_the_blocks_of_their_papers_at_every_convolution(name, options, data, scales):
+    model = build(RECIPES[name], options, data, None, 0, 0.1).model
+    blocks = {where for where, module in model.named_modules() if type(module) is BLOCKS[name]}
+    assert blocks == {*scales}
+    plain = plain_model(options, data, 0)
+    assert all(torch.equal(next(model.get_submodule(n).parameters()), plain.get_submodule(n).weight) for n in blocks)
+    trained = train_epoch(build(RECIPES[name], options, data, None, 0, 0.1), data, options, 0, 0, 1, lambda: None)
+    assert trained["train_loss"] > 0
+
+
+@pytest.mark.parametrize("name", [*BLOCKS, "dyrep"])
+def test_rivals_keep_to_the_convolutions_that_a_model_names(name, data, source, tiny_ghost):
+    options = resolve({"data": source, **TINY, "model": tiny_ghost})
+    trainee = build(RECIPES[name], options, data, None, 0, 0.1)
+    if name == "dyrep":
+        train_epoch(trainee, data, options, 0, 0, 2, lambda: None)
+        found = {*trainee.structure.scores}
+    else:
+        found = {n for n, module in trainee.model.named_modules() if type(module) is BLOCKS[name]}
+    assert found == {*plain_model(options, data, 0).branch_form.where}
+
+
+def test_dyrep_keeps_the_papers_intervals(options, data, tmp_path):
+    def of(epochs, source=None):
+        changed = dataclasses.replace(options, epochs=epochs, data=options.data if source is None else source)
+        structure = build(RECIPES["dyrep"], changed, data, None, 0, 0.1).structure
+        return structure.every, structure.until
+
+    folder = resolve({"data": f"folder:{tmp_path}"}).data
+    assert of(600) == (15, 500)  # CIFAR
+    assert of(120, folder) == (5, 100)  # ImageNet
+    assert of(10) == (1, 8)
+
+
+def test_dyrep_decays_what_the_options_say(options, data):
+    for rule in ("repopt", "everything"):
+        changed = dataclasses.replace(options, decay=rule, epochs=6)
+        trainee = build(RECIPES["dyrep"], changed, data, None, 0, 0.1)
+        for epoch in range(3):
+            train_epoch(trainee, data, changed, 0, epoch, 6, lambda: None)
+        grown = [name for name, module in trainee.model.named_modules() if isinstance(module, DynamicBranches)]
+        assert grown
+        decayed = {p for group in trainee.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+        norm = trainee.model.get_submodule(grown[0]).branches["1x1"].norm.weight
+        assert (norm in decayed) == (rule == "everything")
+        assert trainee.model.get_submodule(grown[0]).branches["1x1"].conv.weight in decayed
+
+
+def test_dyrep_is_not_compiled(options, data):
+    with pytest.raises(InputError, match="--compile: dyrep changes its network while it trains"):
+        build(RECIPES["dyrep"], dataclasses.replace(options, compile=True), data, None, 0, 0.1)
+
+
+@pytest.mark.parametrize("name", ["acb", "dbb", "qarepvgg", "repvgg", "csla"])
+def test_merged_figures_are_those_of_the_deployed_network(name, options, data, scales):
+    trainee = build(RECIPES[name], options, data, scales, 0, 0.1)
+    train_epoch(trainee, data, options, 0, 0, 1, lambda: None)
+    figures = merged_figures(trainee.model, data, "cpu")
+    plain = plain_model(options, data, 0)
+    biases = 0 if name == "csla" else sum(m.out_channels for m in plain.modules() if isinstance(m, nn.Conv2d))
+    norms = sum(p.numel() for m in plain.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
+    # A block that takes its norm along leaves a bias, the others leave the norm.
+    taken = norms if name in ("acb", "dbb", "repvgg") else 0
+    assert figures["parameters_deployed"] == sum(p.numel() for p in plain.parameters()) + biases - taken
+    assert 0 < figures["merge_difference"] < 1e-5
+    assert merged_figures(plain, data, "cpu") == {}
+
+
+def test_merged_figures_see_a_wrong_merge(options, data, monkeypatch):
+    trainee = build(RECIPES["dbb"], options, data, None, 0, 0.1)
+    monkeypatch.setattr(DiverseBranchBlock, "sums", lambda self: self.branches["kxk"].sums())
+    assert merged_figures(trainee.model, data, "cpu")["merge_difference"] > 0.05
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_killed_run_of_dyrep_resumes_to_the_same_bits(source, tmp_path, monkeypatch):
+    """Every state after an epoch is a place to resume from, with the network as it was then."""
+    arguments = ["--recipe", "sgd,dyrep", "--epochs", "5", "--check-steps", "0"]
+    train(source, tmp_path, *arguments, "--name", "whole")
+    whole = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    structure = json.loads((tmp_path / "whole" / "state" / "dyrep-seed0.json").read_text())["structure"]
+    assert [change["epoch"] for change in structure if change["grown"]] == [1, 2, 3, 4]
+    save, saved = files.save_tensors, 0
+
+    def stopping(path, content):
+        nonlocal saved
+        save(path, content)
+        saved += path.parent.name == "state" and path.name.startswith("dyrep")
+        if saved == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_tensors", stopping)
+        main(train_arguments(source, tmp_path, *arguments, "--name", "stopped"))
+    assert not (tmp_path / "stopped" / "summary.json").exists()
+    assert main(["train", "--data", source, "--out", str(tmp_path), "--name", "stopped", "--resume"]) == 0
+    for row in ("sgd", "dyrep"):
+        paths = [tmp_path / run / "weights" / f"{row}-seed0.pt" for run in ("whole", "stopped")]
+        assert_same_tensors(*map(tensors, paths))
+    again = json.loads((tmp_path / "stopped" / "summary.json").read_text())
+    assert again["recipes"]["dyrep"]["test_accuracy"] == whole["recipes"]["dyrep"]["test_accuracy"]
+    # Figures of the trained structure, for the network that a row starts from is the plain one.
+    options = resolve({"data": source, **TINY, "epochs": 5})
+    trainee = build(RECIPES["dyrep"], options, _data(source), None, 0, 0.1)
+    take_structure(tmp_path / "whole", trainee, "dyrep", 0, 0.1)
+    weights = tensors(tmp_path / "whole" / "weights" / "dyrep-seed0.pt")
+    assert trainee.model.state_dict().keys() == weights.keys()
+    assert sum(p.numel() for p in trainee.model.parameters()) == whole["recipes"]["dyrep"]["parameters"]
+    shutil.rmtree(tmp_path / "whole" / "weights")
+    untouched = build(RECIPES["dyrep"], options, _data(source), None, 0, 0.1)
+    take_structure(tmp_path / "whole", untouched, "dyrep", 0, 0.1)
+    assert not any(isinstance(module, DynamicBranches) for module in untouched.model.modules())
+
+
+def _data(source):
+    from gradrep_kernels.recipes.data import DataSource, load_data
+
+    return load_data(DataSource.parse(source))
+
+
+def test_the_controller_is_no_model_of_the_commands():
+    assert models.DynamicReparameterization is not None
+    with pytest.raises(InputError):
+        resolve({"model": "DynamicReparameterization"})
