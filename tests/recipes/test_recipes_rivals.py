@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 
 import pytest
 import torch
-from cases_recipes import TINY, assert_same_tensors, tensors, train, train_arguments
+from cases_recipes import TINY, assert_same_tensors, tensors
 from torch import nn
 
 from gradrep_kernels import models
@@ -16,17 +14,15 @@ from gradrep_kernels.branches.diverse import DiverseBranchBlock
 from gradrep_kernels.branches.grown import DynamicBranches
 from gradrep_kernels.branches.normed import NormedBranches
 from gradrep_kernels.branches.quantizable import QuantizableBranches
-from gradrep_kernels.cli import main
-from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.build import build, plain_model
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.merged import merged_figures
 from gradrep_kernels.recipes.options import resolve
 from gradrep_kernels.recipes.table import RECIPES, RIVALS, in_all
 from gradrep_kernels.recipes.training import train_epoch
-from gradrep_kernels.recipes.trainings import take_structure
+from gradrep_kernels.recipes.trainings import STATE, Training, do_training, take_structure
 
-pytestmark = pytest.mark.usefixtures("no_pictures", "one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCKS = {"acb": NormedBranches, "dbb": DiverseBranchBlock, "qarepvgg": QuantizableBranches}
 
 
@@ -113,53 +109,47 @@ def test_merged_figures_see_a_wrong_merge(options, data, monkeypatch):
     assert merged_figures(trainee.model, data, "cpu")["merge_difference"] > 0.05
 
 
-class Stop(Exception):
-    pass
+class Listener:
+    """Stops a training behind the state of an epoch."""
 
+    def __init__(self, last: int | None = None):
+        self.last = last
 
-def test_a_killed_run_of_dyrep_resumes_to_the_same_bits(source, tmp_path, monkeypatch):
-    """Every state after an epoch is a place to resume from, with the network as it was then."""
-    arguments = ["--recipe", "sgd,dyrep", "--epochs", "5", "--check-steps", "0"]
-    train(source, tmp_path, *arguments, "--name", "whole")
-    whole = json.loads((tmp_path / "whole" / "summary.json").read_text())
-    structure = json.loads((tmp_path / "whole" / "state" / "dyrep-seed0.json").read_text())["structure"]
-    assert [change["epoch"] for change in structure if change["grown"]] == [1, 2, 3, 4]
-    save, saved = files.save_tensors, 0
+    def batch(self):
+        pass
 
-    def stopping(path, content):
-        nonlocal saved
-        save(path, content)
-        saved += path.parent.name == "state" and path.name.startswith("dyrep")
-        if saved == 3:
+    def epoch(self, training, epoch, epochs, record):
+        if epoch == self.last:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "save_tensors", stopping)
-        main(train_arguments(source, tmp_path, *arguments, "--name", "stopped"))
-    assert not (tmp_path / "stopped" / "summary.json").exists()
-    assert main(["train", "--data", source, "--out", str(tmp_path), "--name", "stopped", "--resume"]) == 0
-    for row in ("sgd", "dyrep"):
-        paths = [tmp_path / run / "weights" / f"{row}-seed0.pt" for run in ("whole", "stopped")]
-        assert_same_tensors(*map(tensors, paths))
-    again = json.loads((tmp_path / "stopped" / "summary.json").read_text())
-    assert again["recipes"]["dyrep"]["test_accuracy"] == whole["recipes"]["dyrep"]["test_accuracy"]
-    # Figures of the trained structure, for the network that a row starts from is the plain one.
-    options = resolve({"data": source, **TINY, "epochs": 5})
-    trainee = build(RECIPES["dyrep"], options, _data(source), None, 0, 0.1)
-    take_structure(tmp_path / "whole", trainee, "dyrep", 0, 0.1)
-    weights = tensors(tmp_path / "whole" / "weights" / "dyrep-seed0.pt")
-    assert trainee.model.state_dict().keys() == weights.keys()
-    assert sum(p.numel() for p in trainee.model.parameters()) == whole["recipes"]["dyrep"]["parameters"]
-    shutil.rmtree(tmp_path / "whole" / "weights")
-    untouched = build(RECIPES["dyrep"], options, _data(source), None, 0, 0.1)
-    take_structure(tmp_path / "whole", untouched, "dyrep", 0, 0.1)
+
+def test_a_killed_training_of_dyrep_resumes_to_the_same_bits(source, data, tmp_path):
+    options = resolve({"data": source, **TINY, "recipe": ("dyrep",), "epochs": 5})
+    training = Training("dyrep-seed0", "dyrep", 0, 0.1, 5)
+    folders = [tmp_path / "whole", tmp_path / "stopped"]
+    for folder in folders:
+        (folder / STATE).mkdir(parents=True)
+    whole = do_training(folders[0], options, training, Listener())
+    for last in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            do_training(folders[1], options, training, Listener(last))
+    resumed = do_training(folders[1], options, training, Listener())
+    assert [change["epoch"] for change in whole["structure"] if change["grown"]] == [1, 2, 3, 4]
+    assert resumed["structure"] == whole["structure"]
+    assert 0 < whole["merge_difference"] < 1e-5
+    assert whole["parameters_deployed"] < whole["parameters"]
+    weights = [tensors(folder / "weights" / "dyrep-seed0.pt") for folder in folders]
+    assert_same_tensors(*weights)
+    assert [record["train_loss"] for record in resumed["epochs"]] == [r["train_loss"] for r in whole["epochs"]]
+
+    # A row starts from the plain network. Its trained structure is in its weights.
+    trainee = build(RECIPES["dyrep"], options, data, None, 0, 0.1)
+    take_structure(folders[0], trainee, "dyrep", 0, 0.1)
+    trainee.model.load_state_dict(weights[0])
+    assert sum(p.numel() for p in trainee.model.parameters()) == whole["parameters"]
+    untouched = build(RECIPES["dyrep"], options, data, None, 0, 0.1)
+    take_structure(tmp_path, untouched, "dyrep", 0, 0.1)
     assert not any(isinstance(module, DynamicBranches) for module in untouched.model.modules())
-
-
-def _data(source):
-    from gradrep_kernels.recipes.data import DataSource, load_data
-
-    return load_data(DataSource.parse(source))
 
 
 def test_the_controller_is_no_model_of_the_commands():
