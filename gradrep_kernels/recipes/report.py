@@ -95,6 +95,12 @@ def _figures(
     }
     if "weights_test_accuracy" in epochs[-1]:  # the others are those of averages
         figures["weights_test_accuracy"] = _accuracies(runs, "weights_test_accuracy")
+    merged = [training for training in runs if training.get("merge_difference") is not None]
+    if merged:
+        figures["parameters_deployed"] = merged[0]["parameters_deployed"]
+        figures["merge_difference"] = max(training["merge_difference"] for training in merged)
+    if "structure" in runs[0]:
+        figures["structure"] = runs[0]["structure"]  # of the first seed
     if row.sgs:
         figures["sgs_seconds_per_epoch"] = statistics.fmean(record["sgs_seconds"] for record in epochs)
         figures["sgs_updates"] = sum(record["sgs_updated"] for record in runs[0]["epochs"])

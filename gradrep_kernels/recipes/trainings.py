@@ -8,7 +8,7 @@ are there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gradrep_kernels import csla
+from gradrep_kernels.models import StructureChange
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.build import Trainee, build, multiplier_bytes, search_model
 from gradrep_kernels.recipes.errors import InputError
@@ -121,7 +122,7 @@ def _train(folder: Path, options: Options, training: Training, listener: Listene
     if figures["diverged"] is None:
         figures |= merged_figures(trainee.model, data, options.device)
     if trainee.structure is not None:
-        figures["structure"] = [change._asdict() for change in trainee.structure.history]
+        figures["structure"] = _as_json(trainee.structure.history)
     if len(validation):
         figures |= accuracies(trainee, data, validation, options, training.seed, "validation_accuracy")
     if training.recipe is not None:
@@ -144,6 +145,10 @@ def _keep_weights(folder: Path, name: str, trainee: Trainee) -> None:
     (folder / _WEIGHTS).mkdir(exist_ok=True)
     weights = {key: tensor.detach().cpu() for key, tensor in trainee.model.state_dict().items()}
     files.save_tensors(folder / _WEIGHTS / f"{name}.pt", weights)
+
+
+def _as_json(history: Sequence[StructureChange]) -> list[dict[str, Any]]:
+    return [{"epoch": c.epoch, "name": c.name, "grown": list(c.grown), "cut": list(c.cut)} for c in history]
 
 
 def take_structure(folder: Path, trainee: Trainee, row: str, seed: int, lr: float) -> None:

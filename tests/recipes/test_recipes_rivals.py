@@ -14,10 +14,12 @@ from gradrep_kernels.branches.diverse import DiverseBranchBlock
 from gradrep_kernels.branches.grown import DynamicBranches
 from gradrep_kernels.branches.normed import NormedBranches
 from gradrep_kernels.branches.quantizable import QuantizableBranches
+from gradrep_kernels.recipes import plots
 from gradrep_kernels.recipes.build import build, plain_model
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.merged import merged_figures
 from gradrep_kernels.recipes.options import resolve
+from gradrep_kernels.recipes.report import write_report
 from gradrep_kernels.recipes.table import RECIPES, RIVALS, in_all
 from gradrep_kernels.recipes.training import train_epoch
 from gradrep_kernels.recipes.trainings import STATE, Training, do_training, take_structure
@@ -107,6 +109,23 @@ def test_merged_figures_see_a_wrong_merge(options, data, monkeypatch):
     trainee = build(RECIPES["dbb"], options, data, None, 0, 0.1)
     monkeypatch.setattr(DiverseBranchBlock, "sums", lambda self: self.branches["kxk"].sums())
     assert merged_figures(trainee.model, data, "cpu")["merge_difference"] > 0.05
+
+
+def test_the_summary_has_the_largest_difference_of_all_seeds(tmp_path, options, data, monkeypatch):
+    for name in plots.__all__:
+        monkeypatch.setattr(plots, name, lambda *_: None)
+    timing = {"seconds": 0.5, "sgs_updated": False, "sgs_seconds": 0.0}
+    epochs = [{"train_loss": 1.0, "lr": 0.1, "test_accuracy": 0.5, **timing}]
+    kept = {"lr": 0.1, "epochs": epochs, "diverged": None, "parameters": 1234, "multiplier_bytes": 0}
+    change = {"epoch": 1, "name": "stage0.conv", "grown": ["1x1"], "cut": []}
+    grown = [{**kept, "parameters_deployed": 99, "merge_difference": d, "structure": [change]} for d in (1e-7, 3e-7)]
+    trainings = {"sgd": {0.1: [kept, kept]}, "dyrep": {0.1: grown}}
+    results = {"check": None, "speed": {name: [0.01, 0.01, 0.01] for name in trainings}, "seconds": 1.0}
+    asked = dataclasses.replace(options, recipe=("sgd", "dyrep"), seeds=2)
+    recipes = write_report(tmp_path, asked, data, trainings, [0, 1], results, None, None)["recipes"]
+    assert (recipes["dyrep"]["parameters_deployed"], recipes["dyrep"]["merge_difference"]) == (99, 3e-7)
+    assert recipes["dyrep"]["structure"] == [change]
+    assert not {"parameters_deployed", "merge_difference", "structure"} & recipes["sgd"].keys()
 
 
 class Listener:
