@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gradrep_kernels.branches.sites import Site
 from gradrep_kernels.messages import first_few, warn_outside
 
-__all__ = ["Example", "call", "check_pairs", "floating_outputs", "scratch_copy", "copy_without_hooks"]
+__all__ = ["Example", "call", "check_pairs", "copy_without_hooks", "floating_outputs", "scratch_copy"]
 
 Example = Tensor | tuple | list | Mapping  # the input of a model: a tensor, positional or keyword arguments
 

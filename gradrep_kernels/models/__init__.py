@@ -1,7 +1,7 @@
 """Networks to train, as classifiers and as backbones, and multi-branch baselines.
 
-RepOpt-VGG and RepOpt-GhostNet are those of RepOptimizers. ResNet and VGG have a form for CIFAR and one for ImageNet. The
-others, of Table 4 of the SGS paper, are for images of 32 x 32.
+RepOpt-VGG and RepOpt-GhostNet are those of RepOptimizers. ResNet and VGG-16 have a form for CIFAR and one for ImageNet.
+The others, of Table 4 of the SGS paper, are for images of 32 x 32.
 """
 
 from gradrep_kernels.branches.normed import acb_model, repghost_model, repvgg_model

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 __all__ = ["MobileNetV2", "mobilenet_v2"]
 
-# Of the paper's Table 2: expansion, channels, blocks. Strides are those of the form for 32 x 32, which keeps the size in
-# the stem and in the first two rows.
+# Of the paper's Table 2: expansion, channels, blocks. Strides are those of the form for 32 x 32, which keeps the size
+# in the stem and in the first two rows.
 _ROWS = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 _STEM, _LAST = 32, 1280
 

@@ -15,8 +15,8 @@ __all__ = ["PreActResNet", "preact_resnet18", "preact_resnet34"]
 class PreActBlock(nn.Module):
     """conv(relu(bn(conv(a)))) + x, where a = relu(bn(x))
 
-    [N, I, H, W] -> [N, width, H / stride, W / stride]. A 1x1 of a stands for x where the shape changes. No norm follows the second convolution at once, so that it has
-    no branches unless `where` names it.
+    [N, I, H, W] -> [N, width, H / stride, W / stride]. A 1x1 of a stands for x where the shape changes. No norm follows
+    the second convolution at once, so that it has no branches unless `where` names it.
     """
 
     expansion: ClassVar = 1

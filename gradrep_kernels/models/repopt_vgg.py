@@ -112,7 +112,9 @@ class RepOptVGG(StagedNetwork):
         super().__setstate__(state)
         names = self.__dict__.pop("stages", None)
         if names is not None:
-            first = [next(m for m in getattr(self, n).modules() if isinstance(m, nn.Conv2d)) for n in ("stage0", *names)]
+            first = [
+                next(m for m in getattr(self, n).modules() if isinstance(m, nn.Conv2d)) for n in ("stage0", *names)
+            ]
             self.shapes = [(conv.out_channels, conv.stride[0]) for conv in first]
 
 
@@ -239,7 +241,7 @@ def repopt_vgg_deep(
     """A narrow RepOpt-VGG of 17 convolutions for small images. Arguments as `repopt_vgg_b1`.
 
     Plain networks of this depth are hard to train, so that a second of training shows what branches and Grad Mults are
-    for. stage0 keeps the size, stage1 and stage2 halve it: `strides` are three numbers, 1, 2, 2 where None. 14 of its 17
-    blocks have a shortcut. The blocks have 0.1 M parameters.
+    for. stage0 keeps the size, stage1 and stage2 halve it: `strides` are three numbers, 1, 2, 2 where None. 14 of its
+    17 blocks have a shortcut. The blocks have 0.1 M parameters.
     """
     return _build((8, 8), (16, 32), (1, 2, 2), strides, mode, num_classes, se, scales, in_channels)

@@ -155,7 +155,7 @@ class ResNet(StagedNetwork):
 
 
 def resnet18(num_classes: int = 10, *, in_channels: int = 3, stem: str = "cifar", se: bool = False) -> ResNet:
-    """ResNet-18: 11.2 M parameters with 10 classes, 17 convolutions of 3x3  # [N, in_channels, H, W] -> [N, num_classes]
+    """ResNet-18, 11.2 M parameters, 17 convolutions of 3x3  # [N, in_channels, H, W] -> [N, num_classes]
 
     Args:
         stem: 'cifar', for images of 32 x 32: a 3x3 convolution without stride, no pool. 'imagenet': a 7x7 of stride 2

@@ -61,5 +61,5 @@ class ShuffleNet(nn.Module):
 
 
 def shufflenet(num_classes: int = 10, *, in_channels: int = 3) -> ShuffleNet:
-    """ShuffleNet 1x of 3 groups, 0.9 M parameters, for images of 32 x 32  # [N, in_channels, H, W] -> [N, num_classes]"""
+    """ShuffleNet 1x of 3 groups, 0.9 M parameters, for 32 x 32  # [N, in_channels, H, W] -> [N, num_classes]"""
     return ShuffleNet(num_classes, in_channels)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 __all__ = ["FeatureInfo", "Stage", "StagedNetwork", "features"]
 
+
 @dataclass(frozen=True)
 class Stage:
     """One stage of a network: names of the modules that run one after the other, and what comes out.

@@ -126,8 +126,8 @@ def vgg16_imagenet(
     """VGG-16 for ImageNet, 138.4 M parameters, 15.5 G multiply-adds  # [N, in_channels, H, W] -> [N, num_classes]
 
     The 13 convolutions, pools to 7 x 7, and three linear layers, as Simonyan and Zisserman (2015) have them. It departs
-    from them in this: each convolution has a batch norm, and no bias, as RepOpt-VGG has it. RepOptimizers, Table 3, says
-    "the original VGGNet-16" trained with the settings of RepOpt-VGG, and not whether it had norms. Images of other
+    from them in this: each convolution has a batch norm, and no bias, as RepOpt-VGG has it. RepOptimizers, Table 3,
+    says "the original VGGNet-16" trained with the settings of RepOpt-VGG, and not whether it had norms. Images of other
     sizes than 224 x 224 are pooled to 7 x 7 too.
 
     Args:

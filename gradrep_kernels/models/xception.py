@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 __all__ = ["Xception", "xception"]
@@ -25,7 +27,7 @@ class XceptionBlock(nn.Module):
     def __init__(self, widths: tuple[int, ...], *, halves: bool, relu_first: bool = True):
         super().__init__()
         layers: list[nn.Module] = []
-        for into, channels in zip(widths, widths[1:]):
+        for into, channels in pairwise(widths):
             layers += [nn.ReLU(), *_separable(into, channels)]
         layers += [nn.MaxPool2d(3, 2, padding=1)] * halves
         self.layers = nn.Sequential(*layers[0 if relu_first else 1 :])
@@ -52,7 +54,7 @@ class Xception(nn.Module):
             stem += [nn.Conv2d(into, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
         entry = [
             XceptionBlock((into, width, width), halves=True, relu_first=into != _ENTRY[0])
-            for into, width in zip(_ENTRY, _ENTRY[1:])
+            for into, width in pairwise(_ENTRY)
         ]
         middle = [XceptionBlock((728,) * 4, halves=False) for _ in range(_MIDDLE)]
         leaving = XceptionBlock((728, 728, 1024), halves=True)

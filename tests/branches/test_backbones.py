@@ -208,7 +208,7 @@ def test_reinitialize_takes_a_backbone_and_fewer_stages():
         csla.reinitialize(model, scales)
     assert all(torch.equal(value, classifier.state_dict()[name]) for name, value in whole.state_dict().items())
     part = models.features(models.repopt_vgg_small(), (0, 1))
-    with pytest.raises(ValueError, match="stage2.0.conv: unexpected, the model has no such conv"):
+    with pytest.raises(ValueError, match=r"stage2\.0\.conv: unexpected, the model has no such conv"):
         csla.reinitialize(part, scales)
     csla.reinitialize(part, {name: value for name, value in scales.items() if not name.startswith("stage2")})
 

@@ -31,8 +31,8 @@ IMAGENET = {"resnet18": (1.81, 11.7), "resnet34": (3.66, 21.8), "resnet50": (4.0
 # alike (B1, L1), so that it is held to a tenth.
 REPOPT_VGG = {"b1": 11.9, "b2": 18.4, "l1": 21.0, "l2": 32.8}
 # CIFAR forms with 10 classes. Those of timm's networks with 1000 classes are compared below. The PyramidNets are as
-# pytorchcv counts its own. PreAct-ResNet-18 by hand from ResNet-18: no norm behind the stem and in the shortcuts, those of
-# the inputs in the first block of a stage, one at the end.
+# pytorchcv counts its own. PreAct-ResNet-18 by hand from ResNet-18: no norm behind the stem and in the shortcuts, those
+# of the inputs in the first block of a stage, one at the end.
 PARAMETERS = {
     "resnet34": 21_282_122,
     "resnet50": 23_520_842,
@@ -267,7 +267,7 @@ def test_strides_reach_every_mode_and_the_small_networks():
 
 @pytest.mark.parametrize("strides", [(2, 2), (), (2, 2, 2, 2, 2, 2), (2, 2, 0, 2, 2), (2, 2, 2.0, 2, 2)])
 def test_wrong_strides(strides):
-    with pytest.raises(ValueError, match="strides must be 5 whole numbers of at least 1, .*, got "):
+    with pytest.raises(ValueError, match=r"strides must be 5 whole numbers of at least 1, .*, got "):
         models.repopt_vgg_b1(strides=strides)
 
 
