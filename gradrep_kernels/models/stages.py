@@ -57,7 +57,7 @@ class StagedNetwork(nn.Module):
 
     head: ClassVar[tuple[str, ...]] = ("gap", "linear")
     """Children that only the classifier has."""
-    feature_info: FeatureInfo | None = None
+    feature_info: FeatureInfo = None  # type: ignore[assignment]  # so that backbones need no check for None
     """What a backbone returns, None for a classifier."""
 
     def stages(self) -> tuple[Stage, ...]:
@@ -87,7 +87,7 @@ class StagedNetwork(nn.Module):
         return x
 
 
-def features(model: StagedNetwork, out_indices: Sequence[int] | None = None) -> StagedNetwork:
+def features(model: nn.Module, out_indices: Sequence[int] | None = None) -> StagedNetwork:
     """Return a backbone: a new model that returns the outputs of stages instead of class scores.
 
     [N, in_channels, H, W] -> list of [N, channels, H / reduction, W / reduction], from the largest to the smallest.
