@@ -92,6 +92,12 @@ def test_later_stages_are_left_out():
         assert all(p.grad is not None for p in backbone.parameters()), name
 
 
+def test_outputs_come_from_the_largest_to_the_smallest():
+    backbone = models.features(models.repopt_vgg_small(strides=(1, 2, 3)), (-1, 0))
+    assert (backbone.feature_info.channels(), backbone.feature_info.reduction()) == ([32, 64], [1, 6])
+    assert [out.shape[1:] for out in backbone(torch.randn(1, 3, 12, 18))] == [(32, 12, 18), (64, 2, 3)]
+
+
 def test_the_model_stays_as_it_was():
     model = models.resnet18(4).eval()
     before = copy.deepcopy(model.state_dict())
