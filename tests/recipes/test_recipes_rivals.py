@@ -16,6 +16,7 @@ from gradrep_kernels.branches.normed import NormedBranches
 from gradrep_kernels.branches.quantizable import QuantizableBranches
 from gradrep_kernels.recipes import plots
 from gradrep_kernels.recipes.build import build, plain_model
+from gradrep_kernels.recipes.costs.run import _maker
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.merged import merged_figures
 from gradrep_kernels.recipes.options import resolve
@@ -166,6 +167,8 @@ def test_a_killed_training_of_dyrep_resumes_to_the_same_bits(source, data, tmp_p
     take_structure(folders[0], trainee, "dyrep", 0, 0.1)
     trainee.model.load_state_dict(weights[0])
     assert sum(p.numel() for p in trainee.model.parameters()) == whole["parameters"]
+    measured = _maker(RECIPES["dyrep"], options, data, None, folders[0])().model  # what `costs` measures
+    assert sum(p.numel() for p in measured.parameters()) == whole["parameters"]
     untouched = build(RECIPES["dyrep"], options, data, None, 0, 0.1)
     take_structure(tmp_path, untouched, "dyrep", 0, 0.1)
     assert not any(isinstance(module, DynamicBranches) for module in untouched.model.modules())
