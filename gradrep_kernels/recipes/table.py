@@ -134,8 +134,8 @@ class Recipe:
 
     @property
     def plain_network(self) -> bool:
-        """Whether it trains the plain network."""
-        return self.network is _plain
+        """Whether it trains the plain network, from start to end."""
+        return self.network is _plain and self.structure is None
 
     @property
     def needs_search(self) -> bool:
@@ -148,7 +148,7 @@ class Recipe:
 
         The model must then have convolutions that can be converted.
         """
-        return self.scales is not None or self.structure is not None or not self.plain_network
+        return self.scales is not None or not self.plain_network
 
 
 def _dyrep(
