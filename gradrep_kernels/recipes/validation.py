@@ -6,7 +6,6 @@ import dataclasses
 import functools
 
 import torch
-from torch import Tensor
 
 from gradrep_kernels.recipes.data import Data, DataSource, Images, load_data
 
@@ -17,7 +16,8 @@ def hold_out(data: Data, share: float) -> tuple[Data, Images]:
     """Split the training images into those to train on, as `data`, and a validation part.
 
     Every class gives about `share` of its images, the same whatever the seed of a run: of a class with a few images,
-    all or none. The statistics to standardise with stay those of all training images.
+    all or none. The statistics to standardise with stay those of all training images. Without a seed a `Loader` reads
+    the validation part as test images are read, whatever the augmentation.
     """
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randperm(len(data.train), generator=generator)
@@ -25,12 +25,8 @@ def hold_out(data: Data, share: float) -> tuple[Data, Images]:
     labels = data.train.labels[by_class]
     # Along the images sorted by class, every (1 / share)-th is held out, so that each class gives its share.
     held = (torch.arange(1, len(labels) + 1) * share).floor() > (torch.arange(len(labels)) * share).floor()
-    trained, validation = (_part(data.train, by_class[chosen].sort().values) for chosen in (~held, held))
+    trained, validation = (data.train.part(by_class[chosen].sort().values) for chosen in (~held, held))
     return dataclasses.replace(data, train=trained), validation
-
-
-def _part(images: Images, indices: Tensor) -> Images:
-    return Images(images.labels[indices], lambda at: images.read(indices[at]), images.lazy)
 
 
 @functools.lru_cache(maxsize=1)  # A process does many trainings on the same data.
