@@ -20,7 +20,7 @@ from gradrep_kernels.recipes.declare import Option
 from gradrep_kernels.recipes.environment import environment, environment_text, version_line
 from gradrep_kernels.recipes.errors import WRITE_ERRORS, InputError, OutputError
 from gradrep_kernels.recipes.job import run_job
-from gradrep_kernels.recipes.options import OPTIONS
+from gradrep_kernels.recipes.options import OPTIONS, resolve
 from gradrep_kernels.recipes.progress import Reporter
 from gradrep_kernels.recipes.report import closing_lines, scales_line
 from gradrep_kernels.recipes.runs import SCALES, Run, open_run
@@ -75,12 +75,12 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument ").replace(": must ", " must ", 1))
 
 
-def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+def _add_option(group: Any, option: Option, flags: list[str]) -> None:
     settings = dict(_SETTINGS_OF_TYPE.get(option.type, {}))
     if option.metavar is not None:
         settings["metavar"] = option.metavar
     help_text = option.help_text(KINDS).replace("%", "%%")
-    parser.add_argument(option.flag, **settings, default=argparse.SUPPRESS, help=help_text)
+    flags += group.add_argument(option.flag, **settings, default=argparse.SUPPRESS, help=help_text).option_strings
 
 
 def _add_run(commands: Any, name: str, help_text: str) -> _Parser:
@@ -88,15 +88,23 @@ def _add_run(commands: Any, name: str, help_text: str) -> _Parser:
     parser = commands.add_parser(
         name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.", allow_abbrev=False
     )
+    groups: dict[str, Any] = {}
     for option in OPTIONS.values():
         if name in option.commands:
-            _add_option(parser, option)
+            if option.group not in groups:
+                groups[option.group] = parser.add_argument_group(option.group)
+            _add_option(groups[option.group], option, parser.flags)
     parser.add_argument(
         "--out", type=_path, default=Path("runs"), metavar="DIR", help="folder of all runs; default: %(default)s"
     )
     parser.add_argument(
         "--name",
         help="folder of this run in it; default: DATA-MODEL, -BRANCHES where given, with a number where that is taken",
+    )
+    parser.add_argument(
+        "--print-options",
+        action="store_true",
+        help="print the options as JSON, as they are resolved, and start nothing; default: start",
     )
     parser.add_argument(
         "--resume",
@@ -263,7 +271,16 @@ def _summary(run: Run) -> dict[str, Any]:
         raise OutputError.of(reason.filename or run.folder, reason) from None
 
 
+def _print_options(given: dict[str, Any], search: bool = False) -> int:
+    options = resolve(given, search)
+    for line in options.advice():
+        _told(line, 0)
+    return _print(json.dumps(options.to_json(), indent=2))
+
+
 def _train(given: dict[str, Any]) -> int:
+    if given.pop("print_options"):
+        return _print_options({name: value for name, value in given.items() if name in OPTIONS})
     with open_run(given.pop("out"), given.pop("name"), resume=given.pop("resume"), given=given) as run:
         summary = _summary(run)
     shown = _print("\n".join([*closing_lines(summary), f"Written to {run.folder}; begin with summary.md there."]))
@@ -272,6 +289,8 @@ def _train(given: dict[str, Any]) -> int:
 
 
 def _search(given: dict[str, Any]) -> int:
+    if given.pop("print_options"):
+        return _print_options({name: value for name, value in given.items() if name in OPTIONS}, search=True)
     output, resume = given.pop("output"), given.pop("resume")
     if output is not None and output.exists():
         raise InputError(f"--output {output} is there already")

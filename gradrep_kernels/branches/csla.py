@@ -46,6 +46,7 @@ class ScaleLayer(nn.Module):
         else:
             self.register_buffer("weight", scale)
         self.decayed_vectors = ("weight",) if decays else ()  # read by gr.param_groups
+        self.branch_scales = ("weight",) if trainable else ()  # and this
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W]
         return x * self.weight.view(-1, 1, 1)

@@ -26,7 +26,7 @@ __all__ = [
     "pad_and_crop",
 ]
 
-AUGMENTATIONS = ("flip", "crop", "cutout", "resized", "randaugment", "jitter")
+AUGMENTATIONS = ("resized", "crop", "flip", "randaugment", "jitter", "cutout")
 OF_TORCHVISION = ("resized", "randaugment", "jitter")
 """Those that torchvision does, picture by picture (`picture_augmentation.py`)."""
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradrep_kernels import csla
-from gradrep_kernels.grad_mult import GradMult
 from gradrep_kernels.models.modes import BranchForm, branch_form
 from gradrep_kernels.optim import param_groups
 from gradrep_kernels.recipes import interrupts
 from gradrep_kernels.recipes.data import Data
 from gradrep_kernels.recipes.loader import derived_seed
 from gradrep_kernels.recipes.options import MODELS, Options
-from gradrep_kernels.recipes.table import FUSED_REP_SGD, SGD, OptimizerKind, Recipe
-from gradrep_kernels.sgs import SpatialGradientScaling
+from gradrep_kernels.recipes.table import OPTIMIZERS, OptimizerKind, Recipe
+from gradrep_kernels.sgs import SpatialGradientScaling, alpha_beta_scaling
 
 __all__ = ["Trainee", "build", "multiplier_bytes", "plain_model", "search_model"]
 
@@ -47,14 +47,17 @@ def plain_model(options: Options, data: Data, seed: int) -> nn.Module:
     model = MODELS[options.model](num_classes=len(data.classes), in_channels=data.channels)
     if options.branches is not None:
         model.branch_form = BranchForm(options.branches)
+    if options.hs_init is not None:
+        model.branch_form = replace(branch_form(model), init=options.hs_init)
     return model
 
 
 def search_model(options: Options, data: Data) -> Trainee:
-    """The network of the Hyper-Search, drawn from the first seed."""
+    """The network of the Hyper-Search, drawn from the first seed. `options` are those of the search."""
     plain = plain_model(options, data, options.seed)
     model = branch_form(plain).hyper_search(plain).to(options.device)
-    return Trainee(model, _optimizer(SGD, model, options, options.search_lr), options.search_lr)
+    (lr,) = options.lr
+    return Trainee(model, _optimizer(OPTIMIZERS["sgd"].plain, model, options, lr), lr)
 
 
 def build(recipe: Recipe, options: Options, data: Data, searched: csla.Scales | None, seed: int, lr: float) -> Trainee:
@@ -69,13 +72,18 @@ def build(recipe: Recipe, options: Options, data: Data, searched: csla.Scales | 
     if recipe.reinitialize:
         csla.reinitialize(model, scales, partial=partial)
     model = recipe.network(model, scales).to(options.device)
-    grad_mults = csla.grad_mults(model, scales, partial=partial) if recipe.grad_mults else None
-    if recipe.reinitialize and not recipe.grad_mults:
-        grad_mults = {}  # The row that shows what is lost without them.
-    kind = FUSED_REP_SGD if options.beyond_torch else recipe.optimizer
-    trainee = Trainee(
-        model, _optimizer(kind, model, options, lr, grad_mults), lr, averages=options.ema_decay is not None
-    )
+    rule = OPTIMIZERS[options.optimizer]
+    kind = rule.extended if options.beyond_torch or recipe.extended else rule.plain
+    multipliers = {}  # Empty in the row that shows what is lost without them.
+    if recipe.grad_mults:
+        given = csla.grad_mults if kind.multipliers == "grad_mults" else csla.branch_scales
+        multipliers = given(model, scales, partial=partial)
+    elif not recipe.reinitialize:
+        multipliers = None
+    optimizer = _optimizer(kind, model, options, lr, multipliers)
+    trainee = Trainee(model, optimizer, lr, averages=options.ema_decay is not None)
+    if recipe.fixed_scaling:
+        _scale_kernels(trainee, alpha_beta_scaling(options.sgs_alpha, options.sgs_beta))
     if not recipe.sgs:
         return trainee
     trainee.sgs = SpatialGradientScaling(
@@ -86,8 +94,17 @@ def build(recipe: Recipe, options: Options, data: Data, searched: csla.Scales | 
         warmup=options.sgs_warmup,
         batches=options.sgs_batches,
         remove_near=options.remove_near,
+        dependence=options.sgs_dependence,
+        apply_to=options.sgs_apply_to,
     )
     return trainee
+
+
+def _scale_kernels(trainee: Trainee, scaling: Tensor) -> None:
+    """Multiply the gradients of all 3 x 3 kernels by one scaling."""
+    for module in trainee.model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            trainee.optimizer.set_spatial_scaling(module.weight, scaling.to(module.weight.device))
 
 
 def _optimizer(
@@ -95,13 +112,13 @@ def _optimizer(
     model: nn.Module,
     options: Options,
     lr: float,
-    grad_mults: dict[nn.Parameter, GradMult] | None = None,
+    multipliers: dict[nn.Parameter, Any] | None = None,
 ) -> torch.optim.Optimizer:
     settings = {"lr": lr, **{name: setting(options) for name, setting in kind.settings.items()}}
-    if grad_mults is not None:
-        settings["grad_mults"] = grad_mults
+    if multipliers is not None:
+        settings[kind.multipliers] = multipliers
     with interrupts.held_back():  # The first optimizer of a process imports torch._dynamo, and so Triton's C++ module.
-        return kind.make(param_groups(model, options.weight_decay), **settings)
+        return kind.make(param_groups(model, options.weight_decay, options.decay), **settings)
 
 
 def multiplier_bytes(trainee: Trainee) -> int:

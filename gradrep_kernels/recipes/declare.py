@@ -12,6 +12,7 @@ from gradrep_kernels.recipes.errors import InputError
 
 __all__ = [
     "BOTH",
+    "NEW",
     "TRAIN",
     "Option",
     "absolute_path",
@@ -32,7 +33,15 @@ Check = Callable[[str, Any], None]
 TRAIN, BOTH = ("train",), ("train", "search")
 """Values of `commands`: where the command line has the option."""
 
-_DEFAULTS_OF = {"digits": ("digits",), "cifar": ("cifar10", "cifar100"), "folder": ("folder",)}
+NEW: Any = object()
+"""The value of `earlier` of an option without which runs cannot be resumed."""
+
+_DEFAULTS_OF = {
+    "digits": ("digits",),
+    "cifar": ("cifar10", "cifar100"),
+    "small": ("mnist", "fashion", "svhn"),
+    "folder": ("folder",),
+}
 """Keyword of `option` -> the kinds of data whose default it gives."""
 
 
@@ -63,11 +72,13 @@ class Option:
     """Checks the value. None accepts all."""
     outcome: bool = True
     """Whether results depend on it. A resumed run may have another value of those that they do not depend on."""
-    earlier: Any = None
-    """The value in runs that were started before there was this option, as `to_json` would write it. None: such runs
+    earlier: Any = NEW
+    """The value in runs that were started before there was this option, as `to_json` would write it. NEW: such runs
     cannot be resumed."""
     name: str = ""
     type: type = str
+    group: str = ""
+    """The heading in the help."""
 
     @property
     def flag(self) -> str:
@@ -92,9 +103,13 @@ class Option:
         if value is not None and self.checker is not None:
             self.checker(self.flag, value)
 
+    def is_for(self, kind: str) -> bool:
+        """Whether this kind of data has the option."""
+        return self.kinds is None or kind in self.kinds
+
     def check_kind(self, kind: str) -> None:
         """Raise InputError where the option is not for this kind of data."""
-        if self.kinds is not None and kind not in self.kinds:
+        if not self.is_for(kind):
             needed = " or ".join(f"{has_it}:DIR" for has_it in self.kinds)
             raise InputError(f"{self.flag} is for {needed}, {kind} has its own")
 
@@ -115,8 +130,8 @@ class Option:
 def option(help: str, default: Any = None, check: Check | None = None, **settings: Any) -> Any:
     """Declare a field of `Options`.
 
-    `settings` are other fields of `Option`, or defaults of kinds of data. `digits=`, `cifar=` (both of them) and
-    `folder=` give the default of a kind of data.
+    `settings` are other fields of `Option`, or defaults of kinds of data. `digits=`, `cifar=` (both of them), `small=`
+    (MNIST, Fashion-MNIST, SVHN) and `folder=` give the default of a kind of data.
     """
     of_kind = {kind: settings[name] for name, kinds in _DEFAULTS_OF.items() if name in settings for kind in kinds}
     others = {name: value for name, value in settings.items() if name not in _DEFAULTS_OF}

@@ -187,10 +187,14 @@ class _RunningJob:
         self.reporter.line(f"{self.folder}: {', '.join(parts)}{at_a_time}")
         for line in options.advice():
             self.reporter.line(line)
-        batches = len(Loader(self.trained_on, self.trained_on.train, options.batch_size, seed=0))
         planned = {name: options.search_epochs if name == _SEARCH else options.epochs for name in epochs}
-        done = sum(planned[name] if name in self.results else len(epochs[name]) for name in epochs)
-        self.reporter.start(sum(planned.values()) * batches, done * batches)
+        batches = {name: self._batches(options.of_search() if name == _SEARCH else options) for name in epochs}
+        done = sum((planned[name] if name in self.results else len(epochs[name])) * batches[name] for name in epochs)
+        self.reporter.start(sum(planned[name] * batches[name] for name in epochs), done)
+
+    def _batches(self, options: Options) -> int:
+        """How many batches an epoch has."""
+        return len(Loader(self.trained_on, self.trained_on.train, options.batch_size, seed=0))
 
     def _done(self, name: str, result: Any) -> None:
         if name in (_CHECK, _SPEED):

@@ -16,7 +16,7 @@ from gradrep_kernels.recipes.augmentation import OF_TORCHVISION, WHOLE, Part, cu
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.images import Data, Images
 from gradrep_kernels.recipes.picture_augmentation import PictureAugmentation
-from gradrep_kernels.recipes.readers import BatchReader, read_batches
+from gradrep_kernels.recipes.reading import BatchReader, read_batches
 from gradrep_kernels.recipes.seeds import derived_seed
 
 __all__ = ["Loader", "derived_seed"]

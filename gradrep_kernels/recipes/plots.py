@@ -14,16 +14,16 @@ from gradrep_kernels.plots import new_figure, tidy
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.errors import extra
 from gradrep_kernels.recipes.intervals import half_width
-from gradrep_kernels.recipes.table import ABLATIONS, RECIPES, ablated
 
 __all__ = ["accuracy_against_cost", "curves", "scales_over_depth", "spatial_scalings"]
 
 # A row has its colour in every job. People who are colour-blind tell the first eight apart (Okabe and Ito).
-_PALETTE = [
-    "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#E69F00", "#444444", "#F0E442",
-    "#7B68EE", "#8B4513", "#AA4499",
-]  # fmt: skip
-_COLOURS = dict(zip([*RECIPES, *(ablated(name).name for name in ABLATIONS)], _PALETTE, strict=True))
+_COLOURS = {
+    "sgd": "#0072B2", "sgs": "#D55E00", "repopt": "#009E73", "repopt+sgs": "#56B4E9", "csla": "#CC79A7",
+    "repvgg": "#E69F00", "repopt-init": "#444444", "repopt-grad": "#F0E442", "repopt-ones": "#7B68EE",
+    "repopt-hs-init": "#8B4513", "repopt-channel-mean": "#AA4499", "sgs-grid": "#999933", "acb": "#117733",
+    "dbb": "#882255", "dyrep": "#332288", "qarepvgg": "#DDCC77",
+}  # fmt: skip
 
 
 def _write(path: Path, draw: Callable, *args: Any) -> None:

@@ -1,144 +1,129 @@
-"""Batches of a set read from files or augmented picture by picture, in this process or in others.
-
-The bits do not depend on who reads: each picture has a seed of its own.
-"""
+"""Readers and checks of single options that know what this package has."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
 
-from gradrep_kernels.recipes import interrupts
+from gradrep_kernels import models
+from gradrep_kernels.branches.presets import preset as branch_preset
+from gradrep_kernels.recipes.declare import Check, number, one_of, some_of
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.images import Images, as_floats
-from gradrep_kernels.recipes.picture_augmentation import PictureAugmentation, own_default_generator
-from gradrep_kernels.recipes.seeds import derived_seed
+from gradrep_kernels.recipes.presets import PRESETS
+from gradrep_kernels.recipes.table import RECIPES, RIVALS, in_all
 
-__all__ = ["BatchReader", "read_batches"]
+__all__ = [
+    "ABOVE_0",
+    "BELOW_1",
+    "MODELS",
+    "check_device",
+    "check_rates",
+    "read_branches",
+    "read_model",
+    "read_numbers",
+    "read_preset",
+    "read_rates",
+    "read_recipes",
+    "read_start",
+]
 
-Wanted = tuple[Tensor, int | None]
-"""Indices [n] of a batch, and the seed of the epoch (None: pictures are read as they are tested)."""
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "small": models.repopt_vgg_small,
+    "deep": models.repopt_vgg_deep,
+    **{name: getattr(models, name) for name in models.__all__ if not name.endswith("_model")},
+}
 
-
-@dataclass(frozen=True)
-class BatchReader(Dataset):
-    """Reads a batch: `reader[indices, seed]`. It can be pickled where the set can."""
-
-    images: Images
-    augmentation: PictureAugmentation | None = None
-
-    def __getitem__(self, wanted: Wanted) -> Tensor | InputError:
-        """uint8 [n, C, H, W], or floating-point numbers in [0, 1] where a picture of the batch has them.
-
-        An InputError is returned, because a DataLoader would raise it with a traceback of the other process as text.
-        """
-        indices, seed = wanted
-        try:
-            if self.augmentation is None:
-                return self.images.read(indices)
-            # A seed of its own for each picture, which does not depend on who else is in the batch.
-            return self._augmented(indices.tolist(), [derived_seed(seed, index) for index in indices.tolist()])
-        except InputError as reason:
-            return reason
-
-    @property
-    def draws_from_default(self) -> bool:
-        """Whether reading takes numbers from the default generator, and so cannot be done beside a training."""
-        return self.augmentation is not None and self.augmentation.uses_torchvision
-
-    def _augmented(self, indices: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        threads = torch.get_num_threads()
-        with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without the interpreter's lock.
-            if not self.draws_from_default:
-                return _stacked(list(pool.map(self._picture, indices, seeds)))
-            pictures = []
-            with own_default_generator():
-                # A few at a time: decoded pictures may be a hundred times the size of what is cut out of them.
-                for start in range(0, len(indices), threads):
-                    some = slice(start, start + threads)
-                    decoded = pool.map(self.images.decoded, indices[some])
-                    pictures += [self.augmentation(*one) for one in zip(decoded, seeds[some])]
-            return _stacked(pictures)
-
-    def _picture(self, index: int, seed: int) -> Tensor:
-        return self.augmentation(self.images.decoded(index), seed)
+ABOVE_0 = number(lambda value: 0 < value < float("inf"), "a number above 0")
+BELOW_1 = number(lambda value: 0 <= value < 1, "in [0, 1)")
 
 
-def _stacked(pictures: list[Tensor]) -> Tensor:
-    if len({picture.dtype for picture in pictures}) > 1:  # deep greyscale images among others
-        pictures = [as_floats(picture) for picture in pictures]
-    return torch.stack(pictures)
+def read_model(flag: str, value: str) -> str:
+    """The full name of a model. 'small' is short for 'repopt_vgg_small', 'deep' for 'repopt_vgg_deep'."""
+    return MODELS[one_of(MODELS)(flag, value)].__name__
 
 
-def read_batches(reader: BatchReader, wanted: Sequence[Wanted], readers: int) -> Iterator[Tensor]:
-    """float32 [n, C, H, W] in [0, 1] of each batch, in order.
-
-    `readers` processes read ahead. With none this process does: while a batch is used, a thread reads the next one,
-    but where the augmentation draws from the default generator, which belongs to the training meanwhile.
-
-    Raises InputError that names the file, or says that a reader has ended.
-    """
-    if not wanted:
-        return
-    if readers:
-        batches = _from_processes(reader, wanted, readers)
-    elif reader.images.lazy and not reader.draws_from_default:
-        batches = _read_ahead(reader, wanted)
-    else:
-        batches = map(reader.__getitem__, wanted)
-    for batch in batches:
-        if isinstance(batch, InputError):
-            raise batch
-        yield as_floats(batch)
-
-
-def _read_ahead(reader: BatchReader, wanted: Sequence[Wanted]) -> Iterator[Tensor | InputError]:
-    thread = ThreadPoolExecutor(1)  # It reads the next batch while this one is used.
+def read_branches(flag: str, value: str) -> str:
+    """A preset of branches."""
     try:
-        pending = thread.submit(reader.__getitem__, wanted[0])
-        for following in wanted[1:]:
-            batch = pending.result()
-            pending = thread.submit(reader.__getitem__, following)
-            yield batch
-        yield pending.result()
-    finally:
-        # Whoever leaves early does not wait for a batch that nobody will use.
-        thread.shutdown(wait=False, cancel_futures=True)
+        branch_preset(value)
+    except ValueError as reason:
+        raise InputError(f"{flag}{str(reason).removeprefix('branches')}") from None
+    return value
 
 
-def _from_processes(reader: BatchReader, wanted: Sequence[Wanted], readers: int) -> Iterator[Tensor | InputError]:
-    loader = DataLoader(
-        reader,
-        batch_size=None,  # A reader does a batch, so that it comes in one piece.
-        sampler=wanted,
-        num_workers=min(readers, len(wanted)),
-        worker_init_fn=_begin_reader,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # else it would draw from the training's
-    )
-    with interrupts.kept_from_children():
-        batches = iter(loader)
+def read_recipes(flag: str, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of rows in the order of the table. 'all' are those of the papers, 'rivals' those of others."""
+    names = some_of([*RECIPES, "all", "rivals"])(flag, value)
+    if not names:
+        raise InputError(f"{flag} must name at least one recipe of {', '.join(RECIPES)}, or all")
+    named = {*names, *(in_all() if "all" in names else ()), *(RIVALS if "rivals" in names else ())}
+    return tuple(name for name in RECIPES if name in named)
+
+
+def read_preset(flag: str, value: str) -> str:
+    """The name of a preset for `train` or `search`."""
+    name = one_of(PRESETS)(flag, value)
+    if PRESETS[name].command == "quantize":
+        raise InputError(f"{flag} {name} is of a trained network: `quantize RUN` has its settings")
+    return name
+
+
+def read_start(flag: str, value: str | float) -> str | float:
+    """'depth' or a number above 0: where the scales of a search start."""
+    if value == "depth":
+        return value
     try:
-        yield from batches
-    except RuntimeError as reason:
-        if "DataLoader worker" not in str(reason):
-            raise
-        said = " ".join(str(reason).split())
+        start = float(value)
+    except ValueError:
+        start = 0.0
+    if not 0 < start < float("inf"):
+        raise InputError(f"{flag} must be depth or a number above 0, got {value!r}")
+    return start
+
+
+def read_numbers(flag: str, value: Sequence[str | int]) -> tuple[int, ...]:
+    """Whole numbers of at least 1."""
+    try:
+        numbers = tuple(int(part) for part in value)
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
         raise InputError(
-            f"{said} (out of memory, or of /dev/shm?); fewer --readers take less, --readers 0 reads in this process"
-        ) from None
+            f"{flag} must be whole numbers of at least 1 with commas between, got {','.join(map(str, value))!r}"
+        )
+    return numbers
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def check_device(flag: str, name: str) -> None:
+    """Raise InputError where there is no such device."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"{flag} must be cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            built = "is built without CUDA" if torch.version.cuda is None else "sees no CUDA device"
+            raise InputError(f"{flag} {name}: torch {torch.__version__} {built}; use {flag} cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"{flag} {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
 
 
-def _begin_reader(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and the parent ends its readers.
+def read_rates(flag: str, value: float | str | Sequence[float | str]) -> tuple[float, ...]:
+    """Learning rates in rising order, each once."""
+    given = (value,) if isinstance(value, (float, int, str)) else value
+    try:
+        return tuple(sorted({float(rate) for rate in given}))
+    except ValueError as reason:
+        raise InputError(f"{flag} must be a number, or several with commas between: {reason}") from None
+
+
+def check_rates(flag: str, value: tuple[float, ...], check: Check = ABOVE_0) -> None:
+    """Raise InputError where there is no rate, or one that is not above 0."""
+    if not value:
+        raise InputError(f"{flag} must name a learning rate, or several with commas between")
+    for rate in value:
+        check(flag, rate)

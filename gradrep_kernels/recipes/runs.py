@@ -30,7 +30,6 @@ from gradrep_kernels.recipes.errors import InputError, OutputError, extra
 from gradrep_kernels.recipes.lock import Lock
 from gradrep_kernels.recipes.options import Options, resolve
 from gradrep_kernels.recipes.scale_sources import initial_scales
-from gradrep_kernels.recipes.table import SGD
 
 __all__ = ["SCALES", "Run", "open_run"]
 
@@ -154,7 +153,7 @@ def _created(folder: Path, options: Options, data: Data, scales: csla.Scales | N
 def _check_backend(options: Options) -> None:
     """Raise InputError where GRADREP_BACKEND names no backend, or one that cannot serve these options."""
     try:
-        needed = options.beyond_torch or any(row.optimizer is not SGD or row.sgs for row in options.rows)
+        needed = options.beyond_torch or any(row.extended for row in options.rows)
         if backends.forced() == "auto" or not needed:
             return
         for op in registry.OPS.values():

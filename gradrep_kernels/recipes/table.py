@@ -6,6 +6,7 @@ A row says how a plain network is trained. Options, job and report follow the ta
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -16,19 +17,22 @@ from torch import nn
 
 from gradrep_kernels import csla
 from gradrep_kernels.models.modes import branch_form
-from gradrep_kernels.optim import FusedRepSGD
+from gradrep_kernels.optim import FusedRepAdamW, FusedRepSGD
 from gradrep_kernels.recipes.scale_sources import CHANNEL_MEAN, INITIAL, ONES, SEARCHED, ScaleSource
 
 __all__ = [
     "ABLATIONS",
-    "FUSED_REP_SGD",
+    "OPTIMIZERS",
     "RECIPES",
-    "SGD",
+    "RIVALS",
     "Ablation",
     "OptimizerKind",
+    "OptimizerRule",
     "Recipe",
     "ablated",
     "chosen_rows",
+    "default_rate",
+    "in_all",
 ]
 
 
@@ -37,21 +41,61 @@ class OptimizerKind:
     """An optimizer class, and its keyword arguments beside `lr` as functions of the options."""
 
     make: Callable[..., torch.optim.Optimizer]
-    settings: Mapping[str, Callable[[Any], Any]] = field(hash=False)
+    settings: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict, hash=False)
+    multipliers: str | None = None
+    """The keyword that takes what imitates the branches: `grad_mults` or `branch_scales`."""
 
 
-# Recipes without a multiplier use torch's own optimizer, so that the table compares with what one would use otherwise.
-SGD = OptimizerKind(torch.optim.SGD, {"momentum": attrgetter("momentum")})
-FUSED_REP_SGD = OptimizerKind(
-    FusedRepSGD,
-    {
-        "momentum": attrgetter("momentum"),
-        # By the norm of the CSLA model's gradients, so that the rows stay comparable.
-        "max_grad_norm": attrgetter("clip_norm"),
-        "ema_decay": attrgetter("ema_decay"),
-        "momentum_dtype": lambda options: options.momentum_dtype and getattr(torch, options.momentum_dtype),
-    },
-)
+@dataclass(frozen=True)
+class OptimizerRule:
+    """An update rule by the names of `--optimizer`."""
+
+    name: str
+    plain: OptimizerKind
+    """Of rows without multipliers: torch's own, so that the table compares with what one would use otherwise."""
+    multiplied: OptimizerKind | None = None
+    """Of rows with multipliers, None where this package has none."""
+
+    @property
+    def extended(self) -> OptimizerKind:
+        """One whose step can do more than torch's where there is one."""
+        return self.multiplied or self.plain
+
+
+_SGD = {"momentum": attrgetter("momentum"), "nesterov": attrgetter("nesterov")}
+_TAIL = {
+    # By the norm of the CSLA model's gradients, so that the rows stay comparable.
+    "max_grad_norm": attrgetter("clip_norm"),
+    "ema_decay": attrgetter("ema_decay"),
+}
+_BFLOAT16 = {"momentum_dtype": lambda options: options.momentum_dtype and getattr(torch, options.momentum_dtype)}
+
+
+def _torch_rule(name: str, **settings: Callable[[Any], Any]) -> OptimizerRule:
+    return OptimizerRule(name.lower(), OptimizerKind(getattr(torch.optim, name), settings))
+
+
+OPTIMIZERS: dict[str, OptimizerRule] = {
+    rule.name: rule
+    for rule in (
+        OptimizerRule(
+            "sgd",
+            OptimizerKind(torch.optim.SGD, _SGD),
+            OptimizerKind(FusedRepSGD, {**_SGD, **_TAIL, **_BFLOAT16}, "grad_mults"),
+        ),
+        OptimizerRule("adamw", OptimizerKind(torch.optim.AdamW), OptimizerKind(FusedRepAdamW, _TAIL, "branch_scales")),
+        # SGS, Table 5, and RepOptimizers, Table 4. Torch's defaults, but for the learning rate and the weight decay.
+        *map(_torch_rule, ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam")),
+        _torch_rule("RMSprop", momentum=attrgetter("momentum")),
+    )
+}
+
+
+def default_rate(optimizer: str) -> float:
+    """The learning rate of `--optimizer` where none is given: 0.1 for SGD, for the others torch's default."""
+    if optimizer == "sgd":
+        return 0.1
+    return inspect.signature(OPTIMIZERS[optimizer].plain.make).parameters["lr"].default
 
 
 def _plain(model: nn.Module, scales: csla.Scales | None) -> nn.Module:
@@ -71,9 +115,14 @@ class Recipe:
     """Whether `csla.reinitialize` is applied to the plain network (Rule of Initialization)."""
     grad_mults: bool = False
     """Whether the optimizer gets the Grad Mults of the scales (Rule of Iteration)."""
-    optimizer: OptimizerKind = SGD
+    extended: bool = False
+    """Whether the optimizer is this package's, and not torch's."""
     sgs: bool = False
     """Whether spatial gradient scaling runs beside the optimizer."""
+    fixed_scaling: bool = False
+    """Whether all gradients have one spatial scaling, that of `--sgs-alpha` and `--sgs-beta`."""
+    paper: str = ""
+    """Whose experiment it is: 'repopt', 'sgs', 'rival', or nobody's."""
     rate_of: str | None = None
     """The row whose learning rate it takes, None for a choice of its own."""
     compared_with: tuple[str, ...] = ("sgd",)
@@ -108,12 +157,17 @@ _REPOPT = Recipe(
     scales=SEARCHED,
     reinitialize=True,
     grad_mults=True,
-    optimizer=FUSED_REP_SGD,
+    extended=True,
     compared_with=("sgd", "repvgg"),
+    paper="repopt",
 )
 RECIPES: dict[str, Recipe] = _by_name(
-    Recipe("sgd", "plain SGD", compared_with=()),
-    Recipe("sgs", "SGD with spatial gradient scaling", optimizer=FUSED_REP_SGD, sgs=True),
+    Recipe("sgd", "plain SGD, or another --optimizer", compared_with=()),
+    Recipe("sgs", "that with spatial gradient scaling", extended=True, sgs=True, paper="sgs"),
+    Recipe(
+        "sgs-grid", "that with one fixed scaling, of --sgs-alpha and --sgs-beta", extended=True, fixed_scaling=True,
+        paper="sgs",
+    ),
     _REPOPT,
     dataclasses.replace(_REPOPT, name="repopt+sgs", meaning="both", sgs=True, compared_with=("sgd", "repopt")),
     Recipe(
@@ -122,13 +176,21 @@ RECIPES: dict[str, Recipe] = _by_name(
         network=lambda model, scales: branch_form(model).explicit(model, scales),
         scales=SEARCHED,
         rate_of=_REPOPT.name,  # They are one training in two forms, which the check CSLA = GR shows.
+        paper="repopt",
     ),
     Recipe(
         "repvgg",
         "the multi-branch model with a norm in every branch",
         network=lambda model, scales: branch_form(model).normed(model),
+        paper="repopt",
     ),
-)
+)  # fmt: skip
+RIVALS = tuple(name for name, row in RECIPES.items() if row.paper == "rival")
+
+
+def in_all() -> tuple[str, ...]:
+    """The rows that `all` stands for: those of the two papers that need no further option."""
+    return tuple(name for name, row in RECIPES.items() if row.paper != "rival" and not row.fixed_scaling)
 
 
 @dataclass(frozen=True)

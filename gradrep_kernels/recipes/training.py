@@ -93,7 +93,10 @@ def train_epoch(
     loss_sum, images = torch.zeros((), dtype=torch.float64, device=options.device), 0
     trainee.model.train()
     for n, (x, labels) in enumerate(batches):
-        lr = learning_rate(epoch * len(batches) + n, steps, warmup, trainee.lr)
+        lr = learning_rate(
+            epoch * len(batches) + n, steps, warmup, trainee.lr,
+            warmup_lr=options.warmup_lr, min_lr=options.min_lr, schedule=options.schedule,
+        )  # fmt: skip
         for group in trainee.optimizer.param_groups:
             group["lr"] = lr
         loss_sum += train_step(trainee, options, x, labels) * len(x)

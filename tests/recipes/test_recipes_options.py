@@ -15,17 +15,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_defaults_are_those_of_the_data_set(tmp_path):
-    for kind, source in (("digits", "digits"), ("cifar10", f"cifar10:{tmp_path}"), ("folder", f"folder:{tmp_path}")):
+    for kind, source in (("digits", "digits"), ("mnist", f"mnist:{tmp_path}"), ("svhn", f"svhn:{tmp_path}")):
         options = resolve({"data": source})
+        assert options.preset is None
         for name in ("epochs", "batch_size", "weight_decay", "label_smoothing", "augment", "remove_near"):
             assert getattr(options, name) == OPTIONS[name].default_for(kind)
-    assert (options.lr, options.momentum, options.weight_decay, options.warmup, options.image_size) == (
-        (0.1,),
-        0.9,
-        4e-5,
-        5,
-        224,
-    )
     assert resolve({}).epochs <= 15
 
 
@@ -39,7 +33,6 @@ def test_options_json_keeps_its_form():
         "data": "cifar10:/somewhere/cifar",
         "quick": False,
         "model": "repopt_vgg_small",
-        "branches": None,
         "recipe": ["sgs", "repopt"],
         "ablate": ["ones"],
         "scales": None,
@@ -57,7 +50,7 @@ def test_options_json_keeps_its_form():
         "momentum_dtype": None,
         "ema_decay": None,
         "weight_decay": 0.0005,
-        "warmup": 5,
+        "warmup": 3,
         "label_smoothing": 0.0,
         "augment": ["flip", "crop", "cutout"],
         "sgs_every": 5,
@@ -72,13 +65,14 @@ def test_options_json_keeps_its_form():
         "threads": 1,
         "workers": 2,
     }
-    given = {"recipe": ("repopt", "sgs"), "ablate": ("ones",), "clip_norm": 1.0, "threads": 1, "workers": 2}
-    options = resolve({"data": "cifar10:/somewhere/cifar", **given})
-    assert list(options.to_json().items()) == list(stored.items())
-    assert Options.from_json(stored) == options
-    # Runs of before --branches had RepVGG's, whatever the model.
-    before = {name: value for name, value in stored.items() if name != "branches"}
-    assert Options.from_json(before) == dataclasses.replace(options, branches="repvgg")
+    before = Options.from_json(stored)
+    # Such runs had RepVGG's branches whatever the model, and the Hyper-Search had the settings of the trainings.
+    assert (before.branches, before.preset, before.nesterov, before.decay) == ("repvgg", None, False, "repopt")
+    assert (before.schedule, before.optimizer, before.amp, before.accumulate) == ("cosine", "sgd", None, 1)
+    search = before.of_search()
+    assert (search.batch_size, search.weight_decay, search.warmup, search.clip_norm) == (128, 0.0005, 3, 1.0)
+    assert (search.augment, search.lr, search.epochs) == (("flip", "crop", "cutout"), (0.1,), 240)
+    assert Options.from_json(json.loads(json.dumps(before.to_json()))) == before
     with pytest.raises(InputError, match="it differs in colour"):
         Options.from_json({**stored, "colour": "red"})
     with pytest.raises(InputError, match="it differs in lr, seeds"):
@@ -158,10 +152,10 @@ WRONG_OPTIONS = {
     "momentum dtype": ({"momentum_dtype": "float16"}, "--momentum-dtype must be one of bfloat16, got 'float16'"),
     "recipe": (
         {"recipe": ("sgd", "adam")},
-        "--recipe must be one of sgd, sgs, repopt, repopt+sgs, csla, repvgg, all, got 'adam'",
+        "--recipe must be one of sgd, sgs, sgs-grid, repopt, repopt+sgs, csla, repvgg, .*all, rivals, got 'adam'",
     ),
     "ablate": ({"ablate": ("hs",)}, "--ablate must be one of init, grad, ones, hs-init, channel-mean, got 'hs'"),
-    "augment": ({"augment": ("blur",)}, "--augment must be one of flip, crop, cutout, got 'blur'"),
+    "augment": ({"augment": ("blur",)}, "--augment must be one of resized, crop, flip, .*, got 'blur'"),
     "model": ({"model": "b3"}, "--model must be one of small, .*, got 'b3'"),
     "branches": (
         {"branches": "resnet"},
@@ -172,6 +166,29 @@ WRONG_OPTIONS = {
     "device": ({"device": "tpu"}, "--device must be cpu, cuda or cuda:N, got 'tpu'"),
     "image size": ({"image_size": 32}, "--image-size is for folder:DIR, digits has its own"),
     "data": ({"data": "mnist"}, "--data must be digits, .*, got 'mnist'"),
+    "preset": ({"preset": "sgs"}, "--preset must be one of repopt-hs, .*, got 'sgs'"),
+    "preset of another command": ({"preset": "repopt-qat"}, "--preset repopt-qat is of a trained network: `quantize"),
+    "preset without data": ({"preset": "sgs-imagenet"}, "--preset sgs-imagenet needs --data folder:DIR"),
+    "preset of two kinds": ({"preset": "sgs-cifar-200"}, "needs --data cifar10:DIR or --data cifar100:DIR"),
+    "nesterov": ({"nesterov": True, "momentum": 0.0}, "--nesterov needs a --momentum above 0, got 0"),
+    "parts": ({"accumulate": 5}, "--accumulate 5 must divide --batch-size 32"),
+    "multiplied by adam": (
+        {"optimizer": "adam", "lr": 0.1},
+        "--optimizer adam: repopt multiply .* goes with sgd, adamw; leave",
+    ),
+    "averages of adam": (
+        {"optimizer": "adam", "lr": 0.1, "recipe": ("sgd",), "ema_decay": 0.9},
+        "--ema-decay goes with --optimizer sgd and adamw, got adam",
+    ),
+    "momentum of adamw": (
+        {"optimizer": "adamw", "lr": 0.1, "momentum_dtype": "bfloat16"},
+        "--momentum-dtype goes with --optimizer sgd",
+    ),
+    "grid": ({"recipe": ("sgs-grid",), "sgs_alpha": 2.0}, "--recipe sgs-grid needs --sgs-alpha and --sgs-beta"),
+    "start": ({"hs_init": "low"}, "--hs-init must be depth or a number above 0, got 'low'"),
+    "start below": ({"hs_init": "-1"}, "--hs-init must be depth or a number above 0, got '-1'"),
+    "strides": ({"strides": ("2", "0", "1")}, "--strides must be whole numbers of at least 1 .*, got '2,0,1'"),
+    "test size": ({"test_size": 32}, "--test-size is for folder:DIR, digits has its own"),
 }
 
 
@@ -190,12 +207,10 @@ def test_a_missing_gpu_is_told():
 
 def test_a_resumed_run_takes_no_other_options(options):
     options.check_against({})
-    options.check_against(
-        {"data": str(options.data), "model": "small", "epochs": 2, "augment": ("cutout", "crop", "flip")}
-    )
+    options.check_against({"data": str(options.data), "model": "small", "epochs": 2, "augment": ("flip", "crop")})
     for given, said in (
         ({"epochs": 3}, "--epochs was 2 when this run was started, now it is 3"),
-        ({"augment": ("flip",)}, "--augment was flip,crop,cutout when"),
+        ({"augment": ("flip",)}, "--augment was crop,flip when"),
         ({"model": "vgg11"}, "--model was repopt_vgg_small when .* vgg11"),
         ({"data": "digits"}, "--data was cifar10:.*, now it is digits"),
         ({"data": f"cifar100:{options.data.folder}"}, "--data was cifar10:.*, now it is cifar100:"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 import gradrep_kernels as gr
 from gradrep_kernels.recipes.build import build, multiplier_bytes, plain_model, search_model
-from gradrep_kernels.recipes.table import ABLATIONS, RECIPES, ablated
+from gradrep_kernels.recipes.table import ABLATIONS, OPTIMIZERS, RECIPES, ablated, default_rate
 from gradrep_kernels.recipes.training import train_epoch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,9 +85,59 @@ def test_all_rows_start_from_one_plain_network(options, data, scales):
 
 def test_rows_without_multipliers_are_trained_by_torchs_own_sgd(options, data, scales):
     kinds = {row.name: type(build(row, options, data, scales, 0, 0.1).optimizer) for row in all_rows()}
-    assert {label for label, kind in kinds.items() if kind is torch.optim.SGD} == {"sgd", "csla", "repvgg"}
-    assert all(kind is gr.FusedRepSGD for label, kind in kinds.items() if label not in ("sgd", "csla", "repvgg"))
-    assert type(search_model(options, data).optimizer) is torch.optim.SGD
+    assert {label for label, kind in kinds.items() if kind is torch.optim.SGD} == {
+        row.name for row in all_rows() if not row.extended
+    }
+    assert {"sgd", "csla", "repvgg"} <= {row.name for row in all_rows() if not row.extended}
+    assert all(kind in (gr.FusedRepSGD, torch.optim.SGD) for kind in kinds.values())
+    assert type(search_model(options.of_search(), data).optimizer) is torch.optim.SGD
+
+
+RULES = [name for name in OPTIMIZERS if name != "sgd"]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_of_optimizer_trains_rows_with_and_without_a_scaling(name, options, data):
+    changed = dataclasses.replace(options, optimizer=name, lr=(default_rate(name),), momentum=0.0)
+    for row in ("sgd", "sgs"):
+        trainee = build(RECIPES[row], changed, data, None, 0, changed.lr[0])
+        plain, extended = OPTIMIZERS[name].plain, OPTIMIZERS[name].extended
+        assert type(trainee.optimizer) is (plain if row == "sgd" else extended).make
+        assert trainee.optimizer.defaults["lr"] == default_rate(name)
+        assert trainee.optimizer.param_groups[0]["weight_decay"] == changed.weight_decay
+        losses = [train_epoch(trainee, data, changed, 3, epoch, 3, lambda: None)["train_loss"] for epoch in range(3)]
+        assert losses[-1] < losses[0]
+
+
+def test_adamw_trains_repopt_by_branch_scales(options, data, scales):
+    changed = dataclasses.replace(options, optimizer="adamw", lr=(1e-3,))
+    optimizer = build(RECIPES["repopt"], changed, data, scales, 0, 1e-3).optimizer
+    assert type(optimizer) is gr.FusedRepAdamW
+    assert type(build(RECIPES["csla"], changed, data, scales, 0, 1e-3).optimizer) is torch.optim.AdamW
+
+
+def test_the_fixed_scaling_is_that_of_alpha_and_beta(options, data):
+    trainee = build(RECIPES["sgs-grid"], options, data, None, 0, 0.1)
+    (scale,) = {tuple(trainee.optimizer.grad_mult(p, total=True).scale.flatten().tolist()) for p in kernels(trainee)}
+    centre, edge, corner = scale[4], scale[1], scale[0]
+    assert (centre / edge, centre / corner) == (pytest.approx(1.7), pytest.approx(5.0))
+    assert sum(scale) / 9 == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("rule", ["repopt", "everything", "yolov6"])
+def test_decay_sets_are_those_of_the_papers(rule, options, data):
+    changed = dataclasses.replace(options, decay=rule)
+    optimizer = search_model(changed, data).optimizer
+    decayed = {name for group in optimizer.param_groups if group["weight_decay"] for name in group["param_names"]}
+    names = {name for group in optimizer.param_groups for name in group["param_names"]}
+    scales_of_convs = {name for name in names if name.endswith(("scale_conv.weight", "scale_1x1.weight"))}
+    identities = {name for name in names if name.endswith("scale_identity.weight")}
+    norms_and_biases = {name for name in names if ".bn." in name or name.endswith(".bias")}
+    assert scales_of_convs
+    assert identities <= decayed
+    assert (scales_of_convs <= decayed) == (rule != "repopt")
+    assert bool(norms_and_biases & decayed) == (rule == "everything")
+    assert (names == decayed) == (rule == "everything")
 
 
 def test_multiplier_bytes_are_those_of_the_structured_form(options, data, scales):

@@ -30,6 +30,8 @@ def write_tiny_cifar10(folder: Path) -> Path:
 
 
 TINY = {
+    "model": "small",
+    "schedule": "cosine",
     "batch_size": 10,
     "epochs": 2,
     "search_epochs": 2,
