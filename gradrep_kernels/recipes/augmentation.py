@@ -41,7 +41,8 @@ def check_augmentations(names: Sequence[str]) -> None:
         raise InputError("--augment resized,crop: each says which part of a picture is seen; leave one of them out")
     needing = [name for name in names if name in OF_TORCHVISION]
     if needing:
-        torchvision("transforms.v2", f"--augment {','.join(needing)}")
+        others = ", ".join(name for name in AUGMENTATIONS if name not in OF_TORCHVISION)
+        torchvision("transforms.v2", f"--augment {','.join(needing)}", f"{others} need none")
 
 
 def flip(x: Tensor, generator: torch.Generator, part: Part = WHOLE) -> Tensor:

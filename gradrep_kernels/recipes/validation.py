@@ -7,9 +7,11 @@ import functools
 
 import torch
 
-from gradrep_kernels.recipes.data import Data, DataSource, Images, load_data
+from gradrep_kernels.recipes.augmentation import check_augmentations
+from gradrep_kernels.recipes.data import Data, Images, load_data
+from gradrep_kernels.recipes.options import Options
 
-__all__ = ["hold_out", "split_data"]
+__all__ = ["hold_out", "load_job_data", "split_data"]
 
 
 def hold_out(data: Data, share: float) -> tuple[Data, Images]:
@@ -30,6 +32,22 @@ def hold_out(data: Data, share: float) -> tuple[Data, Images]:
 
 
 @functools.lru_cache(maxsize=1)  # A process does many trainings on the same data.
-def split_data(source: DataSource, image_size: int | None, share: float) -> tuple[Data, Images]:
+def split_data(options: Options) -> tuple[Data, Images]:
     """Read a data set and hold a share of its training images out."""
-    return hold_out(load_data(source, image_size), share)
+    return hold_out(load_job_data(options), options.validation)
+
+
+def load_job_data(options: Options, download: bool = False) -> Data:
+    """Read the data set of a job.
+
+    Raises InputError as `load_data` does, also where the augmentation of the Hyper-Search cannot be done.
+    """
+    check_augmentations(options.search_augment)
+    return load_data(
+        options.data,
+        options.image_size,
+        test_size=options.test_size,
+        test_resize=options.test_resize,
+        augment=options.augment,
+        download=download,
+    )

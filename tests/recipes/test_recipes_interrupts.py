@@ -177,7 +177,7 @@ def test_a_training_on_a_folder_ends_wherever_it_is_interrupted(tmp_path):
     options = {
         "data": f"folder:{data}", "image_size": 32, "batch_size": 4, "epochs": 2000, "seeds": 1, "recipe": "sgs",
         "sgs_every": 1, "sgs_warmup": 0, "sgs_batches": 1, "threads": 1, "workers": 1, "warmup": 0,
-        "model": "small", "out": tmp_path / "out", "name": "x",
+        "model": "small", "augment": "crop,flip", "out": tmp_path / "out", "name": "x",
     }  # fmt: skip
     arguments = ["train", *as_arguments(options)]
     state = tmp_path / "out" / "x" / "state" / "sgs-seed0.pt"
