@@ -13,6 +13,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 _KEPT = []  # A library's definitions end with it.
 
 
@@ -52,3 +54,6 @@ def _define_operators(folder: Path) -> None:
 
 if not any(isinstance(finder, _Schemas) for finder in sys.meta_path):
     sys.meta_path.insert(0, _Schemas())
+
+
+needed = pytest.mark.skipif(not usable(), reason="needs torchvision: pip install --no-deps torchvision")
