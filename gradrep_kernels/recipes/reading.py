@@ -5,7 +5,9 @@ The bits do not depend on who reads: each picture has a seed of its own.
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +24,10 @@ from gradrep_kernels.recipes.picture_augmentation import PictureAugmentation, ow
 from gradrep_kernels.recipes.seeds import derived_seed
 
 __all__ = ["BatchReader", "read_batches"]
+
+_HOW = "fork" if sys.platform == "linux" else None
+"""How readers start. A fork takes 0.1 s for each epoch. Other ways import torch again, and would be taken where the
+training itself is in a process that was started so."""
 
 Wanted = tuple[Tensor, int | None]
 """Indices [n] of a batch, and the seed of the epoch (None: pictures are read as they are tested)."""
@@ -88,15 +94,16 @@ def read_batches(reader: BatchReader, wanted: Sequence[Wanted], readers: int) ->
     if not wanted:
         return
     if readers:
-        batches = _from_processes(reader, wanted, readers)
+        reading = _from_processes(reader, wanted, readers)
     elif reader.images.lazy and not reader.draws_from_default:
-        batches = _read_ahead(reader, wanted)
+        reading = _read_ahead(reader, wanted)
     else:
-        batches = map(reader.__getitem__, wanted)
-    for batch in batches:
-        if isinstance(batch, InputError):
-            raise batch
-        yield as_floats(batch)
+        reading = (reader[each] for each in wanted)
+    with contextlib.closing(reading) as batches:
+        for batch in batches:
+            if isinstance(batch, InputError):
+                raise batch
+            yield as_floats(batch)
 
 
 def _read_ahead(reader: BatchReader, wanted: Sequence[Wanted]) -> Iterator[Tensor | InputError]:
@@ -119,6 +126,7 @@ def _from_processes(reader: BatchReader, wanted: Sequence[Wanted], readers: int)
         batch_size=None,  # A reader does a batch, so that it comes in one piece.
         sampler=wanted,
         num_workers=min(readers, len(wanted)),
+        multiprocessing_context=_HOW,
         worker_init_fn=_begin_reader,
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # else it would draw from the training's
@@ -134,6 +142,9 @@ def _from_processes(reader: BatchReader, wanted: Sequence[Wanted], readers: int)
         raise InputError(
             f"{said} (out of memory, or of /dev/shm?); fewer --readers take less, --readers 0 reads in this process"
         ) from None
+    finally:
+        # An error refers to it from its traceback. Forgotten so, it would be destroyed in a reader that begins later.
+        batches._shutdown_workers()
 
 
 def _as_it_is(batch: Any) -> Any:
