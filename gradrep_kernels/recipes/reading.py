@@ -143,8 +143,9 @@ def _from_processes(reader: BatchReader, wanted: Sequence[Wanted], readers: int)
             f"{said} (out of memory, or of /dev/shm?); fewer --readers take less, --readers 0 reads in this process"
         ) from None
     finally:
-        # An error refers to it from its traceback. Forgotten so, it would be destroyed in a reader that begins later.
-        batches._shutdown_workers()
+        # This ends the readers. An error refers to the iterator from its traceback, and a reader that begins later would
+        # destroy it.
+        batches.__del__()
 
 
 def _as_it_is(batch: Any) -> Any:
