@@ -131,9 +131,10 @@ def _from_processes(reader: BatchReader, wanted: Sequence[Wanted], readers: int)
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # else it would draw from the training's
     )
-    with interrupts.kept_from_children():
-        batches = iter(loader)
+    batches = None
     try:
+        with interrupts.kept_from_children():
+            batches = iter(loader)
         yield from batches
     except RuntimeError as reason:
         if "DataLoader worker" not in str(reason):
@@ -143,9 +144,10 @@ def _from_processes(reader: BatchReader, wanted: Sequence[Wanted], readers: int)
             f"{said} (out of memory, or of /dev/shm?); fewer --readers take less, --readers 0 reads in this process"
         ) from None
     finally:
-        # This ends the readers. An error refers to the iterator from its traceback, and a reader that begins later would
-        # destroy it.
-        batches.__del__()
+        # This ends the readers. Otherwise an error's traceback would keep the iterator, and a reader that begins later
+        # would destroy it.
+        if batches is not None:
+            batches.__del__()
 
 
 def _as_it_is(batch: Any) -> Any:
