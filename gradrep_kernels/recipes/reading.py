@@ -144,8 +144,7 @@ def _from_processes(reader: BatchReader, wanted: Sequence[Wanted], readers: int)
             f"{said} (out of memory, or of /dev/shm?); fewer --readers take less, --readers 0 reads in this process"
         ) from None
     finally:
-        # This ends the readers. Otherwise an error's traceback would keep the iterator, and a reader that begins later
-        # would destroy it.
+        # This ends the readers now, whoever keeps an error whose traceback refers to the iterator.
         if batches is not None:
             batches.__del__()
 
