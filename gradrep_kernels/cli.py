@@ -24,6 +24,9 @@ from gradrep_kernels.recipes.errors import WRITE_ERRORS, InputError, OutputError
 from gradrep_kernels.recipes.job import run_job
 from gradrep_kernels.recipes.options import OPTIONS, resolve
 from gradrep_kernels.recipes.progress import Reporter
+from gradrep_kernels.recipes.quantize import quantize, run_folder
+from gradrep_kernels.recipes.quantize_report import closing_lines as quantized_lines
+from gradrep_kernels.recipes.quantize_settings import SETTINGS, chosen_settings
 from gradrep_kernels.recipes.report import closing_lines, scales_line
 from gradrep_kernels.recipes.runs import SCALES, Run, open_run
 
@@ -125,12 +128,15 @@ def _parsers(prog: str) -> tuple[_Parser, dict[str, _Parser]]:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="versions of this package and of torch, in one line")
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="train | search | costs | env")
+    commands = parser.add_subparsers(
+        dest="command", title="commands", metavar="train | search | quantize | costs | env"
+    )
     train = _add_run(commands, "train", "search scales, then train with each recipe and compare")
     search = _add_run(commands, "search", "Hyper-Search alone: writes a scales file")
     search.add_argument(
         "--output", type=_path, metavar="FILE", help=f"the scales file; default: {SCALES} in the run's folder"
     )
+    quantized = _add_quantize(commands)
     costs = commands.add_parser(
         "costs", help="what each recipe of a finished run costs: speed, memory, multiply-adds", allow_abbrev=False
     )
@@ -152,7 +158,23 @@ def _parsers(prog: str) -> tuple[_Parser, dict[str, _Parser]]:
         "env", help="versions, devices, and which implementation serves each op", allow_abbrev=False
     )
     env.add_argument("--json", action="store_true", help="as JSON; default: text")
-    return parser, {"train": train, "search": search, "costs": costs, "env": env}
+    return parser, {"train": train, "search": search, "quantize": quantized, "costs": costs, "env": env}
+
+
+def _add_quantize(commands: Any) -> _Parser:
+    help_text = "trained networks of a run in few bits: accuracies, spread of the weights, pictures"
+    parser = commands.add_parser(
+        "quantize", help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "run", type=_path, metavar="RUN", help="folder of a finished run of `train`, or its name in --out"
+    )
+    for option in SETTINGS.values():
+        _add_option(parser, option, [])
+    parser.add_argument(
+        "--out", type=_path, default=Path("runs"), metavar="DIR", help="folder of all runs; default: %(default)s"
+    )
+    return parser
 
 
 def _nearest(given: str, names: Iterable[str]) -> str:
@@ -235,7 +257,7 @@ def _run(given: dict[str, Any]) -> int:
         return _print(version_line())
     if command is None:
         return _print(given["help"])
-    return {"train": _train, "search": _search, "costs": _costs, "env": _env}[command](given)
+    return {"train": _train, "search": _search, "quantize": _quantize, "costs": _costs, "env": _env}[command](given)
 
 
 def _said(wrong: Exception) -> str:
@@ -326,6 +348,12 @@ def _search(given: dict[str, Any]) -> int:
             with files.writing(output):
                 save_scales(load_scales(run.folder / SCALES), output)
     return _print(f"{scales_line(summary)}\nWritten to {output or run.folder / SCALES}.")
+
+
+def _quantize(given: dict[str, Any]) -> int:
+    folder = run_folder(given.pop("run"), given.pop("out"))
+    summary = quantize(folder, chosen_settings(given), Reporter())
+    return _print("\n".join([*quantized_lines(summary), f"Written to {folder}; begin with quantize.md there."]))
 
 
 def _costs(given: dict[str, Any]) -> int:
