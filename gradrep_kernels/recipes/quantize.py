@@ -93,7 +93,7 @@ class _Job:
             self.flow, self.why_no_int8 = chosen_flow(settings.flow)
             if self.flow is None and settings.int8:
                 raise InputError(f"--int8: {self.why_no_int8}")
-        self.data, validation = split_data(self.options.data, self.options.image_size, self.options.validation)
+        self.data, validation = split_data(self.options)
         described = {**self.data.description(), "train": len(self.data.train) + len(validation)}
         if described != self.summary["data"]:
             now_and_then = f"{described}, then {self.summary['data']}"

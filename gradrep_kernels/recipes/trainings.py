@@ -79,7 +79,7 @@ def do_training(folder: Path, options: Options, training: Training, listener: Li
 
 
 def _train(folder: Path, options: Options, training: Training, listener: Listener) -> dict[str, Any]:
-    data, validation = split_data(options.data, options.image_size, options.validation)
+    data, validation = split_data(options)
     if training.recipe is None:
         options = options.of_search()
         trainee = search_model(options, data)
