@@ -57,7 +57,7 @@ def test_so_many_images_are_kept_of_every_class_as_large_a_part(images):
 
 
 def test_more_images_than_there_are_is_an_error():
-    with pytest.raises(InputError, match="--images 16: .* has 15 training images"):
+    with pytest.raises(InputError, match=r"--images 16: .* has 15 training images"):
         keep(numbered([0, 1, 2] * 5), 16)
 
 

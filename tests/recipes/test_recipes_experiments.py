@@ -1,0 +1,83 @@
+"""The commands of docs/experiments.md: each runs, at toy size, as it stands there."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+from cases_recipes import ROOT, experiments_table, write_cifar, write_folder
+
+from gradrep_kernels.cli import main
+from gradrep_kernels.models.repopt_vgg import RepOptVGG
+from gradrep_kernels.recipes.networks import MODELS
+
+if not (ROOT / "docs").is_dir():
+    pytest.skip("an sdist brings no pages", allow_module_level=True)
+
+COMMANDS = {
+    f"{row['source']}: {row['what']}": shlex.split(row["command"].strip("`").replace(";", "\\;"))
+    for row in experiments_table("source")
+}
+TRAINED = {name: words for name, words in COMMANDS.items() if words[1] in ("train", "search")}
+
+TOY = {
+    "--batch-size": "4", "--search-batch-size": "4", "--epochs": "1", "--search-epochs": "1", "--seeds": "1",
+    "--threads": "1", "--workers": "1", "--warmup": "0", "--search-warmup": "0", "--sgs-batches": "1",
+    "--sgs-warmup": "0",
+}  # fmt: skip
+"""Options that make a toy of a command. Those that are its sweep keep their two first values."""
+SMALL = {"epochs": "1,2", "batch-size": "4,5"}
+"""Values of sweeps that a toy cannot have."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("experiments")
+    return {
+        "cifar100:C": f"cifar100:{write_cifar(root / 'cifar', 'cifar100', per_file=8)}",
+        "folder:I": f"folder:{write_folder(root / 'images', per_class=4, size=(40, 20))}",
+    }
+
+
+@pytest.fixture
+def tiny_networks(monkeypatch):
+    """RepOpt-VGG-B1 and L2 with four layers of eight channels."""
+    for name in ("repopt_vgg_b1", "repopt_vgg_l2"):
+
+        def tiny(num_classes=1000, se=False, *, in_channels=3, strides=None):
+            return RepOptVGG((1, 1, 1, 1), (8,) * 4, strides or (2,) * 5, num_classes, in_channels, se)
+
+        tiny.__name__ = name
+        monkeypatch.setitem(MODELS, name, tiny)
+
+
+def toy(words, folders, out, search):
+    given = dict(TOY)
+    words = [folders.get(word, word) for word in words[1:]]
+    for at, word in enumerate(words):
+        if words[at - 1] == "--sweep":
+            name, _, values = word.partition("=")
+            cut = ";" if ";" in values else ","
+            words[at] = f"{name}={SMALL.get(name, cut.join(values.split(cut)[:2]))}"
+            given.pop(f"--{name}", None)
+    if "folder:" in " ".join(words):
+        given |= {"--image-size": "32", "--test-size": "36", "--test-resize": "40"}
+    if search:
+        given = {flag: value for flag, value in given.items() if flag in SEARCH}
+    return [*words, "--out", str(out), *(text for pair in given.items() for text in pair)]
+
+
+SEARCH = {"--batch-size", "--search-epochs", "--threads", "--warmup", "--image-size", "--test-size", "--test-resize"}
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_command_runs(name, folders, tmp_path, tiny_networks):
+    words = TRAINED[name]
+    assert main(toy(words, folders, tmp_path, words[1] == "search")) == 0
+    summaries = list(tmp_path.rglob("summary.json"))
+    assert summaries
+    for summary in summaries:
+        options = json.loads(summary.read_text())["options"]
+        assert options["preset"] == words[words.index("--preset") + 1]
