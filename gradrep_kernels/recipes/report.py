@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradrep_kernels.csla import Equivalence, Scales
+from gradrep_kernels.csla import Scales
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.cores import processor
 from gradrep_kernels.recipes.data import Data
@@ -16,6 +16,7 @@ from gradrep_kernels.recipes.environment import versions
 from gradrep_kernels.recipes.intervals import Difference, paired_difference
 from gradrep_kernels.recipes.options import Options
 from gradrep_kernels.recipes.pictures import draw_pictures
+from gradrep_kernels.recipes.report_text import closing_lines, markdown, scales_line, table
 from gradrep_kernels.recipes.table import Recipe
 
 __all__ = ["closing_lines", "scales_line", "table", "write_report"]
@@ -66,7 +67,7 @@ def write_report(
     summary["compared"] = [dataclasses.asdict(difference) for difference in differences if difference.seeds > 1]
     summary["statements"] = [*(difference.sentence() for difference in differences), *_costs(summary["recipes"])]
     pictures = draw_pictures(folder, summary, chosen, seeds, scales, initial)
-    files.write_text(folder / "summary.md", _markdown(summary, pictures))
+    files.write_text(folder / "summary.md", markdown(summary, pictures))
     files.write_json(folder / "summary.json", summary)
     return summary
 
@@ -191,199 +192,3 @@ def _movement(scales: Scales, initial: Scales) -> dict[str, Any]:
         "moved_most": max(moved),
         "layers": layers,
     }
-
-
-def _cells(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Heading and rows of the table."""
-    many = len(summary["seeds"]) > 1
-    accuracy = "test accuracy, % (mean ± std)" if many else "test accuracy, %"
-    heading = ["recipe", "lr", accuracy, "minus sgd", "ms a step", "parameters", "multipliers, bytes"]
-    cells = [[*heading, "SGS, s per epoch"]]
-    to_sgd = {difference["row"]: difference for difference in summary["compared"] if difference["other"] == "sgd"}
-    for name, figures in summary["recipes"].items():
-        spread = f" ± {100 * figures['test_accuracy_std']:.2f}" if many else ""
-        diverged = f" ({figures['diverged']} diverged)" if figures["diverged"] else ""
-        difference, sgs_seconds = to_sgd.get(name), figures["sgs_seconds_per_epoch"]
-        row = [
-            name,
-            f"{figures['learning_rate']:g}",
-            f"{100 * figures['test_accuracy_mean']:.2f}{spread}{diverged}",
-            f"{difference['mean']:+.1f} ± {difference['half_width']:.1f}" if difference and many else "",
-            f"{1000 * figures['seconds_per_step']:.1f}",
-            f"{figures['parameters']:,}",
-            f"{figures['multiplier_bytes']:,}",
-            "" if sgs_seconds is None else f"{sgs_seconds:.4f}",
-        ]
-        cells.append(row)
-    cells += [[name, "", "the Hyper-Search diverged", *[""] * 5] for name in summary["not_trained"]]
-    of_weights = [figures.get("weights_test_accuracy") for figures in summary["recipes"].values()]
-    if any(of_weights):  # the others are those of averages
-        shown = [f"{100 * statistics.fmean(accuracies):.2f}" for accuracies in of_weights]
-        column = ["of the weights, %", *shown, *[""] * len(summary["not_trained"])]
-        cells = [[*row[:3], cell, *row[3:]] for row, cell in zip(cells, column)]
-    return cells
-
-
-def table(summary: Mapping[str, Any]) -> str:
-    """The table for a terminal."""
-    cells = _cells(summary)
-    widths = [max(len(row[n]) for row in cells) for n in range(len(cells[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
-        for row in cells
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def closing_lines(summary: Mapping[str, Any]) -> list[str]:
-    """The end of a job on a terminal: the table, what it allows to say, the scales, CSLA = GR."""
-    return [
-        table(summary),
-        *summary["statements"],
-        *([scales_line(summary)] if summary["scales"] else []),
-        *([_check_line(summary)] if summary["csla_equals_gr"] else []),
-    ]
-
-
-def scales_line(summary: Mapping[str, Any]) -> str:
-    """How far the scales are from where Hyper-Search starts."""
-    scales, search = summary["scales"], summary["search"]
-    after = (
-        f"after {search['epochs']} epoch{'s' * (search['epochs'] > 1)} of Hyper-Search"
-        if search
-        else f"of {scales['source']}"
-    )
-    span = f"{scales['moved_least']:.1%} to {scales['moved_most']:.1%} between branches"
-    return f"Scales {after} lie {scales['moved_mean']:.1%} from their initial values on average ({span})."
-
-
-def _check_line(summary: Mapping[str, Any]) -> str:
-    """CSLA = GR, and where the check was another than the job's training."""
-    check = summary["csla_equals_gr"]
-    if check["outputs"] is None or check["weights"] is None:
-        return f"CSLA = GR in float64 over {check['steps']} steps: not finite, a lower --search-lr may help."
-    lines = [f"{Equivalence(check['steps'], check['outputs'], check['weights'])}."]
-    options = summary["options"]
-    if check.get("lr", options["search_lr"]) != options["search_lr"]:  # runs of before have none
-        lines.append(
-            f"This is at learning rate {check['lr']:g}. At {options['search_lr']:g} the training magnifies rounding "
-            f"from step to step, and outputs differ by {check['at_search_lr']:.1e}."
-        )
-    if check.get("weight_decay", options["weight_decay"]) != options["weight_decay"]:
-        lines.append("It is without weight decay, which takes hold of constant branches in the merged kernel alone.")
-    return " ".join(lines)
-
-
-def _markdown_table(cells: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """The first `left` columns to the left, the others to the right."""
-    rule = ["---" if n < left else "---:" for n in range(len(cells[0]))]
-    return ["| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:])]
-
-
-def _markdown(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
-    data, options = summary["data"], summary["options"]
-    shape = " x ".join(map(str, data["shape"]))
-    images = f"{data['train']} training and {data['test']} test images of {shape}, {data['classes']} classes"
-    threads = f"{summary['threads']} thread{'s' * (summary['threads'] > 1)}"
-    where = f"{summary['device']} ({summary['processor']}), {threads}, torch {summary['versions']['torch']}"
-    model = options["model"] + (f" with {options['branches']} branches" if options["branches"] else "")
-    lines = [f"# {summary['run']}", "", f"{model} on {data['name']} ({images}), on {where}.", ""]
-    if "cost.png" in pictures:
-        lines += [f"![{pictures['cost.png']}](cost.png)", "", f"{pictures['cost.png']}.", ""]
-    if summary["recipes"] or summary["not_trained"]:
-        lines += _recipes_section(summary)
-    if summary["csla_equals_gr"]:
-        lines += [_check_line(summary), ""]
-    for name, caption in pictures.items():
-        if name != "cost.png":
-            lines += [f"![{caption}]({name})", "", f"{caption}.", ""]
-    if summary["scales"]:
-        lines += _scales_section(summary)
-    option_cells = [["option", "value"], *([name, str(value)] for name, value in options.items())]
-    lines += ["## Options", "", *_markdown_table(option_cells, left=2), ""]
-    return "\n".join(lines)
-
-
-def _recipes_section(summary: Mapping[str, Any]) -> list[str]:
-    seeds, options = ", ".join(map(str, summary["seeds"])), summary["options"]
-    spread = "." if options["ema_decay"] is None else ", of moving averages of the weights."
-    if len(summary["seeds"]) > 1:
-        spread = (
-            f" (± standard deviation){spread} "
-            "*Minus sgd* is the mean difference over the same seeds, ± its 95 % interval."
-        )
-    return [
-        *_markdown_table(_cells(summary)),
-        "",
-        f"Test accuracy after {options['epochs']} epochs, over seeds {seeds}{spread} *Ms a step* are forward, "
-        "backward and optimizer, the rows in turn with nothing else of the job running. Updates of spatial gradient "
-        "scaling are in the last column, spread over all epochs. Parameters and multipliers are those in training.",
-        "",
-        *_choice_section(summary),
-        *(f"- {statement}" for statement in summary["statements"]),
-        "",
-        _evidence(summary),
-        "",
-        "The rows:",
-        "",
-        *(f"- {name}: {figures['meaning']}" for name, figures in summary["recipes"].items()),
-        "",
-    ]
-
-
-def _choice_section(summary: Mapping[str, Any]) -> list[str]:
-    options = summary["options"]
-    if len(options["lr"]) == 1:
-        return []
-    rates = [str(rate) for rate in options["lr"]]
-    cells = [["validation / test, %", *(f"lr {rate}" for rate in rates)]]
-    for name, figures in summary["recipes"].items():
-        if len(figures["by_rate"]) > 1:
-            cells.append([name, *(_both(figures["by_rate"][rate]) for rate in rates)])
-    choosing = min(options["lr_seeds"], len(summary["seeds"]))
-    return [
-        f"Each recipe was trained with each learning rate and {choosing} of the seeds, the first. It has the rate that "
-        f"was then best on the validation part, on average: {options['validation']:.0%} of the training images, on "
-        "which nothing was trained. The test images had no say. The seeds that chose count in the table as the others "
-        "do, and below means are over all seeds of a rate. A row that is not listed takes the rate of repopt.",
-        "",
-        *_markdown_table(cells),
-        "",
-    ]
-
-
-def _both(of_rate: Mapping[str, Any]) -> str:
-    means = (100 * statistics.fmean(of_rate[part]) for part in ("validation_accuracy", "test_accuracy"))
-    diverged = f" ({of_rate['diverged']} diverged)" if of_rate["diverged"] else ""
-    return " / ".join(f"{mean:.1f}" for mean in means) + diverged
-
-
-def _evidence(summary: Mapping[str, Any]) -> str:
-    """What intervals over so many seeds and test images can show."""
-    seeds, images = len(summary["seeds"]), summary["data"]["test"]
-    points = f"one test image is {100 / images:.2f} points"
-    if seeds == 1:
-        return f"With one seed no difference between rows is evidence; {points}."
-    return (
-        f"Intervals are Student's over {seeds} seeds (first weights, order and shifts of the images) on one set of "
-        f"{images} test images; {points}, and no interval is narrower. They say nothing about other data or networks, "
-        "and of twenty such intervals one is expected to miss. Whether the search helps is another question: `--ablate "
-        "hs-init` trains with the scales that it starts from."
-    )
-
-
-def _scales_section(summary: Mapping[str, Any]) -> list[str]:
-    lines = ["## Scales", "", scales_line(summary), ""]
-    search = summary["search"]
-    if search:
-        lines += [
-            f"The Hyper-Search model has {search['parameters']:,} parameters and took "
-            f"{search['seconds_per_epoch']:.3f} s per epoch; its test accuracy is {search['test_accuracy']:.2%}.",
-            "",
-        ]
-    columns = ["initial", "mean", "std", "min", "max"]
-    cells = [["layer", "branch", *columns, "moved"]]
-    for layer, branches in summary["scales"]["layers"].items():
-        for branch, figures in branches.items():
-            cells.append([layer, branch, *(f"{figures[key]:.3f}" for key in columns), f"{figures['moved']:.1%}"])
-    return [*lines, *_markdown_table(cells, left=2), "", "Moved: mean of |α − α₀| / |α₀| over the channels.", ""]
