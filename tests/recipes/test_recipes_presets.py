@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+from cases_recipes import ROOT, experiments_table
 
 from gradrep_kernels.cli import main
 from gradrep_kernels.recipes.errors import InputError
@@ -92,3 +94,54 @@ def test_a_preset_of_other_data_is_told():
     assert line == "--preset sgs-cifar-200 is for cifar10 or cifar100, the data is mnist"
     with pytest.raises(InputError, match="--preset"):
         resolve({"preset": "repopt-imagenet"})
+
+
+# -- the page
+
+COLUMNS = {
+    "model": ("model", str), "epochs": ("epochs", int), "warm-up": ("warmup", int), "batch": ("batch_size", int),
+    "lr": ("lr", lambda text: (float(text),)), "weight decay": ("weight_decay", float), "on what": ("decay", str),
+    "smoothing": ("label_smoothing", float), "nesterov": ("nesterov", lambda text: text == "yes"),
+    "augmentation": ("augment", lambda text: tuple(text.split(", "))),
+}  # fmt: skip
+"""Column of docs/experiments.md -> option, and how its text is read."""
+
+BEYOND = {  # what the page says in words
+    "repopt-hs-readme": {"clip_norm": 5.0},
+    "repopt-imagenet": {"test_size": 224, "test_resize": 224, "image_size": 224},
+    "repopt-imagenet-l2se": {"se": True, "test_size": 320, "test_resize": 320, "image_size": 224},
+    "repopt-ghost": {"warmup_lr": 1e-4},
+    "sgs-cifar-600": {"sgs_every": 30, "sgs_batches": 20, "sgs_warmup": 1, "head_width": 512, "remove_near": False},
+    "sgs-cifar-200": {"sgs_every": 5, "sgs_batches": 2, "sgs_k": 5.0, "sgs_warmup": 1},
+    "sgs-cifar-512": {"sgs_every": 10, "sgs_batches": 2, "sgs_warmup": 1},
+    "sgs-imagenet": {"sgs_every": 5, "sgs_batches": 2, "remove_near": True, "test_resize": 256, "test_size": 224},
+}
+
+
+def page_rows():
+    return {re.sub("`", "", row["preset"]): row for row in experiments_table("preset")}
+
+
+def test_the_page_lists_every_preset_of_a_training():
+    assert list(page_rows()) == TRAINED
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="an sdist brings no pages")
+@pytest.mark.parametrize("name", TRAINED)
+def test_presets_are_those_of_the_page(name):
+    row = page_rows()[name]
+    assert tuple(row["data"].split(", ")) == PRESETS[name].kinds
+    options = resolved(name)
+    for column, (option, read) in COLUMNS.items():
+        assert getattr(options, option) == read(row[column]), column
+    for option, value in BEYOND.get(name, {}).items():
+        assert getattr(options, option) == value, option
+    assert (options.momentum, options.min_lr, options.optimizer) == (0.9, 0.0, "sgd")
+    assert options.schedule == ("cosine-whole" if name.startswith("repopt") else "cosine")
+    # Of a search alone they are the same, but for the epochs.
+    if name.startswith("repopt"):
+        search = resolve({"preset": name, "data": DATA[PRESETS[name].kinds[-1]]}, search=True)
+        for option, _ in COLUMNS.values():
+            if option != "epochs":
+                assert getattr(search, option) == getattr(options, option), option
+        assert search.search_epochs == options.epochs

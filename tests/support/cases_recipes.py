@@ -12,6 +12,21 @@ import torch
 from gradrep_kernels.cli import main
 from gradrep_kernels.recipes.data import Data, DataSource, load_data
 
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def experiments_table(first_column: str) -> list[dict[str, str]]:
+    """The rows of the table of docs/experiments.md that begins with this column, by column."""
+    lines = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith(f"| {first_column} |"))
+    cells = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        cells.append([cell.strip() for cell in line.strip("|").split(" | ")])
+    heading, _, *rows = cells
+    return [dict(zip(heading, row)) for row in rows]
+
 
 def write_tiny_cifar10(folder: Path) -> Path:
     """30 training and 12 test images: class c is a bright square at a place of its own on noise."""
