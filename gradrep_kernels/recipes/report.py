@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gradrep_kernels.csla import Scales
+from gradrep_kernels.optim.param_groups import DECAY_RULES
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.cores import processor
 from gradrep_kernels.recipes.data import Data
 from gradrep_kernels.recipes.environment import versions
+from gradrep_kernels.recipes.identity import identity_ratios
 from gradrep_kernels.recipes.intervals import Difference, paired_difference
 from gradrep_kernels.recipes.options import Options
 from gradrep_kernels.recipes.pictures import draw_pictures
+from gradrep_kernels.recipes.presets import PRESETS
 from gradrep_kernels.recipes.report_text import closing_lines, markdown, scales_line, table
-from gradrep_kernels.recipes.table import Recipe
+from gradrep_kernels.recipes.table import OPTIMIZERS, Recipe
 
 __all__ = ["closing_lines", "scales_line", "table", "write_report"]
 
@@ -51,12 +54,13 @@ def write_report(
         "threads": options.threads,
         "seeds": list(seeds),
         "options": options.to_json(),
+        "settings": _settings(options),
         "data": description,
         "search": None if search is None else _search(search),
         "scales": None if scales is None else {"source": options.scales or "searched", **_movement(scales, initial)},
         "csla_equals_gr": results.get("check"),
         "recipes": {
-            row.name: _figures(row, trainings[row.name], results["speed"][row.name])
+            row.name: _figures(row, options, trainings[row.name], results["speed"][row.name])
             for row in rows
             if row.name in trainings
         },
@@ -66,31 +70,40 @@ def write_report(
     differences = _differences(rows, summary["recipes"], description["test"])
     summary["compared"] = [dataclasses.asdict(difference) for difference in differences if difference.seeds > 1]
     summary["statements"] = [*(difference.sentence() for difference in differences), *_costs(summary["recipes"])]
-    pictures = draw_pictures(folder, summary, chosen, seeds, scales, initial)
+    summary["identity_ratio"] = identity_ratios(options, data) if search is not None else {}
+    pictures = draw_pictures(folder, summary, chosen, seeds, scales, initial, search["epochs"] if search else ())
     files.write_text(folder / "summary.md", markdown(summary, pictures))
     files.write_json(folder / "summary.json", summary)
     return summary
 
 
 def _figures(
-    row: Recipe, by_rate: Mapping[float, Sequence[Mapping[str, Any]]], step_quartiles: Sequence[float]
+    row: Recipe,
+    options: Options,
+    by_rate: Mapping[float, Sequence[Mapping[str, Any]]],
+    step_quartiles: Sequence[float],
 ) -> dict[str, Any]:
     runs = next(iter(by_rate.values()))
     accuracies = _accuracies(runs)
     epochs = [record for training in runs for record in training["epochs"]]
     figures = {
-        "meaning": row.meaning,
+        "meaning": _meaning(row, options),
         "learning_rate": runs[0]["lr"],
         "by_rate": {str(lr): _of_rate(by_rate[lr]) for lr in sorted(by_rate)},
         "test_accuracy": accuracies,
         "test_accuracy_mean": statistics.fmean(accuracies),
         "test_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "validation_accuracy": [t["validation_accuracy"] for t in runs] if options.validation else None,
         "diverged": sum(training["diverged"] is not None for training in runs),
         "seconds_per_step": step_quartiles[1],
         "seconds_per_step_quartiles": list(step_quartiles),
         "seconds_per_epoch": statistics.median(record["seconds"] for record in epochs),
         "parameters": runs[0]["parameters"],
         "multiplier_bytes": runs[0]["multiplier_bytes"],
+        "parameters_deployed": runs[0].get("parameters_deployed"),
+        "merge_difference": _largest(training.get("merge_difference") for training in runs),
+        "shares_search": row.needs_search and options.scales is None,
+        "taken_from": runs[0].get("taken_from"),
         "sgs_seconds_per_epoch": None,
         "sgs_updates": None,
     }
@@ -101,6 +114,29 @@ def _figures(
         figures["sgs_updates"] = sum(record["sgs_updated"] for record in runs[0]["epochs"])
         figures["scalings"] = runs[0]["scalings"]  # of the first seed
     return figures
+
+
+def _meaning(row: Recipe, options: Options) -> str:
+    """What the row is, with the name of the optimizer that was used."""
+    rule = OPTIMIZERS[options.optimizer]
+    plain = (rule.extended if options.beyond_torch else rule.plain).make.__name__
+    if row.name == "sgd":
+        return f"plain {plain}"
+    return row.meaning.replace("that with", f"{plain} with", 1) if row.meaning.startswith("that with") else row.meaning
+
+
+def _largest(differences: Iterable[float | None]) -> float | None:
+    return max((difference for difference in differences if difference is not None), default=None)
+
+
+def _settings(options: Options) -> dict[str, str]:
+    """The preset, and what all rows share, in words."""
+    own = [f"{name} {getattr(options, name):g}" for name in ("momentum",) if options.optimizer in ("sgd", "rmsprop")]
+    nesterov = ["Nesterov"] * (options.nesterov and options.optimizer == "sgd")
+    optimizer = OPTIMIZERS[options.optimizer].plain.make.__name__ + f" ({', '.join([*own, *nesterov])})" * bool(own)
+    preset = options.preset and f"Settings are those of `{options.preset}` ({PRESETS[options.preset].source})"
+    decay = f"weight decay {options.weight_decay:g} of the set `{options.decay}` ({DECAY_RULES[options.decay]})"
+    return {"preset": preset, "shared": f"All rows train with {optimizer} and {decay}"}
 
 
 def _accuracies(runs: Sequence[Mapping[str, Any]], of: str = "test_accuracy") -> list[float]:
@@ -163,6 +199,7 @@ def _search(search: Mapping[str, Any]) -> dict[str, Any]:
         "test_accuracy": epochs[-1]["test_accuracy"],
         "seconds_per_epoch": statistics.median(record["seconds"] for record in epochs),
         "parameters": search["parameters"],
+        "taken_from": search.get("taken_from"),
     }
 
 

@@ -7,47 +7,69 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradrep_kernels.csla import Equivalence
+from gradrep_kernels.recipes.intervals import expected_misses
 
-__all__ = ["closing_lines", "markdown", "markdown_table", "scales_line", "table"]
+__all__ = ["accuracy_cell", "aligned", "closing_lines", "markdown", "markdown_table", "scales_line", "table"]
 
 
 def _cells(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Heading and rows of the table."""
+    """Heading and rows of the table. Columns that no row has a figure for are left out."""
     many = len(summary["seeds"]) > 1
-    accuracy = "test accuracy, % (mean ± std)" if many else "test accuracy, %"
-    heading = ["recipe", "lr", accuracy, "minus sgd", "ms a step", "parameters", "multipliers, bytes"]
-    cells = [[*heading, "SGS, s per epoch"]]
     to_sgd = {difference["row"]: difference for difference in summary["compared"] if difference["other"] == "sgd"}
+    columns = {"recipe": [], "lr": [], "test accuracy, % (mean ± std)" if many else "test accuracy, %": []}
+    test = list(columns)[-1]
+    optional = ("of the weights, %", "validation, %")
+    columns |= {name: [] for name in (*optional, "minus sgd", "ms a step", "parameters", "deployed")}
+    columns |= {"multipliers, bytes": [], "SGS, s per epoch": []}
     for name, figures in summary["recipes"].items():
-        spread = f" ± {100 * figures['test_accuracy_std']:.2f}" if many else ""
-        diverged = f" ({figures['diverged']} diverged)" if figures["diverged"] else ""
         difference, sgs_seconds = to_sgd.get(name), figures["sgs_seconds_per_epoch"]
-        row = [
-            name,
-            f"{figures['learning_rate']:g}",
-            f"{100 * figures['test_accuracy_mean']:.2f}{spread}{diverged}",
-            f"{difference['mean']:+.1f} ± {difference['half_width']:.1f}" if difference and many else "",
-            f"{1000 * figures['seconds_per_step']:.1f}",
-            f"{figures['parameters']:,}",
-            f"{figures['multiplier_bytes']:,}",
-            "" if sgs_seconds is None else f"{sgs_seconds:.4f}",
-        ]
-        cells.append(row)
-    cells += [[name, "", "the Hyper-Search diverged", *[""] * 5] for name in summary["not_trained"]]
-    of_weights = [figures.get("weights_test_accuracy") for figures in summary["recipes"].values()]
-    if any(of_weights):  # the others are those of averages
-        shown = [f"{100 * statistics.fmean(accuracies):.2f}" for accuracies in of_weights]
-        column = ["of the weights, %", *shown, *[""] * len(summary["not_trained"])]
-        cells = [[*row[:3], cell, *row[3:]] for row, cell in zip(cells, column)]
-    return cells
+        deployed, of_weights = figures.get("parameters_deployed"), figures.get("weights_test_accuracy")
+        minus = f"{difference['mean']:+.1f} ± {difference['half_width']:.1f}" if difference and many else ""
+        row = {
+            "recipe": name,
+            "lr": f"{figures['learning_rate']:g}",
+            test: accuracy_cell(figures["test_accuracy"], figures["diverged"]),
+            # The others are those of averages.
+            "of the weights, %": f"{100 * statistics.fmean(of_weights):.2f}" if of_weights else "",
+            "validation, %": accuracy_cell(figures.get("validation_accuracy") or []),
+            "minus sgd": minus,
+            "ms a step": f"{1000 * figures['seconds_per_step']:.1f}",
+            "parameters": f"{figures['parameters']:,}",
+            "deployed": "" if deployed is None else f"{deployed:,}",
+            "multipliers, bytes": f"{figures['multiplier_bytes']:,}",
+            "SGS, s per epoch": "" if sgs_seconds is None else f"{sgs_seconds:.4f}",
+        }
+        for heading, cell in row.items():
+            columns[heading].append(cell)
+    for name in summary["not_trained"]:
+        for heading, cells in columns.items():
+            cells.append({"recipe": name, test: "the Hyper-Search diverged"}.get(heading, ""))
+    shown = {
+        heading: cells for heading, cells in columns.items() if any(cells) or heading not in (*optional, "deployed")
+    }
+    return [list(shown), *map(list, zip(*shown.values()))]
+
+
+def accuracy_cell(accuracies: Sequence[float], diverged: int = 0) -> str:
+    """Mean and standard deviation in percent, and how many of the trainings diverged. Empty for none."""
+    if not accuracies:
+        return ""
+    spread = f" ± {100 * statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+    return f"{100 * statistics.fmean(accuracies):.2f}{spread}" + f" ({diverged} diverged)" * bool(diverged)
 
 
 def table(summary: Mapping[str, Any]) -> str:
     """The table for a terminal."""
-    cells = _cells(summary)
+    return aligned(_cells(summary))
+
+
+def aligned(cells: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Lines of text under a heading, the first `left` columns to the left."""
     widths = [max(len(row[n]) for row in cells) for n in range(len(cells[0]))]
     lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
+        "  ".join(
+            cell.ljust(width) if n < left else cell.rjust(width) for n, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
         for row in cells
     ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
@@ -106,6 +128,7 @@ def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     where = f"{summary['device']} ({summary['processor']}), {threads}, torch {summary['versions']['torch']}"
     model = options["model"] + (f" with {options['branches']} branches" if options["branches"] else "")
     lines = [f"# {summary['run']}", "", f"{model} on {data['name']} ({images}), on {where}.", ""]
+    lines += _settings_lines(summary)
     if "cost.png" in pictures:
         lines += [f"![{pictures['cost.png']}](cost.png)", "", f"{pictures['cost.png']}.", ""]
     if summary["recipes"] or summary["not_trained"]:
@@ -120,6 +143,21 @@ def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     option_cells = [["option", "value"], *([name, str(value)] for name, value in options.items())]
     lines += ["## Options", "", *markdown_table(option_cells, left=2), ""]
     return "\n".join(lines)
+
+
+def _settings_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The experiment, what all rows share, and what another point of a sweep has trained."""
+    settings, lines = summary["settings"], []
+    if settings["preset"]:
+        lines += [f"{settings['preset']}, but for the options that were given.", ""]
+    if summary["recipes"]:
+        lines += [f"{settings['shared']}.", ""]
+    taken = {name: figures["taken_from"] for name, figures in summary["recipes"].items()}
+    taken |= {"the Hyper-Search": (summary["search"] or {}).get("taken_from")}
+    parts = [f"{name} from {point}" for name, point in taken.items() if point]
+    if parts:
+        lines += [f"Taken over from points of the sweep that no differing option touches: {', '.join(parts)}.", ""]
+    return lines
 
 
 def _recipes_section(summary: Mapping[str, Any]) -> list[str]:
@@ -142,11 +180,21 @@ def _recipes_section(summary: Mapping[str, Any]) -> list[str]:
         "",
         _evidence(summary),
         "",
+        *_merge_lines(summary),
         "The rows:",
         "",
         *(f"- {name}: {figures['meaning']}" for name, figures in summary["recipes"].items()),
         "",
     ]
+
+
+def _merge_lines(summary: Mapping[str, Any]) -> list[str]:
+    """By how much outputs of merged networks differ from those of their branches."""
+    merged = {name: figures.get("merge_difference") for name, figures in summary["recipes"].items()}
+    parts = [f"{difference:.1e} ({name})" for name, difference in merged.items() if difference is not None]
+    if not parts:
+        return []
+    return [f"Merged into plain convolutions, outputs differ by at most {', '.join(parts)}.", ""]
 
 
 def _choice_section(summary: Mapping[str, Any]) -> list[str]:
@@ -182,10 +230,13 @@ def _evidence(summary: Mapping[str, Any]) -> str:
     points = f"one test image is {100 / images:.2f} points"
     if seeds == 1:
         return f"With one seed no difference between rows is evidence; {points}."
+    searched = [name for name, figures in summary["recipes"].items() if figures["shares_search"]]
+    shared = f" The seeds of {', '.join(searched)} share one Hyper-Search: no interval tells how searches differ."
+    shared *= bool(searched)
     return (
         f"Intervals are Student's over {seeds} seeds (first weights, order and shifts of the images) on one set of "
-        f"{images} test images; {points}, and no interval is narrower. They say nothing about other data or networks, "
-        "and of twenty such intervals one is expected to miss. Whether the search helps is another question: `--ablate "
+        f"{images} test images; {points}, and no interval is narrower. They say nothing about other data or networks. "
+        f"{expected_misses(len(summary['compared']))}{shared} Whether the search helps is another question: `--ablate "
         "hs-init` trains with the scales that it starts from."
     )
 

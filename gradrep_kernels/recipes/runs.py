@@ -41,6 +41,7 @@ __all__ = [
     "in_use",
     "last_name",
     "open_run",
+    "stored_options",
     "taken",
 ]
 
@@ -196,14 +197,26 @@ def _resumed(folder: Path, given: Mapping[str, Any], search: bool) -> Run:
     return Run(folder, options, data, lock)
 
 
-def _read_again(folder: Path, given: Mapping[str, Any], search: bool) -> tuple[Options, Data]:
-    """The options of a run that was started, and its data."""
+def stored_options(folder: Path) -> Options:
+    """The options of a run that was started.
+
+    Raises InputError where they cannot be read.
+    """
+    return _stored(folder)[0]
+
+
+def _stored(folder: Path) -> tuple[Options, Any]:
+    """The options of a run that was started, and the description of its data."""
     try:
         stored = json.loads((folder / _OPTIONS).read_text(encoding="utf-8"))
-        options = Options.from_json(stored["options"])
-        described = stored["data"]
+        return Options.from_json(stored["options"]), stored["data"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
         raise InputError(f"{folder / _OPTIONS} cannot be read by this version ({reason})") from None
+
+
+def _read_again(folder: Path, given: Mapping[str, Any], search: bool) -> tuple[Options, Data]:
+    """The options of a run that was started, and its data."""
+    options, described = _stored(folder)
     if search != (not options.recipe):
         raise InputError(f"{folder} was started by `{'train' if options.recipe else 'search'}`")
     options.check_against(given)

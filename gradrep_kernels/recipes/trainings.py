@@ -25,11 +25,12 @@ from gradrep_kernels.recipes.training import accuracies, averaged, repeatable, t
 from gradrep_kernels.recipes.validation import split_data
 from gradrep_kernels.recipes.workers import Listener
 
-__all__ = ["STATE", "Training", "do_training", "epochs_so_far", "searched_scales"]
+__all__ = ["STATE", "WEIGHTS", "Training", "do_training", "epochs_so_far", "searched_scales"]
 
 STATE = "state"
 """The folder of what is done, in the folder of a run."""
-_WEIGHTS = "weights"
+WEIGHTS = "weights"
+"""The folder of what was trained, beside it."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,9 @@ def _diverged(epochs: list[dict[str, Any]]) -> bool:
 
 
 def _keep_weights(folder: Path, name: str, trainee: Trainee) -> None:
-    (folder / _WEIGHTS).mkdir(exist_ok=True)
+    (folder / WEIGHTS).mkdir(exist_ok=True)
     weights = {key: tensor.detach().cpu() for key, tensor in trainee.model.state_dict().items()}
-    files.save_tensors(folder / _WEIGHTS / f"{name}.pt", weights)
+    files.save_tensors(folder / WEIGHTS / f"{name}.pt", weights)
 
 
 def _keep_scales(folder: Path, trainee: Trainee) -> bool:
