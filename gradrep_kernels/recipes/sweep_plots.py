@@ -38,7 +38,7 @@ def draw_sweep(
         return {path.name: f"Accuracy over `{OPTIONS[swept[0]].flag}`. {bars}"}
     if len(swept) == 2 and None not in numbers and _is_grid(*numbers):
         plots.write(path, _maps, [_flag(option) for option in swept], numbers, figures)
-        return {path.name: "Mean test accuracy over the grid, in %. Points that equal in it may differ by chance"}
+        return {path.name: "Mean test accuracy over the grid, in %. The table says which differences are shown"}
     plots.write(path, _panel, figures)
     return {path.name: f"Test accuracy of each point. {bars}"}
 
@@ -111,9 +111,10 @@ def _maps(names: Sequence[str], numbers: Sequence[Sequence[float]], figures: Map
         for row, grid in grids.items():
             grid[down.index(y), along.index(x)] = _mean(point, row)
     figure = new_figure((0.75 * len(along) + 2) * len(rows), 0.6 * len(down) + 1.4)
-    for axes, (row, grid) in zip(figure.subplots(1, len(rows), squeeze=False)[0], grids.items()):
-        image = axes.imshow(grid, cmap="viridis", aspect="auto")
-        low, high = np.nanmin(grid), np.nanmax(grid)
+    panels = figure.subplots(1, len(rows), squeeze=False)[0]
+    low, high = (of(list(grids.values())) for of in (np.nanmin, np.nanmax))
+    for axes, (row, grid) in zip(panels, grids.items()):
+        image = axes.imshow(grid, cmap="viridis", aspect="auto", vmin=low, vmax=high)
         for (y, x), value in np.ndenumerate(grid):
             colour = "white" if value < low + 0.6 * (high - low) else "black"
             axes.text(x, y, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=9)
@@ -122,7 +123,7 @@ def _maps(names: Sequence[str], numbers: Sequence[Sequence[float]], figures: Map
         axes.set_xlabel(names[1])
         axes.set_ylabel(names[0])
         axes.set_title(row)
-        figure.colorbar(image, ax=axes, label="test accuracy, %")
+    figure.colorbar(image, ax=panels, label="test accuracy, %")
     return figure
 
 
@@ -131,7 +132,7 @@ def _panel(figures: Mapping[str, Mapping[str, Any]]):
     figure = new_figure(max(6.0, 0.35 * len(figures) * max(1, len(rows) / 2) + 2), 4.6)
     axes = figure.subplots()
     for n, row in enumerate(rows):
-        shift = 0.6 * (n / max(1, len(rows) - 1) - 0.5) if len(rows) > 1 else 0.0
+        shift = min(0.12, 0.6 / len(rows)) * (n - (len(rows) - 1) / 2)
         at = [m + shift for m in range(len(figures))]
         means, bars = ([of(point, row) for point in figures.values()] for of in (_mean, _bar))
         axes.errorbar(at, means, bars, fmt="o", color=plots.COLOURS[row], markersize=5, capsize=3, label=row)

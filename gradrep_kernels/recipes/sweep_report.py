@@ -74,7 +74,7 @@ def _compared(base: str, summaries: Summaries) -> Iterator[tuple[dict[str, str],
             other = first["recipes"].get(row)
             if name == base or other is None or summary["data"] != first["data"]:
                 continue
-            if _origin(name, figures) != _origin(base, other):
+            if not figures.get("taken_from") and other.get("taken_from") != name:
                 accuracies = _paired(summary["seeds"], figures, first["seeds"], other)
                 names = f"{row} at {name}", f"{row} at {base}"
                 if accuracies[0]:
@@ -94,10 +94,6 @@ def _compared(base: str, summaries: Summaries) -> Iterator[tuple[dict[str, str],
 
 def _place(point: str, recipe: str) -> dict[str, str]:
     return {"point": point, "recipe": recipe}
-
-
-def _origin(point: str, figures: Mapping[str, Any]) -> str:
-    return figures.get("taken_from") or point
 
 
 def _paired(seeds: Sequence[int], figures: Mapping, others: Sequence[int], other: Mapping) -> tuple[list, list]:

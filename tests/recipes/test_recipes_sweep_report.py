@@ -145,6 +145,22 @@ def test_what_was_taken_over_is_compared_once(tmp_path):
     )
 
 
+def test_a_row_that_half_of_a_grid_takes_over_is_compared_once(tmp_path):
+    """sgd depends on the epochs and not on k. The base takes it over too."""
+    taken = {"k=1,e=1": None, "k=2,e=1": "k=1,e=1", "k=1,e=2": None, "k=2,e=2": "k=1,e=2"}
+    points = {
+        name: summary({"sgd": figures([0.5 + 0.1 * name.endswith("2")] * 2, taken=source)})
+        for name, source in taken.items()
+    }
+    sweep = swept(tmp_path, points, base="k=2,e=1", sgs_k=(1, 2, 1, 2), epochs=(1, 1, 2, 2))
+    (found,) = sweep["compared"]
+    assert (found["row"], found["other"], found["mean"]) == ("sgd at k=1,e=2", "sgd at k=2,e=1", pytest.approx(10))
+    assert [line.split()[:3] for line in sweep_lines(sweep)[0].splitlines()[2:]] == [
+        ["sgd", "1", "1"],
+        ["sgd", "1", "2"],
+    ]
+
+
 def test_rows_that_were_not_trained_are_in_the_table(tmp_path):
     points = {n: summary({"sgd": figures([0.5, 0.6])}, not_trained=["repopt"]) for n in "ab"}
     assert sweep_lines(swept(tmp_path, points, sgs_k=(1, 2)))[0].count("the Hyper-Search diverged") == 2
