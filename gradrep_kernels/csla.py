@@ -10,6 +10,7 @@ from gradrep_kernels.branches.csla import csla_model, extract_scales, hyper_sear
 from gradrep_kernels.branches.files import load_scales, save_scales
 from gradrep_kernels.branches.reinitialize import reinitialize
 from gradrep_kernels.branches.scales import Scales, branch_scales, grad_mults
+from gradrep_kernels.branches.variance import identity_variance_ratio
 from gradrep_kernels.equivalence import Equivalence, check_equivalence
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "extract_scales",
     "grad_mults",
     "hyper_search_model",
+    "identity_variance_ratio",
     "load_scales",
     "merge",
     "reinitialize",

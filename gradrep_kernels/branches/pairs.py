@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gradrep_kernels.branches.sites import Site
 from gradrep_kernels.messages import first_few, warn_outside
 
-__all__ = ["Example", "call", "check_pairs", "floating_outputs", "scratch_copy"]
+__all__ = ["Example", "call", "check_pairs", "copy_without_hooks", "floating_outputs", "scratch_copy"]
 
 Example = Tensor | tuple | list | Mapping  # the input of a model: a tensor, positional or keyword arguments
 
@@ -33,6 +33,15 @@ def scratch_copy(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     copied = copy.deepcopy(model, {id(t): t for t in shared})
     for module in copied.modules():
         module.training = False
+    return copied
+
+
+def copy_without_hooks(model: nn.Module) -> nn.Module:
+    """Return a copy without forward hooks, its modules in the modes of the model's."""
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
     return copied
 
 

@@ -1,6 +1,13 @@
-"""Networks to train: RepOpt-VGG, RepOpt-GhostNet, VGG and ResNet-18 for CIFAR, and multi-branch baselines."""
+"""Networks to train, as classifiers and as backbones, and multi-branch baselines.
+
+RepOpt-VGG and RepOpt-GhostNet are those of RepOptimizers. ResNet and VGG-16 have a form for CIFAR and one for ImageNet.
+The others, of Table 4 of the SGS paper, are for images of 32 x 32.
+"""
 
 from gradrep_kernels.branches.normed import acb_model, repghost_model, repvgg_model
+from gradrep_kernels.models.mobilenet_v2 import mobilenet_v2
+from gradrep_kernels.models.preact_resnet import preact_resnet18, preact_resnet34
+from gradrep_kernels.models.pyramidnet import pyramidnet_a48, pyramidnet_a84, pyramidnet_a270
 from gradrep_kernels.models.repopt_ghostnet import repopt_ghostnet, repopt_ghostnet_0_5x
 from gradrep_kernels.models.repopt_vgg import (
     repopt_vgg_b1,
@@ -10,11 +17,21 @@ from gradrep_kernels.models.repopt_vgg import (
     repopt_vgg_l2,
     repopt_vgg_small,
 )
-from gradrep_kernels.models.resnet import resnet18
-from gradrep_kernels.models.vgg import vgg11, vgg13, vgg16, vgg19
+from gradrep_kernels.models.resnet import resnet18, resnet34, resnet50
+from gradrep_kernels.models.shufflenet import shufflenet
+from gradrep_kernels.models.stages import features
+from gradrep_kernels.models.vgg import vgg11, vgg13, vgg16, vgg16_imagenet, vgg19
+from gradrep_kernels.models.xception import xception
 
 __all__ = [
     "acb_model",
+    "features",
+    "mobilenet_v2",
+    "preact_resnet18",
+    "preact_resnet34",
+    "pyramidnet_a48",
+    "pyramidnet_a84",
+    "pyramidnet_a270",
     "repghost_model",
     "repopt_ghostnet",
     "repopt_ghostnet_0_5x",
@@ -26,8 +43,13 @@ __all__ = [
     "repopt_vgg_small",
     "repvgg_model",
     "resnet18",
+    "resnet34",
+    "resnet50",
+    "shufflenet",
     "vgg11",
     "vgg13",
     "vgg16",
+    "vgg16_imagenet",
     "vgg19",
+    "xception",
 ]

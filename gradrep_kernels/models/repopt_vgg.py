@@ -6,6 +6,7 @@ weights load into the target form: `stage0`, `stageN.i`, below them `conv`, `bn`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from gradrep_kernels import csla
 from gradrep_kernels.branches.normed import repvgg_model
 from gradrep_kernels.models.modes import ScalesOrPath, scales_of_mode
+from gradrep_kernels.models.stages import Stage, StagedNetwork
 
 __all__ = [
     "RepOptVGG",
@@ -32,13 +34,14 @@ _HALVED = (2, 2, 2, 2, 2)  # strides of stage0 and of the first block of each st
 class SqueezeExcite(nn.Module):
     """Squeeze-and-excitation: x ⊙ sigmoid(up(relu(down(mean of x))))  # [N, C, H, W]
 
-    Both are 1x1 convolutions with bias, with C // 4 channels in between.
+    Both are 1x1 convolutions with bias, with `between` channels in between, C // 4 where it is None.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, between: int | None = None):
         super().__init__()
-        self.down = nn.Conv2d(channels, channels // 4, 1)
-        self.up = nn.Conv2d(channels // 4, channels, 1)
+        between = channels // 4 if between is None else between
+        self.down = nn.Conv2d(channels, between, 1)
+        self.up = nn.Conv2d(between, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))))
@@ -61,13 +64,15 @@ class Block(nn.Module):
         return self.post_se(self.relu(self.bn(self.conv(x))))
 
 
-class RepOptVGG(nn.Module):
+class RepOptVGG(StagedNetwork):
     """The target form: a block, stages of blocks, global average pooling, a linear layer.
 
     Args:
         blocks:  blocks of stage1, stage2, ...
         widths:  their channels. stage0 has min(64, widths[0]).
         strides: of stage0 and of the first block of each stage.
+
+    Raises ValueError for strides of another number or below 1.
     """
 
     def __init__(
@@ -79,32 +84,53 @@ class RepOptVGG(nn.Module):
         in_channels: int = 3,
         se: bool = False,
     ):
+        _check_strides(strides, len(blocks) + 1)
         super().__init__()
         channels = min(64, widths[0])
         self.stage0 = Block(in_channels, channels, strides[0], se)
-        self.stages = [f"stage{n}" for n in range(1, len(blocks) + 1)]
-        for name, count, width, stride in zip(self.stages, blocks, widths, strides[1:]):
+        self.shapes = [(channels, strides[0])]  # of each stage: channels, stride
+        for number, (count, width, stride) in enumerate(zip(blocks, widths, strides[1:]), 1):
             self.add_module(
-                name,
+                f"stage{number}",
                 nn.Sequential(
                     *(Block(channels if n == 0 else width, width, stride if n == 0 else 1, se) for n in range(count))
                 ),
             )
             channels = width
+            self.shapes.append((width, stride))
         self.gap = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(channels, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, in_channels, H, W] -> [N, num_classes]
-        x = self.stage0(x)
-        for name in self.stages:
-            x = getattr(self, name)(x)
-        return self.linear(self.gap(x).flatten(1))
+    def stages(self) -> tuple[Stage, ...]:
+        strides = [stride for _, stride in self.shapes]
+        return tuple(
+            Stage((f"stage{n}",), channels, math.prod(strides[: n + 1])) for n, (channels, _) in enumerate(self.shapes)
+        )
+
+    def __setstate__(self, state: dict) -> None:
+        """Take pickles of before there were backbones."""
+        super().__setstate__(state)
+        names = self.__dict__.pop("stages", None)
+        if names is not None:
+            first = [
+                next(m for m in getattr(self, n).modules() if isinstance(m, nn.Conv2d)) for n in ("stage0", *names)
+            ]
+            self.shapes = [(conv.out_channels, conv.stride[0]) for conv in first]
+
+
+def _check_strides(strides: Sequence[int], count: int) -> None:
+    if len(strides) != count or any(type(stride) is not int or stride < 1 for stride in strides):
+        raise ValueError(
+            f"strides must be {count} whole numbers of at least 1, of stage0 and of the first block of each stage, got "
+            f"{tuple(strides)}"
+        )
 
 
 def _build(
     blocks: Sequence[int],
     widths: Sequence[int],
-    strides: Sequence[int],
+    usual: Sequence[int],
+    strides: Sequence[int] | None,
     mode: str,
     num_classes: int,
     se: bool,
@@ -112,7 +138,7 @@ def _build(
     in_channels: int,
 ) -> nn.Module:
     scales = scales_of_mode(mode, scales, "repvgg")
-    target = RepOptVGG(blocks, widths, strides, num_classes, in_channels, se)
+    target = RepOptVGG(blocks, widths, usual if strides is None else strides, num_classes, in_channels, se)
     if mode == "hs":
         return csla.hyper_search_model(target)
     if mode == "csla":
@@ -127,20 +153,24 @@ def repopt_vgg_b1(
     scales: ScalesOrPath = None,
     *,
     in_channels: int = 3,
+    strides: Sequence[int] | None = None,
 ) -> nn.Module:
     """RepOpt-VGG-B1, 51.84 M parameters as target  # [N, in_channels, H, W] -> [N, num_classes]
 
-    Every stage halves H and W.
+    Every stage halves H and W, unless `strides` says otherwise.
 
     Args:
-        mode:   'target' (plain), 'hs' (Hyper-Search), 'csla' (explicit CSLA, needs `scales`) or 'repvgg' (a norm in
-                each branch).
-        se:     squeeze-and-excitation after every ReLU.
-        scales: branch scales for mode 'csla': Scales, or the path of a scales file.
+        mode:    'target' (plain), 'hs' (Hyper-Search), 'csla' (explicit CSLA, needs `scales`) or 'repvgg' (a norm in
+                 each branch).
+        se:      squeeze-and-excitation after every ReLU.
+        scales:  branch scales for mode 'csla': Scales, or the path of a scales file.
+        strides: five numbers, of stage0 and of the first block of each stage. None: 2, 2, 2, 2, 2. RepOptimizers,
+                 Table 6, has 2, 2, 1, 2, 1 and 2, 1, 2, 1, 1 too.
 
-    Raises ValueError for another mode, and for scales that are missing, superfluous, or do not fit.
+    Raises ValueError for another mode, for scales that are missing, superfluous, or do not fit, and for strides of
+    another number or below 1.
     """
-    return _build((4, 6, 16, 1), (128, 256, 512, 2048), _HALVED, mode, num_classes, se, scales, in_channels)
+    return _build((4, 6, 16, 1), (128, 256, 512, 2048), _HALVED, strides, mode, num_classes, se, scales, in_channels)
 
 
 def repopt_vgg_b2(
@@ -150,9 +180,10 @@ def repopt_vgg_b2(
     scales: ScalesOrPath = None,
     *,
     in_channels: int = 3,
+    strides: Sequence[int] | None = None,
 ) -> nn.Module:
     """RepOpt-VGG-B2, 80.33 M parameters as target. Arguments as `repopt_vgg_b1`."""
-    return _build((4, 6, 16, 1), (160, 320, 640, 2560), _HALVED, mode, num_classes, se, scales, in_channels)
+    return _build((4, 6, 16, 1), (160, 320, 640, 2560), _HALVED, strides, mode, num_classes, se, scales, in_channels)
 
 
 def repopt_vgg_l1(
@@ -162,9 +193,10 @@ def repopt_vgg_l1(
     scales: ScalesOrPath = None,
     *,
     in_channels: int = 3,
+    strides: Sequence[int] | None = None,
 ) -> nn.Module:
     """RepOpt-VGG-L1, 76.04 M parameters as target. Arguments as `repopt_vgg_b1`."""
-    return _build((8, 14, 24, 1), (128, 256, 512, 2048), _HALVED, mode, num_classes, se, scales, in_channels)
+    return _build((8, 14, 24, 1), (128, 256, 512, 2048), _HALVED, strides, mode, num_classes, se, scales, in_channels)
 
 
 def repopt_vgg_l2(
@@ -174,9 +206,10 @@ def repopt_vgg_l2(
     scales: ScalesOrPath = None,
     *,
     in_channels: int = 3,
+    strides: Sequence[int] | None = None,
 ) -> nn.Module:
     """RepOpt-VGG-L2, 118.13 M parameters as target. Arguments as `repopt_vgg_b1`."""
-    return _build((8, 14, 24, 1), (160, 320, 640, 2560), _HALVED, mode, num_classes, se, scales, in_channels)
+    return _build((8, 14, 24, 1), (160, 320, 640, 2560), _HALVED, strides, mode, num_classes, se, scales, in_channels)
 
 
 def repopt_vgg_small(
@@ -186,13 +219,14 @@ def repopt_vgg_small(
     scales: ScalesOrPath = None,
     *,
     in_channels: int = 3,
+    strides: Sequence[int] | None = None,
 ) -> nn.Module:
     """A RepOpt-VGG for images of 32 x 32 and less. Arguments as `repopt_vgg_b1`.
 
-    stage0 keeps the size, stage1 and stage2 halve it. Three of its six blocks have a shortcut. The blocks have 0.1 M
-    parameters.
+    stage0 keeps the size, stage1 and stage2 halve it: `strides` are three numbers, 1, 2, 2 where None. Three of its six
+    blocks have a shortcut. The blocks have 0.1 M parameters.
     """
-    return _build((2, 3), (32, 64), (1, 2, 2), mode, num_classes, se, scales, in_channels)
+    return _build((2, 3), (32, 64), (1, 2, 2), strides, mode, num_classes, se, scales, in_channels)
 
 
 def repopt_vgg_deep(
@@ -202,11 +236,12 @@ def repopt_vgg_deep(
     scales: ScalesOrPath = None,
     *,
     in_channels: int = 3,
+    strides: Sequence[int] | None = None,
 ) -> nn.Module:
     """A narrow RepOpt-VGG of 17 convolutions for small images. Arguments as `repopt_vgg_b1`.
 
     Plain networks of this depth are hard to train, so that a second of training shows what branches and Grad Mults are
-    for. stage0 keeps the size, stage1 and stage2 halve it. 14 of its 17 blocks have a shortcut. The blocks have 0.1 M
-    parameters.
+    for. stage0 keeps the size, stage1 and stage2 halve it: `strides` are three numbers, 1, 2, 2 where None. 14 of its
+    17 blocks have a shortcut. The blocks have 0.1 M parameters.
     """
-    return _build((8, 8), (16, 32), (1, 2, 2), mode, num_classes, se, scales, in_channels)
+    return _build((8, 8), (16, 32), (1, 2, 2), strides, mode, num_classes, se, scales, in_channels)

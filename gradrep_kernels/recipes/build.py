@@ -14,13 +14,15 @@ from gradrep_kernels.optim import param_groups
 from gradrep_kernels.recipes import interrupts
 from gradrep_kernels.recipes.data import Data
 from gradrep_kernels.recipes.loader import derived_seed
-from gradrep_kernels.recipes.options import MODELS, Options
+from gradrep_kernels.recipes.networks import make_network
+from gradrep_kernels.recipes.options import Options
 from gradrep_kernels.recipes.table import OPTIMIZERS, OptimizerKind, Recipe
 from gradrep_kernels.sgs import SpatialGradientScaling, alpha_beta_scaling
 
 __all__ = ["Trainee", "build", "multiplier_bytes", "plain_model", "search_model"]
 
 _INITIALISATION = 1  # a purpose for derived_seed
+_LARGE = 64  # pixels: from this side on ResNets have the stem for ImageNet, which leaves 1 / 32 of it
 
 
 @dataclass
@@ -44,7 +46,15 @@ def plain_model(options: Options, data: Data, seed: int) -> nn.Module:
     --branches, where it was given.
     """
     torch.manual_seed(derived_seed(seed, _INITIALISATION))
-    model = MODELS[options.model](num_classes=len(data.classes), in_channels=data.channels)
+    model = make_network(
+        options.model,
+        num_classes=len(data.classes),
+        in_channels=data.channels,
+        strides=options.strides,
+        se=options.se,
+        head_width=options.head_width,
+        stem="imagenet" if data.side >= _LARGE else "cifar",
+    )
     if options.branches is not None:
         model.branch_form = BranchForm(options.branches)
     if options.hs_init is not None:

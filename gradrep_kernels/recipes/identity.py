@@ -25,9 +25,6 @@ def identity_ratios(options: Options, data: Data) -> dict[str, dict[str, float]]
     Source: RepOptimizers, Figure 4. The starts are that of `--hs-init`, `depth` and 1. Nothing for a network without
     identities. Norms take their statistics from the batch of training images that is seen.
     """
-    measure = getattr(csla, "identity_variance_ratio", None)
-    if measure is None:
-        return {}
     starts = dict.fromkeys((*((options.hs_init,) if options.hs_init is not None else ()), *_STARTS))
     found = {}
     with repeatable(options.threads, "cpu"), torch.no_grad():
@@ -36,7 +33,7 @@ def identity_ratios(options: Options, data: Data) -> dict[str, dict[str, float]]
             at_start = dataclasses.replace(options.of_search(), hs_init=start, device="cpu")
             model = search_model(at_start, data).model.train()
             try:
-                found[_shown(start)] = measure(model, x)
+                found[_shown(start)] = csla.identity_variance_ratio(model, x)
             except ValueError:
                 return {}
     return found

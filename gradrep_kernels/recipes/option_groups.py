@@ -16,15 +16,14 @@ from gradrep_kernels.recipes.augmentation import AUGMENTATIONS
 from gradrep_kernels.recipes.cores import cores, free_processes
 from gradrep_kernels.recipes.data import FOLDER_SIDE, DataSource
 from gradrep_kernels.recipes.declare import TRAIN, absolute_path, at_least, between, one_of, option, some_of
+from gradrep_kernels.recipes.networks import MODELS, check_model
 from gradrep_kernels.recipes.presets import PRESETS
 from gradrep_kernels.recipes.readers import (
     ABOVE_0,
     BELOW_1,
-    MODELS,
     check_device,
     check_rates,
     read_branches,
-    read_model,
     read_numbers,
     read_preset,
     read_rates,
@@ -74,12 +73,16 @@ class Subject:
         "a small whole job in one process, for a first look at digits: other defaults, named as quick in this list",
         False, commands=TRAIN, default_help="the whole job",
     )  # fmt: skip
-    model: str = option(", ".join(MODELS), "small", metavar="MODEL", reader=read_model, digits="deep")
+    model: str = option(
+        f"{', '.join(MODELS)}, or timm:NAME", "small", metavar="MODEL", reader=check_model, digits="deep"
+    )
     strides: tuple[int, ...] | None = option(
         "of stage0 and of the first block of each stage of a RepOpt-VGG (RepOptimizers, Table 6)",
         default_help="the model's", reader=read_numbers, earlier=None,
     )  # fmt: skip
-    se: bool = option("squeeze-and-excitation after every ReLU of a RepOpt-VGG", False, earlier=False)
+    se: bool = option(
+        "squeeze-and-excitation after every ReLU of a RepOpt-VGG, or in every block of a ResNet", False, earlier=False
+    )
     head_width: int | None = option(
         "a hidden layer of so many ReLUs before the classes of a VGG", check=at_least(1), default_help="none",
         earlier=None,

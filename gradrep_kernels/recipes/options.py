@@ -13,6 +13,7 @@ from gradrep_kernels.recipes.cores import cores
 from gradrep_kernels.recipes.data import DataSource
 from gradrep_kernels.recipes.declare import NEW, Option, shown
 from gradrep_kernels.recipes.errors import InputError
+from gradrep_kernels.recipes.networks import MODELS, SETTINGS, check_settings, has_setting
 from gradrep_kernels.recipes.option_groups import (
     GROUPS,
     SEARCHED,
@@ -24,7 +25,6 @@ from gradrep_kernels.recipes.option_groups import (
     Training,
 )
 from gradrep_kernels.recipes.presets import PRESETS, preset_for
-from gradrep_kernels.recipes.readers import MODELS
 from gradrep_kernels.recipes.table import OPTIMIZERS, Recipe, chosen_rows
 
 __all__ = ["MODELS", "OPTIONS", "Options", "resolve"]
@@ -86,6 +86,7 @@ class Options(Machine, Scaling, Search, Pictures, Training, Subject):  # datacla
             raise InputError(f"--lr {shown(self.lr)}: a Hyper-Search alone takes one learning rate")
         if len(self.lr) > 1 and not self.validation:
             raise InputError(f"--validation must be above 0 to choose among --lr {shown(self.lr)}")
+        check_settings(self.model, **{name: getattr(self, name) for name in SETTINGS})
         if self.nesterov and not self.momentum:
             raise InputError("--nesterov needs a --momentum above 0, got 0")
         if self.accumulate > 1 and self.batch_size % self.accumulate:
@@ -198,6 +199,8 @@ def resolve(given: Mapping[str, Any], search: bool = False) -> Options:
         settings.pop("lr", None)
     if search:
         values.setdefault("lr", settings.get("lr", (_SEARCH_RATE,)))
+    if values.get("model") is not None:  # The preset's network has settings that this one may not have.
+        settings = {n: v for n, v in settings.items() if n not in SETTINGS or has_setting(values["model"], n)}
     for name, declared in OPTIONS.items():
         if values.get(name) is not None:
             declared.check_kind(kind)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from gradrep_kernels import models
 from gradrep_kernels.branches.presets import preset as branch_preset
 from gradrep_kernels.recipes.declare import Check, number, one_of, some_of
 from gradrep_kernels.recipes.errors import InputError
@@ -17,11 +15,9 @@ from gradrep_kernels.recipes.table import RECIPES, RIVALS, in_all
 __all__ = [
     "ABOVE_0",
     "BELOW_1",
-    "MODELS",
     "check_device",
     "check_rates",
     "read_branches",
-    "read_model",
     "read_numbers",
     "read_preset",
     "read_rates",
@@ -29,19 +25,8 @@ __all__ = [
     "read_start",
 ]
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "small": models.repopt_vgg_small,
-    "deep": models.repopt_vgg_deep,
-    **{name: getattr(models, name) for name in models.__all__ if not name.endswith("_model")},
-}
-
 ABOVE_0 = number(lambda value: 0 < value < float("inf"), "a number above 0")
 BELOW_1 = number(lambda value: 0 <= value < 1, "in [0, 1)")
-
-
-def read_model(flag: str, value: str) -> str:
-    """The full name of a model. 'small' is short for 'repopt_vgg_small', 'deep' for 'repopt_vgg_deep'."""
-    return MODELS[one_of(MODELS)(flag, value)].__name__
 
 
 def read_branches(flag: str, value: str) -> str:

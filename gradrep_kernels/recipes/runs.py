@@ -232,7 +232,7 @@ def _read_again(folder: Path, given: Mapping[str, Any], search: bool) -> tuple[O
 
 def base_name(options: Options) -> str:
     """The default name of a run, without a number."""
-    name = f"{options.data.kind}-{options.model.removeprefix('repopt_vgg_')}"
+    name = f"{options.data.kind}-{options.model.removeprefix('repopt_vgg_').replace(':', '-')}"
     if options.branches is not None:
         name += "-" + options.branches.replace(":", "")  # No folder on Windows has a colon in its name.
     return name if options.recipe else f"{name}-search"

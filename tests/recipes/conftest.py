@@ -27,7 +27,7 @@ def data(source):
 
 @pytest.fixture
 def options(source):
-    return resolve({"data": source, **TINY, "sgs_alpha": 1.7, "sgs_beta": 5.0})
+    return resolve({"data": source, **TINY, "recipe": ("all",), "sgs_alpha": 1.7, "sgs_beta": 5.0})
 
 
 @pytest.fixture

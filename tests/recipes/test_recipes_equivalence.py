@@ -39,7 +39,7 @@ def test_the_check_sees_a_broken_rule(options, data, scales, monkeypatch, broken
 
 
 def test_a_training_that_diverges_has_no_figures(data, options, scales):
-    wild = resolve({**TINY, "data": str(options.data), "check_steps": 12, "lr": 1e200})
+    wild = resolve({**TINY, "data": str(options.data), "check_steps": 12, "search_lr": 1e200})
     result = csla_equals_gr(wild, data, scales)
     assert (result["steps"], result["lr"], result["agrees"]) == (12, 1e200, False)
     assert (result["outputs"], result["weights"], result["at_search_lr"]) == (None, None, None)
@@ -78,4 +78,4 @@ def test_constant_branches_are_compared_without_weight_decay(data, options):
     result = csla_equals_gr(constant, data, initial_scales(plain_model(constant, data, 0)))
     assert (result["weight_decay"], result["agrees"], result["lr"]) == (0.0, True, 0.1)
     plain = csla_equals_gr(options, data, initial_scales(plain_model(options, data, 0)))
-    assert plain["weight_decay"] == 5e-4
+    assert plain["weight_decay"] == options.weight_decay > 0

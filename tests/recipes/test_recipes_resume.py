@@ -164,7 +164,7 @@ def test_resume_without_a_name_takes_the_last_default_one(source, tmp_path, monk
         patch.setattr(metrics, "append", stopped)
         assert main(arguments) == 130
     assert not (tmp_path / "cifar10-small-2" / "summary.json").exists()
-    assert main(["train", "--data", source, "--out", str(tmp_path), "--resume"]) == 0
+    assert main(["train", "--data", source, "--model", "small", "--out", str(tmp_path), "--resume"]) == 0
     assert (tmp_path / "cifar10-small-2" / "summary.json").exists()
     assert_same_tensors(
         *(tensors(tmp_path / name / "weights" / "sgd-seed0.pt") for name in ("cifar10-small", "cifar10-small-2"))

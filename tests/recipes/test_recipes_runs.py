@@ -114,7 +114,7 @@ def test_a_recipe_is_one_row_of_the_table(source, tmp_path, monkeypatch):
 
 
 def test_search_writes_scales_that_train_takes(source, finished, tmp_path, capsys):
-    of_search = {name: TINY[name] for name in ("batch_size", "search_epochs", "warmup", "threads")}
+    of_search = {name: TINY[name] for name in ("model", "schedule", "batch_size", "search_epochs", "warmup", "threads")}
     output = tmp_path / "mine.pt"
     search = ["search", "--data", source, "--out", str(tmp_path), *as_arguments(of_search), "--output", str(output)]
     assert main(search) == 0

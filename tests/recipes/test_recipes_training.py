@@ -13,7 +13,7 @@ from torch.optim.swa_utils import update_bn
 import gradrep_kernels as gr
 from gradrep_kernels import csla
 from gradrep_kernels.recipes.build import build
-from gradrep_kernels.recipes.options import resolve
+from gradrep_kernels.recipes.options import MODELS, resolve
 from gradrep_kernels.recipes.schedules import learning_rate
 from gradrep_kernels.recipes.table import RECIPES
 from gradrep_kernels.recipes.training import accuracies, accuracy, averaged, repeatable, train_epoch
@@ -78,10 +78,7 @@ def test_clipping_uses_the_norm_of_the_branches(options, data, scales, monkeypat
         exact[name] = gr.BranchScales(value.kxk.double(), value.one_by_one.double(), identity)
     doubled = type(data.train)(data.train.labels, lambda indices: data.train.read(indices).double())
     double = type(data)(data.name, doubled, data.test, data.classes, data.side, data.mean.double(), data.std.double())
-    monkeypatch.setattr(
-        "gradrep_kernels.recipes.build.MODELS",
-        {"repopt_vgg_small": lambda **shape: gr.models.repopt_vgg_small(**shape).double()},
-    )
+    monkeypatch.setitem(MODELS, "repopt_vgg_small", lambda **shape: gr.models.repopt_vgg_small(**shape).double())
     explicit, target = (build(RECIPES[recipe], clipped, double, exact, 0, 0.1) for recipe in ("csla", "repopt"))
     for trainee in (explicit, target):
         train_epoch(trainee, double, clipped, 0, 0, 1, lambda: None)

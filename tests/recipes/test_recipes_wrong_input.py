@@ -30,7 +30,8 @@ def wrong_cases(source, tmp_path, finished):
     (tmp_path / "full" / "thesis.txt").write_text("the only copy")
     ours = ["--out", str(tmp_path)]
     theirs = ["--out", str(finished.parent), "--name", finished.name]
-    train, search = ["train", *ours, "--data", source], ["search", *ours, "--data", source]
+    with_data = [*ours, "--data", source, "--model", "small"]
+    train, search = ["train", *with_data], ["search", *with_data]
     again = ["train", *theirs, "--resume"]
     return {
         "no kind of data": (["train", *ours, "--data", "mnist"], "--data must be digits, cifar10:DIR,"),
@@ -126,7 +127,7 @@ def test_scales_of_some_convolutions_are_refused_in_the_words_of_the_commands(so
     some = tmp_path / "some.pt"
     flat = tensors(finished / "scales.pt")
     torch.save({name: tensor for name, tensor in flat.items() if not name.startswith(("stage0", "stage1"))}, some)
-    assert main(["train", "--data", source, "--out", str(tmp_path), "--scales", str(some)]) == 2
+    assert main(["train", "--data", source, "--model", "small", "--out", str(tmp_path), "--scales", str(some)]) == 2
     err = capsys.readouterr().err
     missing = sorted({name.split(".scale_")[0] for name in flat if name.startswith(("stage0", "stage1"))})
     assert all(f"{name}: missing" in err for name in missing[:3])

@@ -47,6 +47,9 @@ def write_tiny_cifar10(folder: Path) -> Path:
 TINY = {
     "model": "small",
     "schedule": "cosine",
+    "search_schedule": "cosine",
+    "search_warmup": 1,
+    "search_batch_size": 10,
     "batch_size": 10,
     "epochs": 2,
     "search_epochs": 2,

@@ -1,0 +1,141 @@
+"""The networks that the commands train: from the text of --model to a module."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradrep_kernels import models
+from gradrep_kernels.recipes.errors import InputError
+
+__all__ = ["MODELS", "SETTINGS", "TIMM", "check_model", "check_settings", "has_setting", "make_network"]
+
+_NO_NETWORKS = ("features",)
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "small": models.repopt_vgg_small,
+    "deep": models.repopt_vgg_deep,
+    **{
+        name: getattr(models, name)
+        for name in models.__all__
+        if not name.endswith("_model") and name not in _NO_NETWORKS
+    },
+}
+"""The networks of this package by name. Each takes num_classes and in_channels, and some take more."""
+
+SETTINGS = ("strides", "se", "head_width")
+"""Options that some of the models have."""
+
+TIMM = "timm:"
+"""What stands before the name of a network of timm."""
+
+
+def check_model(flag: str, text: str) -> str:
+    """Return the full name of a model: a function of `gradrep_kernels.models`, or 'timm:NAME'.
+
+    'small' is short for 'repopt_vgg_small', 'deep' for 'repopt_vgg_deep'. Raises InputError that begins with the flag
+    where there is no such model, with the nearest names, and where timm is needed and missing.
+    """
+    if text.startswith(TIMM):
+        name = text.removeprefix(TIMM)
+        timm = _timm(flag, text)
+        if not timm.is_model(name):
+            near = difflib.get_close_matches(name, timm.list_models(), n=3)
+            hint = f"; near it are {', '.join(TIMM + other for other in near)}" if near else ""
+            raise InputError(f"{flag}: timm {timm.__version__} has no model {name!r}{hint}")
+        return text
+    if text not in MODELS:
+        near = difflib.get_close_matches(text, MODELS, n=3)
+        hint = f"; near it are {', '.join(near)}" if near else ""
+        raise InputError(f"{flag} must be one of {', '.join(MODELS)}, or timm:NAME, got {text!r}{hint}")
+    return MODELS[text].__name__
+
+
+def has_setting(name: str, setting: str) -> bool:
+    """Whether a model, as `check_model` names it, has one of the settings 'strides', 'se' and 'head_width'."""
+    return not name.startswith(TIMM) and _takes(MODELS[name], setting)
+
+
+def check_settings(
+    name: str, *, strides: Sequence[int] | None = None, se: bool = False, head_width: int | None = None
+) -> None:
+    """Raise InputError, naming the flag, for a setting that the model does not have or does not accept."""
+    settings = _given(name, strides, se, head_width)
+    if settings:
+        with torch.device("meta"):  # draws no random numbers
+            _make(name, settings)
+
+
+def make_network(
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int,
+    strides: Sequence[int] | None = None,
+    se: bool = False,
+    head_width: int | None = None,
+    stem: str | None = None,
+) -> nn.Module:
+    """Draw a network from the default generator.
+
+    Args:
+        name:       as `check_model` returns it.
+        strides:    of RepOpt-VGG's stages (--strides), None for the model's own.
+        se:         squeeze-and-excitation in each block (--se).
+        head_width: features of a hidden linear layer of VGG (--head-width).
+        stem:       'cifar' or 'imagenet', for models with both. The others ignore it, for it is no user's choice.
+
+    Raises InputError, naming the flag, for a setting that the model does not have or does not accept, and where timm is
+    needed and missing.
+    """
+    settings = _given(name, strides, se, head_width)
+    if name.startswith(TIMM):
+        timm = _timm("--model", name)
+        return timm.create_model(
+            name.removeprefix(TIMM), pretrained=False, num_classes=num_classes, in_chans=in_channels
+        )
+    if stem is not None and _takes(MODELS[name], "stem"):
+        settings["stem"] = stem
+    return _make(name, {"num_classes": num_classes, "in_channels": in_channels, **settings})
+
+
+def _given(name: str, strides: Sequence[int] | None, se: bool, head_width: int | None) -> dict[str, Any]:
+    """The settings that were given. Raises InputError where the model has no such setting."""
+    wanted = {"strides": strides, "se": se or None, "head_width": head_width}
+    settings = {setting: value for setting, value in wanted.items() if value is not None}
+    for setting in settings:
+        if not has_setting(name, setting):
+            having = ", ".join(other for other in MODELS if has_setting(other, setting))
+            raise InputError(f"{_flag(setting)} is for the models {having}; {name} has no such setting")
+    return settings
+
+
+def _make(name: str, settings: Mapping[str, Any]) -> nn.Module:
+    try:
+        return MODELS[name](**settings)
+    except ValueError as reason:
+        named = next((setting for setting in settings if str(reason).startswith(setting)), None)
+        if named is None:
+            raise
+        raise InputError(f"{_flag(named)}{str(reason).removeprefix(named)}") from None
+
+
+def _flag(setting: str) -> str:
+    return "--" + setting.replace("_", "-")
+
+
+def _takes(maker: Callable[..., nn.Module], setting: str) -> bool:
+    return setting in inspect.signature(maker).parameters
+
+
+def _timm(flag: str, text: str) -> ModuleType:
+    try:
+        import timm
+    except ImportError as reason:  # torchvision may be what is missing, or what does not fit this torch
+        raise InputError(f"{flag} {text} needs timm: pip install timm ({reason})") from None
+    return timm
