@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import shlex
 import signal
 from pathlib import Path
 
@@ -377,6 +379,23 @@ def test_options_of_all_points_are_printed(source, tmp_path, capsys):
     assert main(sweep_arguments(source, tmp_path, "x", "--sweep", "sgs-k=1,4", "--print-options")) == 0
     printed = json.loads(capsys.readouterr().out)
     assert {name: options["sgs_k"] for name, options in printed.items()} == {"sgs-k=1": 1.0, "sgs-k=4": 4.0}
+    assert not list(tmp_path.iterdir())
+
+
+PAGES = Path(__file__).resolve().parents[2] / "docs"
+
+
+def commands_of(page):
+    text = (PAGES / page).read_text(encoding="utf-8") if PAGES.exists() else ""
+    return re.findall(r"(?:`|^    )gradrep (train [^`\n]*--sweep [^`\n]*)", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [*commands_of("howto/sweeps.md"), *commands_of("experiments.md")])
+def test_sweeps_of_the_pages_are_resolved(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    assert main([*shlex.split(command), "--print-options"]) == 0, capsys.readouterr().err
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed) > 1
     assert not list(tmp_path.iterdir())
 
 
