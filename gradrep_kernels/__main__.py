@@ -1,4 +1,4 @@
-"""python -m gradrep_kernels train | search | env"""
+"""python -m gradrep_kernels train | search | quantize | costs | env"""
 
 from gradrep_kernels.cli import entry
 

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 from gradrep_kernels.csla import load_scales, save_scales
 from gradrep_kernels.recipes import files, interrupts
+from gradrep_kernels.recipes.costs.page import costs_page
+from gradrep_kernels.recipes.costs.run import COSTS, INFERENCE_BATCHES, costs_of_run
 from gradrep_kernels.recipes.data import KINDS
 from gradrep_kernels.recipes.declare import Option
 from gradrep_kernels.recipes.environment import environment, environment_text, version_line
@@ -22,6 +24,9 @@ from gradrep_kernels.recipes.errors import WRITE_ERRORS, InputError, OutputError
 from gradrep_kernels.recipes.job import run_job
 from gradrep_kernels.recipes.options import OPTIONS, resolve
 from gradrep_kernels.recipes.progress import Reporter
+from gradrep_kernels.recipes.quantize import quantize, run_folder
+from gradrep_kernels.recipes.quantize_report import closing_lines as quantized_lines
+from gradrep_kernels.recipes.quantize_settings import SETTINGS, chosen_settings
 from gradrep_kernels.recipes.report import closing_lines, scales_line
 from gradrep_kernels.recipes.runs import SCALES, Run, open_run
 from gradrep_kernels.recipes.sweep import Sweep, is_sweep, open_sweep, run_sweep
@@ -126,7 +131,9 @@ def _parsers(prog: str) -> tuple[_Parser, dict[str, _Parser]]:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="versions of this package and of torch, in one line")
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="train | search | env")
+    commands = parser.add_subparsers(
+        dest="command", title="commands", metavar="train | search | quantize | costs | env"
+    )
     train = _add_run(commands, "train", "search scales, then train with each recipe and compare")
     train.add_argument(
         "--sweep",
@@ -143,11 +150,45 @@ def _parsers(prog: str) -> tuple[_Parser, dict[str, _Parser]]:
     search.add_argument(
         "--output", type=_path, metavar="FILE", help=f"the scales file; default: {SCALES} in the run's folder"
     )
+    quantized = _add_quantize(commands)
+    costs = commands.add_parser(
+        "costs", help="what each recipe of a finished run costs: speed, memory, multiply-adds", allow_abbrev=False
+    )
+    costs.add_argument("run", type=_path, metavar="RUN", help="the folder of the run")
+    costs.add_argument("--device", default=argparse.SUPPRESS, help="cpu, cuda or cuda:N; default: the run's")
+    costs.add_argument(
+        "--memory",
+        **_SETTINGS_OF_TYPE[float],
+        default=argparse.SUPPRESS,
+        help="GiB that a step may take on the CPU; default: no largest batch is looked for",
+    )
+    costs.add_argument(
+        "--inference-batches",
+        **_SETTINGS_OF_TYPE[tuple],
+        default=argparse.SUPPRESS,
+        help=f"batch sizes of the deployed network; default: {','.join(map(str, INFERENCE_BATCHES))}",
+    )
     env = commands.add_parser(
         "env", help="versions, devices, and which implementation serves each op", allow_abbrev=False
     )
     env.add_argument("--json", action="store_true", help="as JSON; default: text")
-    return parser, {"train": train, "search": search, "env": env}
+    return parser, {"train": train, "search": search, "quantize": quantized, "costs": costs, "env": env}
+
+
+def _add_quantize(commands: Any) -> _Parser:
+    help_text = "trained networks of a run in few bits: accuracies, spread of the weights, pictures"
+    parser = commands.add_parser(
+        "quantize", help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "run", type=_path, metavar="RUN", help="folder of a finished run of `train`, or its name in --out"
+    )
+    for option in SETTINGS.values():
+        _add_option(parser, option, [])
+    parser.add_argument(
+        "--out", type=_path, default=Path("runs"), metavar="DIR", help="folder of all runs; default: %(default)s"
+    )
+    return parser
 
 
 def _nearest(given: str, names: Iterable[str]) -> str:
@@ -230,7 +271,7 @@ def _run(given: dict[str, Any]) -> int:
         return _print(version_line())
     if command is None:
         return _print(given["help"])
-    return {"train": _train, "search": _search, "env": _env}[command](given)
+    return {"train": _train, "search": _search, "quantize": _quantize, "costs": _costs, "env": _env}[command](given)
 
 
 def _said(wrong: Exception) -> str:
@@ -343,6 +384,18 @@ def _search(given: dict[str, Any]) -> int:
             with files.writing(output):
                 save_scales(load_scales(run.folder / SCALES), output)
     return _print(f"{scales_line(summary)}\nWritten to {output or run.folder / SCALES}.")
+
+
+def _quantize(given: dict[str, Any]) -> int:
+    folder = run_folder(given.pop("run"), given.pop("out"))
+    summary = quantize(folder, chosen_settings(given), Reporter())
+    return _print("\n".join([*quantized_lines(summary), f"Written to {folder}; begin with quantize.md there."]))
+
+
+def _costs(given: dict[str, Any]) -> int:
+    folder = given.pop("run")
+    costs = costs_of_run(folder, given, Reporter().line)
+    return _print(f"{costs_page(costs)}\nWritten to {folder / COSTS}.json and .md.")
 
 
 def _env(given: dict[str, Any]) -> int:

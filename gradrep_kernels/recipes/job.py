@@ -15,6 +15,7 @@ from typing import Any
 
 from gradrep_kernels.recipes import files, metrics
 from gradrep_kernels.recipes.build import plain_model
+from gradrep_kernels.recipes.costs.run import COSTS, cost_settings, write_costs
 from gradrep_kernels.recipes.declare import shown
 from gradrep_kernels.recipes.equivalence import csla_equals_gr
 from gradrep_kernels.recipes.errors import InputError
@@ -44,7 +45,11 @@ def run_job(run: Run, reporter: Reporter) -> dict[str, Any]:
     Returns the summary, which summary.json holds too.
     """
     try:
-        return _RunningJob(run, reporter).run()
+        summary = _RunningJob(run, reporter).run()
+        if run.options.costs and not (run.folder / f"{COSTS}.json").exists():
+            reporter.line(f"{run.folder}: what each recipe costs")
+            write_costs(run, cost_settings(run.options), summary, reporter.doing)
+        return summary
     finally:
         split_data.cache_clear()  # The data may change before the next job of this process.
         reporter.close()

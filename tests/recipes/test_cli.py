@@ -39,7 +39,7 @@ def test_env_as_json(capsys):
 
 USAGE = {
     "command": (["trian"], "'trian' is no command; did you mean train?"),
-    "nothing like a command": (["x"], "'x' is no command; there are train, search, env"),
+    "nothing like a command": (["x"], "'x' is no command; there are train, search, quantize, costs, env"),
     "option": (["train", "--epoch", "3"], "`train` takes no --epoch; did you mean --epochs?"),
     "option with its value": (["train", "--sgs_every=3"], "`train` takes no --sgs_every; did you mean --sgs-every?"),
     "option of another command": (["search", "--epochs", "3"], "did you mean --search-epochs?"),

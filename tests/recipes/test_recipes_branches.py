@@ -64,8 +64,8 @@ def test_a_search_and_a_training_with_other_branches(tmp_path, capsys):
     assert main(["search", *as_arguments({**of_search, "threads": 1}), *ours, "--output", str(output)]) == 0
     assert (tmp_path / "digits-small-acb-search").is_dir()
     assert {tuple(value.tensors()) for value in csla.load_scales(output).values()} == {("conv", "1x3", "3x1")}
-    in_batches = {"search_batch_size": DIGITS["batch_size"]}
-    arguments = as_arguments({**TINY, **DIGITS, **in_batches, "lr": 0.1, "recipe": "repopt"})
+    its_search = {"search_batch_size": DIGITS["batch_size"], "search_warmup": 0}
+    arguments = as_arguments({**TINY, **DIGITS, **its_search, "lr": 0.1, "recipe": "repopt"})
     assert main(["train", *arguments, *ours]) == 0
     assert main(["train", *arguments, *ours, "--scales", str(output), "--check-steps", "0"]) == 0
     searched, given = tmp_path / "digits-small-acb", tmp_path / "digits-small-acb-2"

@@ -1,0 +1,234 @@
+"""The costs of a run's rows: costs.json and costs.md in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradrep_kernels import csla
+from gradrep_kernels.recipes import files
+from gradrep_kernels.recipes.build import Trainee, build
+from gradrep_kernels.recipes.cores import processor
+from gradrep_kernels.recipes.costs.memory import MOST_IMAGES, Maker, Step
+from gradrep_kernels.recipes.costs.page import costs_page
+from gradrep_kernels.recipes.costs.rows import CostSettings, costs_of
+from gradrep_kernels.recipes.data import Data
+from gradrep_kernels.recipes.declare import between
+from gradrep_kernels.recipes.environment import versions
+from gradrep_kernels.recipes.errors import InputError
+from gradrep_kernels.recipes.loader import Loader
+from gradrep_kernels.recipes.options import Options
+from gradrep_kernels.recipes.readers import ABOVE_0, check_device, read_numbers
+from gradrep_kernels.recipes.runs import Run, open_run
+from gradrep_kernels.recipes.table import Recipe
+from gradrep_kernels.recipes.training import epoch_batches, train_step
+from gradrep_kernels.recipes.trainings import searched_scales
+from gradrep_kernels.recipes.validation import hold_out
+from gradrep_kernels.wrappers import plain_name, unwrapped
+
+__all__ = ["COSTS", "INFERENCE_BATCHES", "cost_settings", "costs_of_run", "write_costs"]
+
+COSTS = "costs"
+"""The name of both files in the folder of a run."""
+INFERENCE_BATCHES = (1, 128)
+_SUMMARY, _WEIGHTS = "summary.json", "weights"  # What a finished run has.
+_TEST_IMAGES = 32
+_BATCHES = 4  # Different ones, so that no step finds its images in a cache.
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_COUNTED = {
+    "cpu": "the most bytes that torch's allocator has handed out at one time during a step (network, optimizer, batch, "
+    "activations, gradients, and what is given back within the step), without Python, torch and oneDNN's scratch",
+    "cuda": "torch.cuda.max_memory_allocated of a step, less what was there before the row's network: without the "
+    "context, and without blocks that the allocator keeps for later",
+}
+
+
+def cost_settings(
+    options: Options,
+    device: str | None = None,
+    memory: float | None = None,
+    inference_batches: Sequence[str | int] = INFERENCE_BATCHES,
+) -> CostSettings:
+    """The settings for a run with these options.
+
+    Args:
+        device: another one than the run's.
+        memory: GiB that a step may take on the CPU, where the largest batch is looked for.
+
+    Raises InputError that names the flag.
+    """
+    device = options.device if device is None else device
+    check_device("--device", device)
+    if memory is not None:
+        ABOVE_0("--memory", memory)
+        if torch.device(device).type == "cuda":
+            raise InputError(f"--memory is for the CPU, on {device} the device's memory is the limit")
+    batches = read_numbers("--inference-batches", inference_batches)
+    between(1, MOST_IMAGES)("--inference-batches", max(batches))
+    return CostSettings(
+        device=device,
+        threads=options.threads,
+        memory=None if memory is None else int(memory * 2**30),
+        inference_batches=tuple(dict.fromkeys(batches)),
+        dtypes=(torch.float32, *([_DTYPES[options.amp]] if options.amp else [])),
+        channels_last=options.channels_last,
+    )
+
+
+def costs_of_run(
+    folder: Path,
+    given: Mapping[str, Any],
+    say: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
+    """Measure the rows of the finished run in `folder`, as `write_costs` does.
+
+    Args:
+        given: keyword arguments of `cost_settings`.
+
+    Raises InputError where there is no finished run, another process runs it, or a setting is out of range.
+    """
+    folder = folder.resolve()
+    if not (folder / _SUMMARY).exists():
+        raise InputError(f"{folder}: there is no finished run, it has no {_SUMMARY}")
+    with open_run(folder.parent, folder.name, {}, resume=True) as run:
+        summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+        return write_costs(run, cost_settings(run.options, **given), summary, say)
+
+
+def write_costs(
+    run: Run, settings: CostSettings, summary: Mapping[str, Any], say: Callable[[str], None] = lambda what: None
+) -> dict[str, Any]:
+    """Measure the rows of a run, write costs.json and costs.md into its folder, and return the former.
+
+    Rows whose networks cannot be made again are left out, with the reason: where the Hyper-Search diverged, and where
+    the kept weights are those of another structure than a row begins with.
+
+    Args:
+        summary: of the run, for the learning rates
+        say:     is told what is being measured
+    """
+    folder, options = run.folder, run.options
+    data, _ = hold_out(run.data, options.validation)
+    options = dataclasses.replace(options, device=settings.device)
+    on_host = dataclasses.replace(options, device="cpu")
+    scales = searched_scales(folder)
+    with torch.random.fork_rng():
+        batches = list(itertools.islice(epoch_batches(data, on_host, options.seed, 0), _BATCHES))
+        test_images, _ = next(iter(Loader(data, data.test, _TEST_IMAGES)))
+        makers = {row.name: _maker(row, options, data, scales) for row in options.rows}
+        reasons = {row.name: _cannot(row, makers[row.name], scales, folder) for row in options.rows}
+        left_out = {name: reason for name, reason in reasons.items() if reason is not None}
+        measured = costs_of(
+            {name: make for name, make in makers.items() if name not in left_out},
+            batches,
+            _step(options),
+            settings,
+            options.sgs_every * len(epoch_batches(data, on_host, options.seed, 0)),
+            test_images,
+            say,
+        )
+    for name, row in measured.items():
+        largest = row["largest_batch"]
+        if "lr_factor" in largest:
+            largest["learning_rate"] = summary["recipes"][name]["learning_rate"] * largest["lr_factor"]
+    on_gpu = torch.device(settings.device).type == "cuda"
+    costs = {
+        "run": folder.name,
+        "versions": versions(),
+        "commit": commit(),
+        "processor": processor(),
+        "gpu": torch.cuda.get_device_name(settings.device) if on_gpu else None,
+        "device": settings.device,
+        "threads": settings.threads,
+        "model": options.model,
+        "image": list(batches[0][0].shape[1:]),
+        "test_image": list(test_images.shape[1:]),
+        "settings": {
+            "batch_size": len(batches[0][0]),
+            **{name: getattr(options, name) for name in ("amp", "channels_last", "compile", "accumulate")},
+            "memory": settings.memory,
+            "rounds": settings.timing.rounds,
+            "seconds": settings.timing.seconds,
+        },
+        "memory_counts": _COUNTED["cuda" if on_gpu else "cpu"],
+        "recipes": {
+            row.name: {"not_measured": left_out[row.name]} if row.name in left_out else measured[row.name]
+            for row in options.rows
+        },
+    }
+    files.write_json(folder / f"{COSTS}.json", costs)
+    files.write_text(folder / f"{COSTS}.md", costs_page(costs))
+    return costs
+
+
+def _maker(row: Recipe, options: Options, data: Data, scales: csla.Scales | None) -> Maker:
+    def make() -> Trainee:
+        trainee = build(row, options, data, scales, options.seed, options.lr[0])
+        if options.channels_last:
+            trainee.model.to(memory_format=torch.channels_last)
+        if options.compile and unwrapped(trainee.model) is trainee.model:
+            trainee.model = torch.compile(trainee.model)
+        return trainee
+
+    return make
+
+
+def _step(options: Options) -> Step:
+    """A training step in the layout and the precision of a run."""
+    kind = torch.device(options.device).type
+
+    def step(trainee: Trainee, x: Tensor, labels: Tensor) -> None:
+        if options.channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        train_step(trainee, options, x, labels)
+
+    def in_autocast(trainee: Trainee, x: Tensor, labels: Tensor) -> None:
+        with torch.autocast(kind, _DTYPES[options.amp]):
+            step(trainee, x, labels)
+
+    return in_autocast if options.amp else step
+
+
+def _cannot(row: Recipe, make: Maker, scales: csla.Scales | None, folder: Path) -> str | None:
+    """Why a row cannot be measured, None where it can."""
+    if row.needs_search and scales is None:
+        return "the Hyper-Search diverged"
+    kept = _kept_weights(row, folder)
+    if kept is None:
+        return "the run has no weights of it"
+    tensors = torch.load(kept, map_location="cpu", mmap=True, weights_only=True)
+    now = unwrapped(make().model).state_dict()
+    if {plain_name(name): t.shape for name, t in tensors.items()} != {name: t.shape for name, t in now.items()}:
+        return f"{kept.name} has another structure than a new network, which cannot be made again from it"
+    return None
+
+
+def _kept_weights(row: Recipe, folder: Path) -> Path | None:
+    """The weights of one training of the row."""
+    named = re.compile(rf"{re.escape(row.name)}(-lr[\d.e+-]+)?-seed\d+\.pt")
+    found = sorted(path for path in (folder / _WEIGHTS).glob("*.pt") if named.fullmatch(path.name))
+    return found[0] if found else None
+
+
+def commit() -> str:
+    """The commit of the checkout that this package is in, or GRADREP_COMMIT, or "unknown"."""
+    unknown = os.environ.get("GRADREP_COMMIT") or "unknown"
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():  # git would describe a checkout that an installed package lies in
+        return unknown
+    # A checkout may belong to somebody else (in a container), which git refuses unless told.
+    git = ["git", "-c", f"safe.directory={root}", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or unknown
+    except (OSError, subprocess.SubprocessError):
+        return unknown
