@@ -29,9 +29,7 @@ from gradrep_kernels.recipes.quantize_report import closing_lines as quantized_l
 from gradrep_kernels.recipes.quantize_settings import SETTINGS, chosen_settings
 from gradrep_kernels.recipes.report import closing_lines, scales_line
 from gradrep_kernels.recipes.runs import SCALES, Run, open_run
-from gradrep_kernels.recipes.sweep import Sweep, is_sweep, open_sweep, run_sweep
-from gradrep_kernels.recipes.sweep_points import read_points, resolved_points
-from gradrep_kernels.recipes.sweep_report import sweep_lines
+from gradrep_kernels.recipes.sweep import Sweep, is_sweep, open_sweep, run_sweep, sweep_lines, sweep_options
 
 __all__ = ["entry", "main"]
 
@@ -140,8 +138,8 @@ def _parsers(prog: str) -> tuple[_Parser, dict[str, _Parser]]:
         action="append",
         default=[],
         metavar="NAME=V1,V2|FILE",
-        help="a run for each value of an option, in one table; several are crossed; values that are lists are "
-        "separated by ;, as in 'strides=1,2,2;2,2,2'; FILE: a JSON or TOML list of option sets; default: one run",
+        help="a run for each value of an option, in one table; several are crossed; lists have ; between them, as in "
+        "'strides=1,2,2;2,2,2'; FILE: a JSON or TOML list of option sets; default: one run",
     )
     train.add_argument(
         "--sweep-base", metavar="POINT", help="the point that the others are compared with; default: the first"
@@ -335,7 +333,7 @@ def _print_options(given: dict[str, Any], search: bool = False) -> int:
 
 def _train(given: dict[str, Any]) -> int:
     texts, base = given.pop("sweep"), given.pop("sweep_base")
-    if (given["resume"] and given["name"] and not texts and is_sweep(given["out"] / given["name"])) or texts:
+    if texts or (given["resume"] and given["name"] and is_sweep(given["out"] / given["name"])):
         return _sweep(given, texts, base)
     if base is not None:
         raise InputError(f"--sweep-base {base} goes with --sweep")
@@ -344,25 +342,23 @@ def _train(given: dict[str, Any]) -> int:
     with open_run(given.pop("out"), given.pop("name"), resume=given.pop("resume"), given=given) as run:
         summary = _summary(run)
     shown = _print("\n".join([*closing_lines(summary), f"Written to {run.folder}; begin with summary.md there."]))
-    return shown if _trained_and_equal(summary) else 1
+    return shown if _is_whole(summary) else 1
 
 
 def _sweep(given: dict[str, Any], texts: Sequence[str], base: str | None) -> int:
     if given.pop("print_options"):
         options = {name: value for name, value in given.items() if name in OPTIONS}
-        resolved = resolved_points(read_points(texts), options)
-        return _print(json.dumps({name: point.to_json() for name, point in resolved.items()}, indent=2))
+        return _print(json.dumps(sweep_options(texts, options), indent=2))
     out, name, resume = (given.pop(key) for key in ("out", "name", "resume"))
     with open_sweep(out, name, given, texts, base, resume=resume) as sweep:
         summary = _summary(sweep)
     shown = _print("\n".join([*sweep_lines(summary), f"Written to {sweep.folder}; begin with sweep.md there."]))
-    return shown if all(map(_trained_and_equal, summary["points"].values())) else 1
+    return shown if all(map(_is_whole, summary["points"].values())) else 1
 
 
-def _trained_and_equal(summary: Mapping[str, Any]) -> bool:
+def _is_whole(summary: Mapping[str, Any]) -> bool:
     """Whether every row was trained, and CSLA = GR held."""
-    agrees = summary["csla_equals_gr"] is None or summary["csla_equals_gr"]["agrees"]
-    return agrees and not summary["not_trained"]
+    return not summary["not_trained"] and (summary["csla_equals_gr"] or {"agrees": True})["agrees"]
 
 
 def _search(given: dict[str, Any]) -> int:

@@ -11,16 +11,20 @@ from typing import Any
 from gradrep_kernels.csla import Scales
 from gradrep_kernels.optim.param_groups import DECAY_RULES
 from gradrep_kernels.recipes import files
+from gradrep_kernels.recipes.build import build
 from gradrep_kernels.recipes.cores import processor
+from gradrep_kernels.recipes.costs import form_costs
 from gradrep_kernels.recipes.data import Data
 from gradrep_kernels.recipes.environment import versions
 from gradrep_kernels.recipes.identity import identity_ratios
 from gradrep_kernels.recipes.intervals import Difference, paired_difference
+from gradrep_kernels.recipes.loader import Loader
 from gradrep_kernels.recipes.options import Options
 from gradrep_kernels.recipes.pictures import draw_pictures
 from gradrep_kernels.recipes.presets import PRESETS
 from gradrep_kernels.recipes.report_text import closing_lines, markdown, scales_line, table
 from gradrep_kernels.recipes.table import OPTIMIZERS, Recipe
+from gradrep_kernels.recipes.training import repeatable
 
 __all__ = ["closing_lines", "scales_line", "table", "write_report"]
 
@@ -67,6 +71,9 @@ def write_report(
         "not_trained": [row.name for row in rows if row.name not in trainings],
         "seconds": results["seconds"],
     }
+    for name, costs in _form_costs(rows, options, data, scales).items():
+        if name in summary["recipes"]:
+            summary["recipes"][name]["form_costs"] = costs
     differences = _differences(rows, summary["recipes"], description["test"])
     summary["compared"] = [dataclasses.asdict(difference) for difference in differences if difference.seeds > 1]
     summary["statements"] = [*(difference.sentence() for difference in differences), *_costs(summary["recipes"])]
@@ -75,6 +82,21 @@ def write_report(
     files.write_text(folder / "summary.md", markdown(summary, pictures))
     files.write_json(folder / "summary.json", summary)
     return summary
+
+
+def _form_costs(
+    rows: Sequence[Recipe], options: Options, data: Data, scales: Scales | None
+) -> dict[str, dict[str, int]]:
+    """Multiply-adds and parameters of each row, in training and deployed. Not of rows whose scales are not there."""
+    found = {}
+    options = dataclasses.replace(options, device="cpu")
+    with repeatable(options.threads, "cpu"):
+        (image, _), (test_image, _) = (next(iter(Loader(data, part, 1))) for part in (data.train, data.test))
+        for row in rows:
+            if scales is not None or not row.needs_search:
+                model = build(row, options, data, scales, options.seed, options.lr[0]).model
+                found[row.name] = form_costs(model, image.shape[1:], test_image.shape[1:])
+    return found
 
 
 def _figures(
@@ -100,7 +122,6 @@ def _figures(
         "seconds_per_epoch": statistics.median(record["seconds"] for record in epochs),
         "parameters": runs[0]["parameters"],
         "multiplier_bytes": runs[0]["multiplier_bytes"],
-        "parameters_deployed": runs[0].get("parameters_deployed"),
         "merge_difference": _largest(training.get("merge_difference") for training in runs),
         "shares_search": row.needs_search and options.scales is None,
         "taken_from": runs[0].get("taken_from"),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradrep_kernels.csla import Equivalence
+from gradrep_kernels.recipes.costs import cost_columns
 from gradrep_kernels.recipes.intervals import expected_misses
 
 __all__ = ["accuracy_cell", "aligned", "closing_lines", "markdown", "markdown_table", "scales_line", "table"]
@@ -19,11 +20,13 @@ def _cells(summary: Mapping[str, Any]) -> list[list[str]]:
     columns = {"recipe": [], "lr": [], "test accuracy, % (mean ± std)" if many else "test accuracy, %": []}
     test = list(columns)[-1]
     optional = ("of the weights, %", "validation, %")
-    columns |= {name: [] for name in (*optional, "minus sgd", "ms a step", "parameters", "deployed")}
-    columns |= {"multipliers, bytes": [], "SGS, s per epoch": []}
+    columns |= {name: [] for name in (*optional, "minus sgd", "ms a step", "parameters")}
+    forms = {name: cost_columns(f["form_costs"]) for name, f in summary["recipes"].items() if "form_costs" in f}
+    of_form = dict.fromkeys(heading for form in forms.values() for heading in form)
+    columns |= {name: [] for name in (*of_form, "multipliers, bytes", "SGS, s per epoch")}
     for name, figures in summary["recipes"].items():
         difference, sgs_seconds = to_sgd.get(name), figures["sgs_seconds_per_epoch"]
-        deployed, of_weights = figures.get("parameters_deployed"), figures.get("weights_test_accuracy")
+        of_weights = figures.get("weights_test_accuracy")
         minus = f"{difference['mean']:+.1f} ± {difference['half_width']:.1f}" if difference and many else ""
         row = {
             "recipe": name,
@@ -35,7 +38,7 @@ def _cells(summary: Mapping[str, Any]) -> list[list[str]]:
             "minus sgd": minus,
             "ms a step": f"{1000 * figures['seconds_per_step']:.1f}",
             "parameters": f"{figures['parameters']:,}",
-            "deployed": "" if deployed is None else f"{deployed:,}",
+            **{heading: forms.get(name, {}).get(heading, "") for heading in of_form},
             "multipliers, bytes": f"{figures['multiplier_bytes']:,}",
             "SGS, s per epoch": "" if sgs_seconds is None else f"{sgs_seconds:.4f}",
         }
@@ -44,9 +47,7 @@ def _cells(summary: Mapping[str, Any]) -> list[list[str]]:
     for name in summary["not_trained"]:
         for heading, cells in columns.items():
             cells.append({"recipe": name, test: "the Hyper-Search diverged"}.get(heading, ""))
-    shown = {
-        heading: cells for heading, cells in columns.items() if any(cells) or heading not in (*optional, "deployed")
-    }
+    shown = {heading: cells for heading, cells in columns.items() if any(cells) or heading not in optional}
     return [list(shown), *map(list, zip(*shown.values()))]
 
 
@@ -173,7 +174,8 @@ def _recipes_section(summary: Mapping[str, Any]) -> list[str]:
         "",
         f"Test accuracy after {options['epochs']} epochs, over seeds {seeds}{spread} *Ms a step* are forward, "
         "backward and optimizer, the rows in turn with nothing else of the job running. Updates of spatial gradient "
-        "scaling are in the last column, spread over all epochs. Parameters and multipliers are those in training.",
+        "scaling are in the last column, spread over all epochs. Parameters and multipliers are those in training. "
+        "Multiply-adds are those of a forward pass of one image, in training and, with branches merged, deployed.",
         "",
         *_choice_section(summary),
         *(f"- {statement}" for statement in summary["statements"]),

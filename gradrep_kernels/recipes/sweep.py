@@ -6,12 +6,14 @@ It can be killed at any moment and resumed, as a run can. A point whose summary.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gradrep_kernels.recipes import files
+from gradrep_kernels.recipes.costs.run import COSTS
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.job import run_job
 from gradrep_kernels.recipes.lock import Lock
@@ -29,10 +31,10 @@ from gradrep_kernels.recipes.runs import (
     taken,
 )
 from gradrep_kernels.recipes.sweep_points import Point, read_points, resolved_points
-from gradrep_kernels.recipes.sweep_report import write_sweep
+from gradrep_kernels.recipes.sweep_report import sweep_lines, write_sweep
 from gradrep_kernels.recipes.sweep_sharing import take_over
 
-__all__ = ["Sweep", "is_sweep", "open_sweep", "run_sweep"]
+__all__ = ["Sweep", "is_sweep", "open_sweep", "run_sweep", "sweep_lines", "sweep_options"]
 
 _POINTS = "points.json"
 _SUMMARY = "summary.json"
@@ -68,6 +70,14 @@ def is_sweep(folder: Path) -> bool:
     return (folder / _POINTS).is_file()
 
 
+def sweep_options(texts: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of each point as JSON, by its name. Nothing is started.
+
+    Raises InputError as `open_sweep` does for the options.
+    """
+    return {name: options.to_json() for name, options in resolved_points(read_points(texts), given).items()}
+
+
 def open_sweep(
     out: Path, name: str | None, given: Mapping[str, Any], texts: Sequence[str], base: str | None, *, resume: bool
 ) -> Sweep:
@@ -84,6 +94,8 @@ def open_sweep(
     Raises:
         InputError: as `open_run` does, with the name of the point in front. Nothing is left behind.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # as torchrun says how many it started
+        raise InputError("--sweep runs in one process: start it without torchrun, or a run for each point")
     if name is not None:
         check_name(name)
     points = read_points(texts)
@@ -166,7 +178,7 @@ def run_sweep(sweep: Sweep, reporter: Reporter) -> dict[str, Any]:
     summaries: dict[str, dict[str, Any]] = {}
     for n, name in enumerate(sweep.points, start=1):
         folder = sweep.folder / name
-        if not (folder / _SUMMARY).exists():
+        if not _is_done(folder, sweep.points[name].costs or sweep.given.get("costs", False)):
             earlier = {other: sweep.folder / other for other in summaries}
             with open_run(sweep.folder, name, sweep.given, resume=True) as run:
                 taken_over = take_over(folder, earlier, sweep.points)
@@ -176,6 +188,10 @@ def run_sweep(sweep: Sweep, reporter: Reporter) -> dict[str, Any]:
     table = write_sweep(sweep.folder, sweep.swept, sweep.base, sweep.points, summaries)
     reporter.close()
     return table
+
+
+def _is_done(folder: Path, with_costs: bool) -> bool:
+    return all((folder / f"{name}.json").exists() for name in ("summary", *[COSTS] * with_costs))
 
 
 def _taken_words(taken_over: Mapping[str, str]) -> str:

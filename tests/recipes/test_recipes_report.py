@@ -16,6 +16,7 @@ import gradrep_kernels as gr
 from gradrep_kernels import csla
 from gradrep_kernels.recipes import files, pictures, plots
 from gradrep_kernels.recipes.build import plain_model
+from gradrep_kernels.recipes.costs import cost_columns
 from gradrep_kernels.recipes.errors import InputError, extra
 from gradrep_kernels.recipes.identity import identity_ratios
 from gradrep_kernels.recipes.options import resolve
@@ -86,7 +87,8 @@ def test_the_report_says_what_the_results_hold(tmp_path, options, data, scales):
     text = (tmp_path / "summary.md").read_text()
     assert "Student's over 2 seeds" in text
     # One test image of 12 is 8.3 points, and no interval is narrower.
-    assert "| repopt+sgs | 0.1 | 86.00 ± 7.07 | +1.0 ± 8.3 | 20.0 | 1,234 | 56 | 0.1250 |" in text
+    form = " | ".join(cost_columns(sgs["form_costs"]).values())
+    assert f"| repopt+sgs | 0.1 | 86.00 ± 7.07 | +1.0 ± 8.3 | 20.0 | 1,234 | {form} | 56 | 0.1250 |" in text
     assert text.index("](cost.png)") < text.index("| recipe |")
     for name in ("cost.png", "curves.png", "scales.png", "spatial_scaling_repopt_sgs.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -183,14 +185,17 @@ def test_merged_networks_and_trainings_taken_over_are_told(tmp_path, options, da
     options = with_rows(options, "sgd", "repvgg")
     trainings = some_trainings(options.rows)
     for training, difference in zip(trainings["repvgg"][0.1], (2e-7, 1e-7)):
-        training |= {"parameters_deployed": 1000, "merge_difference": difference}
+        training |= {"merge_difference": difference}
     for training in trainings["sgd"][0.1]:
         training["taken_from"] = "sgs-k=1"
     summary = write_report(tmp_path, options, data, trainings, [0, 1], other_results(options.rows), None, None)
     assert summary["recipes"]["repvgg"]["merge_difference"] == 2e-7
     text = (tmp_path / "summary.md").read_text()
-    assert "| parameters | deployed | multipliers" in text
-    assert "| 1,234 | 1,000 |" in text
+    costs = [summary["recipes"][name]["form_costs"] for name in ("sgd", "repvgg")]
+    assert costs[0]["macs"] == costs[0]["deployed_macs"] == costs[1]["deployed_macs"] < costs[1]["macs"]
+    assert costs[0]["deployed_parameters"] == costs[1]["deployed_parameters"]
+    assert "| parameters | multiply-adds, M | deployed | parameters deployed | multipliers" in text
+    assert f"| 1,234 | {costs[1]['macs'] / 1e6:.1f} | {costs[0]['macs'] / 1e6:.1f} | " in text
     assert "outputs differ by at most 2.0e-07 (repvgg)" in text
     assert "no differing option touches: sgd from sgs-k=1." in text
 
