@@ -310,11 +310,13 @@ def test_a_sweep_leaves_its_files(swept):
 def test_a_sweep_killed_again_and_again_ends_with_the_same_results(source, swept, tmp_path, run_and_kill):  # noqa: F811
     """At files that are being renamed: while points are made, in trainings, while the second takes over."""
     arguments = sweep_arguments(source, tmp_path, "killed", "--sweep", "sgs-k=1,4")
-    for n, count in enumerate((2, 9, 20, 6, 9)):
+    second = tmp_path / "killed" / "sgs-k=4" / "state"
+    for n, count in enumerate((2, 9, 20, 40, 8)):
         resume = ["--resume"] if n > 1 else []
         status = run_and_kill("rename", count, [*arguments, *resume])
         assert status == -signal.SIGKILL, (n, (tmp_path / "stderr.txt").read_text())
         assert (tmp_path / "killed").exists() == (n > 0)  # not before all its points are whole
+    assert list(second.glob("*.json"))  # The last fall into the second point.
     assert main(["train", "--out", str(tmp_path), "--name", "killed", "--resume"]) == 0
     assert not list((tmp_path / "killed").rglob(f"*{files.TEMPORARY}"))
     assert_same_sweeps(swept, tmp_path / "killed")
