@@ -3,6 +3,7 @@ PY    ?= python3
 VENV  ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= triton>=3.6
+VISION ?= torchvision==0.28.*
 RUN_ARGS ?=
 TEST_ARGS ?=
 WORKERS ?= 2
@@ -25,7 +26,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PIP) install "$(TORCH)"
 	rm -f gradrep_kernels/_C*.so  # of another GRADREP_BUILD or GRADREP_CUDA
 	$(PIP) install --no-build-isolation -e ".[recipes,test,bench,interop,docs,dev]" "$(TRITON)"
-	$(PIP) install --no-deps timm  # with its dependencies: torchvision, and with that another torch
+	$(PIP) install --no-deps timm "$(VISION)"  # with dependencies: another torch; VISION is the release for TORCH
 	rm -f $(VENV)/.ready-*
 	touch $@
 

@@ -1,4 +1,4 @@
-"""How long the papers' experiments take on this machine: the commands of docs/experiments.md, from the time of a few steps.
+"""How long the commands of docs/experiments.md take on this machine, from the time of a few steps.
 
     python bench/study_durations.py [--seconds 20] [--threads 2] [--results bench/results/studies] [SOURCE ...]
 
@@ -42,7 +42,7 @@ MAX_IMAGES = {32: 64, 224: 4}
 
 @dataclass(frozen=True)
 class Command:
-    """A row of the page: its source, its options without the sweep, and how many points the sweep has."""
+    """A row of the page: its source, its options at the first point of its sweep, and how many points there are."""
 
     source: str
     what: str
@@ -62,9 +62,10 @@ def commands(page: Path) -> list[Command]:
         words, points = shlex.split(rest.replace(";", "\\;")), 1
         while "--sweep" in words:
             at = words.index("--sweep")
-            values = words.pop(at + 1).partition("=")[2]
-            points *= len(re.split(";" if ";" in values else ",", values))
-            words.pop(at)
+            option, _, values = words[at + 1].partition("=")
+            listed = re.split(";" if ";" in values else ",", values)
+            points *= len(listed)
+            words[at : at + 2] = [f"--{option}", listed[0]]
         given = _parsed([name, *words], "gradrep")
         given = {option: value for option, value in given.items() if option in OPTIONS}
         found.append(
@@ -142,7 +143,7 @@ def page(found: dict) -> str:
         for row in found["commands"]
     ]  # fmt: skip
     where = f"{found['machine']['cpu']}, {found['threads']} threads, torch {found['versions']['torch']}"
-    return "\n".join([*table(head, rows, left=3), f"{where}, commit {found['commit']}. `{found['command']}`", ""])
+    return "\n".join([*table(head, rows), f"{where}, commit {found['commit']}. `{found['command']}`", ""])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,14 +11,12 @@ that after the last epoch. study.json and study.md are written anew after each s
 from __future__ import annotations
 
 import argparse
-import gzip
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from harness import commit, machine, versions
 from report import number, table
@@ -29,6 +27,7 @@ from gradrep_kernels.recipes.augmentation import flip, pad_and_crop
 from gradrep_kernels.recipes.build import Trainee, build
 from gradrep_kernels.recipes.data import Data, Images
 from gradrep_kernels.recipes.errors import InputError
+from gradrep_kernels.recipes.idx import FASHION_CLASSES, read_parts
 from gradrep_kernels.recipes.intervals import paired_difference
 from gradrep_kernels.recipes.loader import derived_seed
 from gradrep_kernels.recipes.options import MODELS, Options, resolve
@@ -37,7 +36,6 @@ from gradrep_kernels.recipes.table import RECIPES
 from gradrep_kernels.recipes.training import accuracy, now, train_step
 
 ROWS = ("sgd", "sgs")
-CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 ORDER, STATISTICS = 2, 3  # purposes for derived_seed
 WARM, TIMED = 5, 30  # steps that tell how long an epoch takes
 SPENT = 0.9  # of the seconds, by plan: updates of SGS and other work on the machine take the rest
@@ -46,39 +44,15 @@ SPENT = 0.9  # of the seconds, by plan: updates of SGS and other work on the mac
 # -- data
 
 
-def read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
-    """uint8 array of an IDX file: two zeros, the type (8), the number of dimensions, the sizes, the bytes."""
-    path = next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
-    if path is None:
-        raise InputError(f"{folder / name}: neither it nor {name}.gz is there")
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as reason:
-        raise InputError(f"{path}: cannot be read: {reason}") from None
-    head = 4 + 4 * dimensions
-    if raw[:4] != bytes((0, 0, 8, dimensions)) or len(raw) < head:
-        raise InputError(f"{path}: it does not begin as an IDX file of bytes with {dimensions} dimensions does")
-    sizes = np.frombuffer(raw, ">u4", dimensions, offset=4).tolist()
-    if len(raw) != head + np.prod(sizes, dtype=int):
-        raise InputError(f"{path}: {len(raw) - head} bytes are not the {' x '.join(map(str, sizes))} that it says")
-    return np.frombuffer(raw, np.uint8, offset=head).reshape(sizes).copy()
-
-
 def load(folder: Path, device: str) -> Data:
     """Fashion-MNIST, or what has its files, on a device."""
-    parts = []
-    for name in ("train", "t10k"):
-        pixels, labels = (
-            read_idx(folder, f"{name}-images-idx3-ubyte", 3),
-            read_idx(folder, f"{name}-labels-idx1-ubyte", 1),
-        )
-        if not len(pixels) or len(pixels) != len(labels) or labels.max() >= len(CLASSES):
-            needed = f"as many labels, from 0 to {len(CLASSES) - 1}, as images, and at least one"
-            raise InputError(f"{folder}: {name} has {len(pixels)} images and {len(labels)} labels; needed are {needed}")
-        parts.append((torch.from_numpy(pixels).to(device), torch.from_numpy(labels).long().to(device)))
-    train, test = (Images(labels, lambda at, pixels=pixels: pixels[at][:, None] / 255) for pixels, labels in parts)
+    parts = [
+        (torch.from_numpy(pixels).to(device), torch.from_numpy(labels).long().to(device))
+        for pixels, labels in read_parts(folder, len(FASHION_CLASSES))
+    ]
+    train, test = (Images(labels, lambda at, pixels=pixels: pixels[at] / 255) for pixels, labels in parts)
     pixels = parts[0][0] / 255
-    return Data("fashion", train, test, CLASSES, pixels.shape[-1], pixels.mean()[None], pixels.std()[None])
+    return Data("fashion", train, test, FASHION_CLASSES, pixels.shape[-1], pixels.mean()[None], pixels.std()[None])
 
 
 class Batches:

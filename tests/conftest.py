@@ -16,6 +16,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import torchvision_alone  # noqa: F401 (timm, Lightning and torchmetrics import torchvision where it is installed)
 
 DEVICE_LOST = 86  # pytest itself ends with 0 to 5; bench/gpu_check.py knows the number
 _lost = pytest.StashKey[bool]()
@@ -117,6 +118,7 @@ SLOW = (
     "test_recipes_resume.py",
     "test_recipes_workers.py",
     "test_a_training_on_a_folder_ends",
+    "test_trainings_in_processes_of_their_own_have_readers",
     "test_a_run_that_finds_no_room",
     "test_a_death_releases_the_lock",
     "test_an_update_takes_less_memory",

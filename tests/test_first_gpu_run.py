@@ -6,14 +6,12 @@ The GPU, nvcc, Nsight Compute and Python are played by scripts that write down h
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -22,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases_recipes import write_mnist
 
 import gradrep_kernels.sgs.gathering as gathering
 from gradrep_kernels.ops import backends
@@ -401,22 +400,9 @@ def test_all_tests_are_collected_without_optional_packages(tmp_path):
 # -- the study
 
 
-def write_idx(folder: Path, name: str, array: np.ndarray, packed: bool) -> None:
-    content = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-    path = folder / (f"{name}.gz" if packed else name)
-    path.write_bytes(gzip.compress(content) if packed else content)
-
-
 @pytest.fixture
 def fashion(tmp_path) -> Path:
-    """Forty images to train on and twenty to test with: one is grey by its class."""
-    generator = np.random.default_rng(0)
-    for name, count, packed in (("train", 40, True), ("t10k", 20, False)):
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        pixels = (generator.integers(0, 100, (count, 28, 28)) + 15 * labels[:, None, None]).astype(np.uint8)
-        write_idx(tmp_path, f"{name}-images-idx3-ubyte", pixels, packed)
-        write_idx(tmp_path, f"{name}-labels-idx1-ubyte", labels, packed)
-    return tmp_path
+    return write_mnist(tmp_path)
 
 
 def test_study_reads_what_the_files_hold(fashion):

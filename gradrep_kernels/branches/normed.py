@@ -6,7 +6,7 @@ They re-parameterize the structure instead of the optimizer, and are merged afte
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from gradrep_kernels.branches.presets import Branches, Kernel, laid_out_sites
 from gradrep_kernels.branches.sites import Site, Where
 from gradrep_kernels.messages import first_few
 
-__all__ = ["NormedBranches", "acb_model", "normed_model", "repghost_model", "repvgg_model"]
+__all__ = ["NormedBranches", "acb_model", "check_norms", "normed_model", "repghost_model", "repvgg_model"]
 
 
 class NormedBranches(MultiBranch):
@@ -73,6 +73,19 @@ class NormedBranches(MultiBranch):
         return plain_conv(first, weight, nn.Parameter(bias.to(weight.dtype), weight.requires_grad))
 
 
+def check_norms(sites: Iterable[Site]) -> None:
+    """Raise ValueError where a convolution is followed by another norm than a BatchNorm2d with running statistics."""
+    problems = [
+        f"{site.name}: {type(site.norm).__name__}"
+        for site in sites
+        if type(site.norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or site.norm.running_mean is None
+    ]
+    if problems:
+        raise ValueError(
+            f"the branches need a BatchNorm2d with running statistics after each conv, got {first_few(problems)}"
+        )
+
+
 def normed_model(model: nn.Module, *, branches: Branches = "repvgg", where: Where | None = None) -> nn.Module:
     """Return a new model of blocks with a BatchNorm2d in every branch.
 
@@ -86,15 +99,7 @@ def normed_model(model: nn.Module, *, branches: Branches = "repvgg", where: Wher
 
     def blocks(model: nn.Module) -> Iterator[tuple[Site, NormedBranches]]:
         laid_out = laid_out_sites(model, branches, where)
-        problems = [
-            f"{site.name}: {type(site.norm).__name__}"
-            for site, _ in laid_out
-            if type(site.norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or site.norm.running_mean is None
-        ]
-        if problems:
-            raise ValueError(
-                f"the branches need a BatchNorm2d with running statistics after each conv, got {first_few(problems)}"
-            )
+        check_norms([site for site, _ in laid_out])
         for site, layout in laid_out:
             if layout.has_fixed:
                 raise ValueError(f"branches of {site.name}: those of a fixed value have no form with a norm in each")

@@ -4,7 +4,10 @@ RepOpt-VGG and RepOpt-GhostNet are those of RepOptimizers. ResNet and VGG-16 hav
 The others, of Table 4 of the SGS paper, are for images of 32 x 32.
 """
 
+from gradrep_kernels.branches.diverse import dbb_model
+from gradrep_kernels.branches.dynamic import DynamicReparameterization, StructureChange
 from gradrep_kernels.branches.normed import acb_model, repghost_model, repvgg_model
+from gradrep_kernels.branches.quantizable import qarepvgg_model
 from gradrep_kernels.models.mobilenet_v2 import mobilenet_v2
 from gradrep_kernels.models.preact_resnet import preact_resnet18, preact_resnet34
 from gradrep_kernels.models.pyramidnet import pyramidnet_a48, pyramidnet_a84, pyramidnet_a270
@@ -24,7 +27,10 @@ from gradrep_kernels.models.vgg import vgg11, vgg13, vgg16, vgg16_imagenet, vgg1
 from gradrep_kernels.models.xception import xception
 
 __all__ = [
+    "DynamicReparameterization",
+    "StructureChange",
     "acb_model",
+    "dbb_model",
     "features",
     "mobilenet_v2",
     "preact_resnet18",
@@ -32,6 +38,7 @@ __all__ = [
     "pyramidnet_a48",
     "pyramidnet_a84",
     "pyramidnet_a270",
+    "qarepvgg_model",
     "repghost_model",
     "repopt_ghostnet",
     "repopt_ghostnet_0_5x",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from gradrep_kernels import csla
+from gradrep_kernels.branches.dynamic import DynamicReparameterization
 from gradrep_kernels.models.modes import BranchForm, branch_form
 from gradrep_kernels.optim import param_groups
 from gradrep_kernels.recipes import interrupts
 from gradrep_kernels.recipes.data import Data
+from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.loader import derived_seed
 from gradrep_kernels.recipes.networks import make_network
 from gradrep_kernels.recipes.options import Options
@@ -21,13 +24,13 @@ from gradrep_kernels.sgs import SpatialGradientScaling, alpha_beta_scaling
 
 __all__ = ["Trainee", "build", "multiplier_bytes", "plain_model", "search_model"]
 
-_INITIALISATION = 1  # a purpose for derived_seed
+_INITIALISATION, _STRUCTURE = 1, 11  # purposes for derived_seed
 _LARGE = 64  # pixels: from this side on ResNets have the stem for ImageNet, which leaves 1 / 32 of it
 
 
 @dataclass
 class Trainee:
-    """A network with its optimizer and, in some recipes, spatial gradient scaling.
+    """A network with its optimizer and, in some recipes, spatial gradient scaling or what changes its structure.
 
     `lr` is the learning rate at the end of the warm-up. `averages`: whether the optimizer keeps moving averages.
     """
@@ -37,6 +40,7 @@ class Trainee:
     lr: float
     sgs: SpatialGradientScaling | None = None
     averages: bool = False
+    structure: DynamicReparameterization | None = None
 
 
 def plain_model(options: Options, data: Data, seed: int) -> nn.Module:
@@ -94,6 +98,11 @@ def build(recipe: Recipe, options: Options, data: Data, searched: csla.Scales | 
     trainee = Trainee(model, optimizer, lr, averages=options.ema_decay is not None)
     if recipe.fixed_scaling:
         _scale_kernels(trainee, alpha_beta_scaling(options.sgs_alpha, options.sgs_beta))
+    if recipe.structure is not None:
+        if options.compile:
+            raise InputError(f"--compile: {recipe.name} changes its network while it trains; leave one of the two out")
+        groups = functools.partial(param_groups, weight_decay=options.weight_decay, rule=options.decay)
+        trainee.structure = recipe.structure(model, optimizer, groups, options, derived_seed(seed, _STRUCTURE))
     if not recipe.sgs:
         return trainee
     trainee.sgs = SpatialGradientScaling(

@@ -261,7 +261,7 @@ def _check(folder: Path, options: Options, listener: Listener) -> dict[str, Any]
     scales = searched_scales(folder)
     if scales is None:  # The Hyper-Search diverged.
         return None
-    data, _ = split_data(options.data, options.image_size, options.validation)
+    data, _ = split_data(options)
     with repeatable(options.threads, options.device):
         return csla_equals_gr(options, data, scales)
 

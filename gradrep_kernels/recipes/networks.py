@@ -23,7 +23,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **{
         name: getattr(models, name)
         for name in models.__all__
-        if not name.endswith("_model") and name not in _NO_NETWORKS
+        if name.islower() and not name.endswith("_model") and name not in _NO_NETWORKS
     },
 }
 """The networks of this package by name. Each takes num_classes and in_channels, and some take more."""

@@ -93,7 +93,7 @@ class _Job:
             self.flow, self.why_no_int8 = chosen_flow(settings.flow)
             if self.flow is None and settings.int8:
                 raise InputError(f"--int8: {self.why_no_int8}")
-        self.data, validation = split_data(self.options.data, self.options.image_size, self.options.validation)
+        self.data, validation = split_data(self.options)
         described = {**self.data.description(), "train": len(self.data.train) + len(validation)}
         if described != self.summary["data"]:
             now_and_then = f"{described}, then {self.summary['data']}"
@@ -148,6 +148,10 @@ class _Job:
         except Exception as error:  # torch.load raises half a dozen unrelated classes.
             raise InputError(f"{path} cannot be read ({type(error).__name__})") from error
         trainee = build(dataclasses.replace(row, sgs=False), options, self.data, self.scales, seed, lr)
+        if trainee.structure is not None:
+            trainee.structure.take_structure_of(weights)
+            trainee.structure.remove()
+            trainee.structure = None  # Fine-tuning changes none.
         trainee.model.load_state_dict(weights)
         return trainee
 
@@ -307,7 +311,7 @@ class _Job:
         """The merged network, with the norms that stand behind blocks, if any do. No multiplier imitates branches."""
         merged = csla.merge(model)
         plain = dataclasses.replace(
-            row, network=lambda *_: merged, scales=None, reinitialize=False, grad_mults=False, sgs=False
+            row, network=lambda *_: merged, scales=None, reinitialize=False, grad_mults=False, sgs=False, structure=None
         )
         return build(plain, options, self.data, None, seed, rate)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from gradrep_kernels.recipes.presets import PRESETS
 from gradrep_kernels.recipes.report_text import closing_lines, markdown, scales_line, table
 from gradrep_kernels.recipes.table import OPTIMIZERS, Recipe
 from gradrep_kernels.recipes.training import repeatable
+from gradrep_kernels.recipes.trainings import take_structure
 
 __all__ = ["closing_lines", "scales_line", "table", "write_report"]
 
@@ -71,9 +72,9 @@ def write_report(
         "not_trained": [row.name for row in rows if row.name not in trainings],
         "seconds": results["seconds"],
     }
-    for name, costs in _form_costs(rows, options, data, scales).items():
-        if name in summary["recipes"]:
-            summary["recipes"][name]["form_costs"] = costs
+    rates = {name: figures["learning_rate"] for name, figures in summary["recipes"].items()}
+    for name, costs in _form_costs(folder, options, data, scales, rates).items():
+        summary["recipes"][name]["form_costs"] = costs
     differences = _differences(rows, summary["recipes"], description["test"])
     summary["compared"] = [dataclasses.asdict(difference) for difference in differences if difference.seeds > 1]
     summary["statements"] = [*(difference.sentence() for difference in differences), *_costs(summary["recipes"])]
@@ -85,17 +86,21 @@ def write_report(
 
 
 def _form_costs(
-    rows: Sequence[Recipe], options: Options, data: Data, scales: Scales | None
+    folder: Path, options: Options, data: Data, scales: Scales | None, rates: Mapping[str, float]
 ) -> dict[str, dict[str, int]]:
-    """Multiply-adds and parameters of each row, in training and deployed. Not of rows whose scales are not there."""
+    """Multiply-adds and parameters of each row in `rates` ({name: learning rate}), in training and deployed.
+
+    Rows whose scales are not there are left out.
+    """
     found = {}
     options = dataclasses.replace(options, device="cpu")
     with repeatable(options.threads, "cpu"):
         (image, _), (test_image, _) = (next(iter(Loader(data, part, 1))) for part in (data.train, data.test))
-        for row in rows:
-            if scales is not None or not row.needs_search:
-                model = build(row, options, data, scales, options.seed, options.lr[0]).model
-                found[row.name] = form_costs(model, image.shape[1:], test_image.shape[1:])
+        for row in options.rows:
+            if row.name in rates and (scales is not None or not row.needs_search):
+                trainee = build(row, options, data, scales, options.seed, rates[row.name])
+                take_structure(folder, trainee, row.name, options.seed, rates[row.name])
+                found[row.name] = form_costs(trainee.model, image.shape[1:], test_image.shape[1:])
     return found
 
 
@@ -122,7 +127,6 @@ def _figures(
         "seconds_per_epoch": statistics.median(record["seconds"] for record in epochs),
         "parameters": runs[0]["parameters"],
         "multiplier_bytes": runs[0]["multiplier_bytes"],
-        "merge_difference": _largest(training.get("merge_difference") for training in runs),
         "shares_search": row.needs_search and options.scales is None,
         "taken_from": runs[0].get("taken_from"),
         "sgs_seconds_per_epoch": None,
@@ -130,6 +134,12 @@ def _figures(
     }
     if "weights_test_accuracy" in epochs[-1]:  # the others are those of averages
         figures["weights_test_accuracy"] = _accuracies(runs, "weights_test_accuracy")
+    merged = [training for training in runs if training.get("merge_difference") is not None]
+    if merged:
+        figures["parameters_deployed"] = merged[0]["parameters_deployed"]
+        figures["merge_difference"] = max(training["merge_difference"] for training in merged)
+    if "structure" in runs[0]:
+        figures["structure"] = runs[0]["structure"]  # of the first seed
     if row.sgs:
         figures["sgs_seconds_per_epoch"] = statistics.fmean(record["sgs_seconds"] for record in epochs)
         figures["sgs_updates"] = sum(record["sgs_updated"] for record in runs[0]["epochs"])
@@ -144,10 +154,6 @@ def _meaning(row: Recipe, options: Options) -> str:
     if row.name == "sgd":
         return f"plain {plain}"
     return row.meaning.replace("that with", f"{plain} with", 1) if row.meaning.startswith("that with") else row.meaning
-
-
-def _largest(differences: Iterable[float | None]) -> float | None:
-    return max((difference for difference in differences if difference is not None), default=None)
 
 
 def _settings(options: Options) -> dict[str, str]:

@@ -24,12 +24,13 @@ from gradrep_kernels.models.modes import branch_form
 from gradrep_kernels.ops import backends, registry
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.build import plain_model
-from gradrep_kernels.recipes.data import Data, load_data
+from gradrep_kernels.recipes.data import Data
 from gradrep_kernels.recipes.environment import versions
 from gradrep_kernels.recipes.errors import InputError, OutputError, extra
 from gradrep_kernels.recipes.lock import Lock
 from gradrep_kernels.recipes.options import Options, resolve
 from gradrep_kernels.recipes.scale_sources import initial_scales
+from gradrep_kernels.recipes.validation import load_job_data
 
 __all__ = [
     "SCALES",
@@ -105,7 +106,7 @@ def _started(out: Path, name: str | None, options: Options) -> Run:
     if name is not None and in_use(out / name):
         raise taken(out / name)
     _check_backend(options)
-    data = load_data(options.data, options.image_size)
+    data = load_job_data(options, options.download)
     if len(options.lr) > 1 and not int(len(data.train) * options.validation):
         share = f"--validation {options.validation} of {len(data.train)} training images"
         raise InputError(f"{share} is none: it takes one at least to choose among several --lr")
@@ -223,7 +224,7 @@ def _read_again(folder: Path, given: Mapping[str, Any], search: bool) -> tuple[O
     options = options.resumed_with(given)
     options.check()
     _check_backend(options)
-    data = load_data(options.data, options.image_size)
+    data = load_job_data(options, options.download)
     if data.description() != described:
         now_and_then = f"{data.description()}, then {described}"
         raise InputError(f"{options.data} is not what it was when {folder} was started: {now_and_then}")

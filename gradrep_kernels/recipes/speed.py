@@ -11,7 +11,7 @@ from gradrep_kernels.recipes.build import build
 from gradrep_kernels.recipes.data import Data
 from gradrep_kernels.recipes.options import Options
 from gradrep_kernels.recipes.training import epoch_batches, now, repeatable, train_step
-from gradrep_kernels.recipes.trainings import searched_scales
+from gradrep_kernels.recipes.trainings import searched_scales, take_structure
 
 __all__ = ["seconds_per_step"]
 
@@ -22,7 +22,8 @@ def seconds_per_step(folder: Path, options: Options, data: Data, rates: Mapping[
     """Quartiles of the seconds of a step (forward, backward, optimizer) of each row in `rates` ({name: learning rate}).
 
     Rows take turns, so that a slow moment of the machine does not fall on one of them alone. Each turn begins with a
-    new network. Batches are read beforehand. Updates of spatial gradient scaling are not in it.
+    new network, which has the structure of the trained one. Batches are read beforehand. Updates of spatial gradient
+    scaling and of the structure are not in it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in rates}
     with repeatable(options.threads, options.device):
@@ -33,6 +34,7 @@ def seconds_per_step(folder: Path, options: Options, data: Data, rates: Mapping[
                 if row.name not in rates:
                     continue
                 trainee = build(row, options, data, scales, options.seed, rates[row.name])
+                take_structure(folder, trainee, row.name, options.seed, rates[row.name])
                 trainee.model.train()
                 for n, (x, labels) in enumerate(itertools.islice(itertools.cycle(batches), _WARM_UP + _STEPS)):
                     start = now(options.device)

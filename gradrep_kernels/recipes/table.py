@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from gradrep_kernels import csla
+from gradrep_kernels.branches.normed import normed_model
+from gradrep_kernels.models import DynamicReparameterization, dbb_model, qarepvgg_model
 from gradrep_kernels.models.modes import branch_form
 from gradrep_kernels.optim import FusedRepAdamW, FusedRepSGD
 from gradrep_kernels.recipes.scale_sources import CHANNEL_MEAN, INITIAL, ONES, SEARCHED, ScaleSource
@@ -121,6 +123,8 @@ class Recipe:
     """Whether spatial gradient scaling runs beside the optimizer."""
     fixed_scaling: bool = False
     """Whether all gradients have one spatial scaling, that of `--sgs-alpha` and `--sgs-beta`."""
+    structure: Callable[..., DynamicReparameterization] | None = None
+    """Gives what changes the network while it trains, from network, optimizer, its groups, options and a seed."""
     paper: str = ""
     """Whose experiment it is: 'repopt', 'sgs', 'rival', or nobody's."""
     rate_of: str | None = None
@@ -130,8 +134,8 @@ class Recipe:
 
     @property
     def plain_network(self) -> bool:
-        """Whether it trains the plain network."""
-        return self.network is _plain
+        """Whether it trains the plain network, from start to end."""
+        return self.network is _plain and self.structure is None
 
     @property
     def needs_search(self) -> bool:
@@ -145,6 +149,18 @@ class Recipe:
         The model must then have convolutions that can be converted.
         """
         return self.scales is not None or not self.plain_network
+
+
+def _dyrep(
+    model: nn.Module, optimizer: torch.optim.Optimizer, groups: Callable, options: Any, seed: int
+) -> DynamicReparameterization:
+    """DyRep as its code has it: every 15 of 600 epochs on CIFAR, every 5 of 120 on ImageNet, none in the last sixth."""
+    every = options.epochs / (24 if options.data.kind == "folder" else 40)
+    until = options.epochs * 5 // 6
+    where = branch_form(model).where
+    return DynamicReparameterization(
+        model, optimizer, groups, every=max(1, round(every)), until=until, seed=seed, where=where
+    )
 
 
 def _by_name(*rows: Any) -> dict[str, Any]:
@@ -184,6 +200,20 @@ RECIPES: dict[str, Recipe] = _by_name(
         network=lambda model, scales: branch_form(model).normed(model),
         paper="repopt",
     ),
+    Recipe(
+        "acb", "the blocks of ACNet: k x k, 1 x k and k x 1 with a norm each",
+        network=lambda model, scales: normed_model(model, branches="acb", where=branch_form(model).where),
+        paper="rival",
+    ),
+    Recipe(
+        "dbb", "Diverse Branch Block: k x k, 1 x 1, 1 x 1 before k x k, 1 x 1 before an average, with norms",
+        network=lambda model, scales: dbb_model(model, where=branch_form(model).where), paper="rival",
+    ),
+    Recipe(
+        "qarepvgg", "QARepVGG: k x k with a norm, 1 x 1 and identity without, and the norm of their sum",
+        network=lambda model, scales: qarepvgg_model(model, where=branch_form(model).where), paper="rival",
+    ),
+    Recipe("dyrep", "DyRep: branches grow and go while it trains", structure=_dyrep, paper="rival"),
 )  # fmt: skip
 RIVALS = tuple(name for name, row in RECIPES.items() if row.paper == "rival")
 

@@ -86,6 +86,8 @@ def train_epoch(
     start = now(options.device)
     statistics = _training_batches(data, options, derived_seed(seed, _STATISTICS, epoch))
     sgs_updated = trainee.sgs is not None and trainee.sgs.update_if_due(epoch, statistics)
+    if trainee.structure is not None:
+        trainee.structure.update_if_due(epoch, statistics)
     training_start = now(options.device)
     batches = epoch_batches(data, options, seed, epoch)
     steps = epochs * len(batches)
@@ -130,17 +132,25 @@ def epoch_batches(data: Data, options: Options, seed: int, epoch: int) -> Loader
 
 
 def _training_batches(data: Data, options: Options, seed: int) -> Loader:
-    return Loader(data, data.train, options.batch_size, seed=seed, augment=options.augment, device=options.device)
+    return Loader(
+        data,
+        data.train,
+        options.batch_size,
+        seed=seed,
+        augment=options.augment,
+        device=options.device,
+        readers=options.readers,
+    )
 
 
 def accuracies(
     trainee: Trainee, data: Data, images: Images, options: Options, seed: int, name: str
 ) -> dict[str, float]:
     """Return {name: accuracy of the network}. With averages that is theirs, and `weights_NAME` that of the weights."""
-    found = {name: accuracy(trainee.model, data, images, options.device)}
+    found = {name: accuracy(trainee.model, data, images, options.device, options.readers)}
     if trainee.averages:
         with averaged(trainee, data, options, seed):
-            of_averages = accuracy(trainee.model, data, images, options.device)
+            of_averages = accuracy(trainee.model, data, images, options.device, options.readers)
         found = {name: of_averages, f"weights_{name}": found[name]}
     return found
 
@@ -164,12 +174,12 @@ def averaged(trainee: Trainee, data: Data, options: Options, seed: int) -> Itera
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Data, images: Images, device: str) -> float:
+def accuracy(model: nn.Module, data: Data, images: Images, device: str, readers: int = 0) -> float:
     """Return the share of `images`, a part of `data`, that are classified correctly.
 
-    Leaves the model in eval mode.
+    `readers` processes read them. Leaves the model in eval mode.
     """
     model.eval()
-    batches = Loader(data, images, _EVALUATION_BATCH, device=device)
+    batches = Loader(data, images, _EVALUATION_BATCH, device=device, readers=readers)
     correct = sum(int((model(x).argmax(1) == labels).sum()) for x, labels in batches)
     return correct / len(images)

@@ -8,7 +8,7 @@ are there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,18 @@ from typing import Any
 import torch
 
 from gradrep_kernels import csla
+from gradrep_kernels.models import StructureChange
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.build import Trainee, build, multiplier_bytes, search_model
 from gradrep_kernels.recipes.errors import InputError
+from gradrep_kernels.recipes.merged import merged_figures
 from gradrep_kernels.recipes.options import Options
 from gradrep_kernels.recipes.runs import SCALES
 from gradrep_kernels.recipes.training import accuracies, averaged, repeatable, train_epoch
 from gradrep_kernels.recipes.validation import split_data
 from gradrep_kernels.recipes.workers import Listener
 
-__all__ = ["STATE", "WEIGHTS", "Training", "do_training", "epochs_so_far", "searched_scales"]
+__all__ = ["STATE", "WEIGHTS", "Training", "do_training", "epochs_so_far", "searched_scales", "take_structure"]
 
 STATE = "state"
 """The folder of what is done, in the folder of a run."""
@@ -78,7 +80,7 @@ def do_training(folder: Path, options: Options, training: Training, listener: Li
 
 
 def _train(folder: Path, options: Options, training: Training, listener: Listener) -> dict[str, Any]:
-    data, validation = split_data(options.data, options.image_size, options.validation)
+    data, validation = split_data(options)
     if training.recipe is None:
         options = options.of_search()
         trainee = search_model(options, data)
@@ -89,6 +91,8 @@ def _train(folder: Path, options: Options, training: Training, listener: Listene
     if current is None:
         current = {"epochs": [], "first_scalings": None}
     else:
+        if trainee.structure is not None:
+            trainee.structure.load_state_dict(current["structure"])
         trainee.model.load_state_dict(current["model"])
         trainee.optimizer.load_state_dict(current["optimizer"])
         if trainee.sgs is not None:
@@ -104,6 +108,8 @@ def _train(folder: Path, options: Options, training: Training, listener: Listene
             if record["sgs_updated"] and current["first_scalings"] is None:
                 current["first_scalings"] = _as_lists(trainee.sgs.scalings)
             current["sgs"] = trainee.sgs.state_dict()
+        if trainee.structure is not None:
+            current["structure"] = trainee.structure.state_dict()
         current["model"], current["optimizer"] = trainee.model.state_dict(), trainee.optimizer.state_dict()
         files.save_tensors(folder / STATE / f"{training.name}.pt", current)
         listener.epoch(training.name, len(epochs), training.epochs, record)
@@ -114,6 +120,10 @@ def _train(folder: Path, options: Options, training: Training, listener: Listene
         "parameters": sum(p.numel() for p in trainee.model.parameters() if p.requires_grad),
         "multiplier_bytes": multiplier_bytes(trainee),
     }
+    if figures["diverged"] is None:
+        figures |= merged_figures(trainee.model, data, options.device)
+    if trainee.structure is not None:
+        figures["structure"] = _as_json(trainee.structure.history)
     if len(validation):
         figures |= accuracies(trainee, data, validation, options, training.seed, "validation_accuracy")
     if training.recipe is not None:
@@ -136,6 +146,21 @@ def _keep_weights(folder: Path, name: str, trainee: Trainee) -> None:
     (folder / WEIGHTS).mkdir(exist_ok=True)
     weights = {key: tensor.detach().cpu() for key, tensor in trainee.model.state_dict().items()}
     files.save_tensors(folder / WEIGHTS / f"{name}.pt", weights)
+
+
+def _as_json(history: Sequence[StructureChange]) -> list[dict[str, Any]]:
+    return [{"epoch": c.epoch, "name": c.name, "grown": list(c.grown), "cut": list(c.cut)} for c in history]
+
+
+def take_structure(folder: Path, trainee: Trainee, row: str, seed: int, lr: float) -> None:
+    """Give a row at its start the structure that its network had at the end of the training, where it has one."""
+    if trainee.structure is None:
+        return
+    for name in (f"{row}-seed{seed}", f"{row}-lr{lr}-seed{seed}"):
+        path = folder / WEIGHTS / f"{name}.pt"
+        if path.exists():
+            trainee.structure.take_structure_of(torch.load(path, map_location="cpu", weights_only=True))
+            return
 
 
 def _keep_scales(folder: Path, trainee: Trainee) -> bool:

@@ -6,18 +6,20 @@ import dataclasses
 import functools
 
 import torch
-from torch import Tensor
 
-from gradrep_kernels.recipes.data import Data, DataSource, Images, load_data
+from gradrep_kernels.recipes.augmentation import check_augmentations
+from gradrep_kernels.recipes.data import Data, Images, load_data
+from gradrep_kernels.recipes.options import Options
 
-__all__ = ["hold_out", "split_data"]
+__all__ = ["hold_out", "load_job_data", "split_data"]
 
 
 def hold_out(data: Data, share: float) -> tuple[Data, Images]:
     """Split the training images into those to train on, as `data`, and a validation part.
 
     Every class gives about `share` of its images, the same whatever the seed of a run: of a class with a few images,
-    all or none. The statistics to standardise with stay those of all training images.
+    all or none. The statistics to standardise with stay those of all training images. Without a seed a `Loader` reads
+    the validation part as test images are read, whatever the augmentation.
     """
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randperm(len(data.train), generator=generator)
@@ -25,15 +27,27 @@ def hold_out(data: Data, share: float) -> tuple[Data, Images]:
     labels = data.train.labels[by_class]
     # Along the images sorted by class, every (1 / share)-th is held out, so that each class gives its share.
     held = (torch.arange(1, len(labels) + 1) * share).floor() > (torch.arange(len(labels)) * share).floor()
-    trained, validation = (_part(data.train, by_class[chosen].sort().values) for chosen in (~held, held))
+    trained, validation = (data.train.part(by_class[chosen].sort().values) for chosen in (~held, held))
     return dataclasses.replace(data, train=trained), validation
 
 
-def _part(images: Images, indices: Tensor) -> Images:
-    return Images(images.labels[indices], lambda at: images.read(indices[at]), images.lazy)
-
-
 @functools.lru_cache(maxsize=1)  # A process does many trainings on the same data.
-def split_data(source: DataSource, image_size: int | None, share: float) -> tuple[Data, Images]:
+def split_data(options: Options) -> tuple[Data, Images]:
     """Read a data set and hold a share of its training images out."""
-    return hold_out(load_data(source, image_size), share)
+    return hold_out(load_job_data(options), options.validation)
+
+
+def load_job_data(options: Options, download: bool = False) -> Data:
+    """Read the data set of a job.
+
+    Raises InputError as `load_data` does, also where the augmentation of the Hyper-Search cannot be done.
+    """
+    check_augmentations(options.search_augment)
+    return load_data(
+        options.data,
+        options.image_size,
+        test_size=options.test_size,
+        test_resize=options.test_resize,
+        augment=options.augment,
+        download=download,
+    )

@@ -106,7 +106,7 @@ class _Worker:
 
     def __init__(self, context: Any):
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs,))  # No daemon, which could have no readers.
         with interrupts.kept_from_children():
             self.process.start()
         theirs.close()  # So that the end of the process ends the connection.

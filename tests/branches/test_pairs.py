@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from gradrep_kernels import csla
+from gradrep_kernels.branches.diverse import dbb_model
 from gradrep_kernels.branches.normed import acb_model, repvgg_model
 
 
@@ -369,7 +370,7 @@ def test_an_example_checks_merged_blocks_too():
     assert int(plain.first_norm.num_batches_tracked) == 0
 
 
-@pytest.mark.parametrize("convert", [repvgg_model, acb_model])
+@pytest.mark.parametrize("convert", [repvgg_model, acb_model, dbb_model])
 def test_blocks_that_take_their_norm_along_look_too(convert, no_warnings):
     with pytest.raises(ValueError, match=r"takes its norm along needs .* first has another consumer than its norm in"):
         convert(Reused())

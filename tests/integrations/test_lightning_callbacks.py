@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision_alone
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -398,7 +399,8 @@ RANKS = """
     import sys, torch
     from pathlib import Path
     from torch.utils.data import DataLoader, DistributedSampler
-    sys.path.insert(0, {tests!r})
+    sys.path[:0] = [{tests!r}, {support!r}]
+    import torchvision_alone
     import test_lightning_callbacks as t
 
     torch.set_num_threads(1)
@@ -426,7 +428,9 @@ RANKS = """
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_ranks_learn_as_one_process_does(tmp_path):
     pytest.importorskip("lightning.pytorch")
-    script = textwrap.dedent(RANKS).format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    script = textwrap.dedent(RANKS).format(
+        tests=str(Path(__file__).parent), support=str(Path(torchvision_alone.__file__).parent), folder=str(tmp_path)
+    )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=300)
     (first, weights), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     model = network()

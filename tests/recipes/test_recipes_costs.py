@@ -447,7 +447,7 @@ def form_costs_alone(row):
 
 
 def test_rows_that_cannot_be_made_again_are_left_out(folder, short, capsys):
-    """One ended with another structure, as DyRep's rows do, the other has lost its weights."""
+    """One ended with another structure than its row can have, the other has lost its weights."""
     (kept,) = (folder / "weights").glob("csla-*.pt")
     torch.save({**torch.load(kept, weights_only=True), "one.more": torch.zeros(1)}, kept)
     (lost,) = (folder / "weights").glob("repopt+sgs-*.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 import zlib
 
@@ -170,12 +171,8 @@ def test_folder_images_are_read_when_a_batch_needs_them(tmp_path):
 
 def test_batches_that_are_read_ahead_are_the_same(tmp_path):
     data = load(f"folder:{write_folder(tmp_path, per_class=5)}", 8)
-    ahead = list(Loader(data, data.train, 3, seed=4, augment=("crop", "flip", "cutout")))
-    at_once = list(
-        Loader(
-            data, type(data.train)(data.train.labels, data.train.read), 3, seed=4, augment=("crop", "flip", "cutout")
-        )
-    )
+    sets = [dataclasses.replace(data.train, picture=None, lazy=lazy) for lazy in (True, False)]
+    ahead, at_once = (list(Loader(data, of, 3, seed=4, augment=("crop", "flip", "cutout"))) for of in sets)
     assert len(ahead) == 3
     for (x, labels), (y, others) in zip(ahead, at_once):
         assert torch.equal(x, y)

@@ -63,12 +63,12 @@ def test_a_name_that_another_takes_meanwhile(source, tmp_path, monkeypatch):
 
 
 def test_a_given_name_that_another_takes_meanwhile(source, tmp_path, monkeypatch):
-    def load_data(*arguments, original=runs.load_data):
+    def load_data(*arguments, original=runs.load_job_data):
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "options.json").write_text("theirs")
         return original(*arguments)
 
-    monkeypatch.setattr(runs, "load_data", load_data)
+    monkeypatch.setattr(runs, "load_job_data", load_data)
     with pytest.raises(InputError, match="has something in it already"):
         started(source, tmp_path, "x")
     assert [path.name for path in tmp_path.rglob("*")] == ["x", "options.json"]

@@ -172,17 +172,18 @@ for line in sys.stdin:
 MOMENTS = int(os.environ.get("GRADREP_MOMENTS", "12"))
 
 
-def test_a_training_on_a_folder_ends_wherever_it_is_interrupted(tmp_path):
+@pytest.mark.parametrize("readers", [0, 2])
+def test_a_training_on_a_folder_ends_wherever_it_is_interrupted(tmp_path, readers):
     data = write_folder(tmp_path / "data", per_class=6, size=(64, 48))
     options = {
         "data": f"folder:{data}", "image_size": 32, "batch_size": 4, "epochs": 2000, "seeds": 1, "recipe": "sgs",
         "sgs_every": 1, "sgs_warmup": 0, "sgs_batches": 1, "threads": 1, "workers": 1, "warmup": 0,
-        "model": "small", "out": tmp_path / "out", "name": "x",
+        "model": "small", "augment": "crop,flip", "readers": readers, "out": tmp_path / "out", "name": "x",
     }  # fmt: skip
     arguments = ["train", *as_arguments(options)]
     state = tmp_path / "out" / "x" / "state" / "sgs-seed0.pt"
     draw = random.Random(0)
-    moments = [(draw.uniform(0, 1.5), None) for _ in range(MOMENTS)]
+    moments = [(draw.uniform(0, 1.5), None) for _ in range(MOMENTS // 2 if readers else MOMENTS)]
     moments = [*moments[:-1], (0, str(state)), moments[-1]]
     epochs = []
     with subprocess.Popen(

@@ -185,7 +185,7 @@ def test_merged_networks_and_trainings_taken_over_are_told(tmp_path, options, da
     options = with_rows(options, "sgd", "repvgg")
     trainings = some_trainings(options.rows)
     for training, difference in zip(trainings["repvgg"][0.1], (2e-7, 1e-7)):
-        training |= {"merge_difference": difference}
+        training |= {"parameters_deployed": 1000, "merge_difference": difference}
     for training in trainings["sgd"][0.1]:
         training["taken_from"] = "sgs-k=1"
     summary = write_report(tmp_path, options, data, trainings, [0, 1], other_results(options.rows), None, None)

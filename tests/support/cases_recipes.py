@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +141,29 @@ def write_cifar(folder, kind: str, per_file: int = 4):
                 for i in range(per_file)
             )
         )
+    return folder
+
+
+IDX = {"train": 40, "t10k": 20}
+"""Part of the files of MNIST -> images that `write_mnist` makes."""
+
+
+def write_idx(folder: Path, name: str, array: np.ndarray, packed: bool = False) -> None:
+    """An IDX file of bytes by the format's words, packed by gzip or not."""
+    content = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    path = folder / (f"{name}.gz" if packed else name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content) if packed else content)
+
+
+def write_mnist(folder: Path, side: int = 28) -> Path:
+    """Images of MNIST's form, one grey by its class on noise. The training part is packed, the test part is not."""
+    generator = np.random.default_rng(0)
+    for name, count in IDX.items():
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        pixels = (generator.integers(0, 100, (count, side, side)) + 15 * labels[:, None, None]).astype(np.uint8)
+        write_idx(folder, f"{name}-images-idx3-ubyte", pixels, packed=name == "train")
+        write_idx(folder, f"{name}-labels-idx1-ubyte", labels, packed=name == "train")
     return folder
 
 

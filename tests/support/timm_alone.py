@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from unittest import mock
 
 import pytest
+import torchvision_alone
 
 VISION = [
     "torchvision",
@@ -21,7 +22,7 @@ def importable_timm() -> Iterator[None]:
     """Let timm be imported. A mock stands in for torchvision where that is missing, and timm is forgotten then."""
     if importlib.util.find_spec("timm") is None:
         pytest.skip("needs timm: pip install --no-deps timm (and the extra interop)")
-    is_whole = importlib.util.find_spec("torchvision") is not None
+    is_whole = torchvision_alone.usable()
     stubs = {} if is_whole else {name: mock.MagicMock(name=name, __path__=[], __spec__=None) for name in VISION}
     # No mock.patch.dict: it would also forget Triton, which aborts the process when it is imported again.
     sys.modules.update(stubs)

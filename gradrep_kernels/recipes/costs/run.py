@@ -125,7 +125,7 @@ def write_costs(
     with torch.random.fork_rng():
         batches = list(itertools.islice(epoch_batches(data, on_host, options.seed, 0), _BATCHES))
         test_images, _ = next(iter(Loader(data, data.test, _TEST_IMAGES)))
-        makers = {row.name: _maker(row, options, data, scales) for row in options.rows}
+        makers = {row.name: _maker(row, options, data, scales, folder) for row in options.rows}
         reasons = {row.name: _cannot(row, makers[row.name], scales, folder) for row in options.rows}
         left_out = {name: reason for name, reason in reasons.items() if reason is not None}
         measured = costs_of(
@@ -171,9 +171,13 @@ def write_costs(
     return costs
 
 
-def _maker(row: Recipe, options: Options, data: Data, scales: csla.Scales | None) -> Maker:
+def _maker(row: Recipe, options: Options, data: Data, scales: csla.Scales | None, folder: Path) -> Maker:
     def make() -> Trainee:
         trainee = build(row, options, data, scales, options.seed, options.lr[0])
+        kept = None if trainee.structure is None else _kept_weights(row, folder)
+        if kept is not None:
+            weights = torch.load(kept, map_location="cpu", mmap=True, weights_only=True)
+            trainee.structure.take_structure_of(weights)
         if options.channels_last:
             trainee.model.to(memory_format=torch.channels_last)
         if options.compile and unwrapped(trainee.model) is trainee.model:
