@@ -86,6 +86,7 @@ def _networks(folder: Path, recipes: Mapping[str, Mapping[str, Any]], seed: int)
         path = next((path for n in named if (path := folder / WEIGHTS / f"{n}.pt").exists()), None)
         if path is not None:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-            if all(tensor.isfinite().all() for tensor in weights.values()):
+            kernels = [tensor for tensor in weights.values() if tensor.ndim == 4 and tensor[0, 0].numel() > 1]
+            if kernels and all(kernel.isfinite().all() for kernel in kernels):
                 networks[name] = weights
     return networks if len(networks) > 1 and any(RECIPES[name].sgs for name in networks) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,7 @@ def _form_costs(
 ) -> dict[str, dict[str, int]]:
     """Multiply-adds and parameters of each row in `rates` ({name: learning rate}), in training and deployed.
 
-    Rows whose scales are not there are left out.
+    Rows whose scales are not there, or whose network cannot be counted, are left out.
     """
     found = {}
     options = dataclasses.replace(options, device="cpu")
@@ -100,7 +101,8 @@ def _form_costs(
             if row.name in rates and (scales is not None or not row.needs_search):
                 trainee = build(row, options, data, scales, options.seed, rates[row.name])
                 take_structure(folder, trainee, row.name, options.seed, rates[row.name])
-                found[row.name] = form_costs(trainee.model, image.shape[1:], test_image.shape[1:])
+                with contextlib.suppress(ValueError, RuntimeError):  # A network of other code may not be countable.
+                    found[row.name] = form_costs(trainee.model, image.shape[1:], test_image.shape[1:])
     return found
 
 
