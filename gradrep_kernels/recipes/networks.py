@@ -136,6 +136,6 @@ def _takes(maker: Callable[..., nn.Module], setting: str) -> bool:
 def _timm(flag: str, text: str) -> ModuleType:
     try:
         import timm
-    except ImportError as reason:  # torchvision may be what is missing, or what does not fit this torch
+    except (ImportError, RuntimeError) as reason:  # torchvision may be missing, or not fit this torch
         raise InputError(f"{flag} {text} needs timm: pip install timm ({reason})") from None
     return timm

@@ -190,6 +190,10 @@ class Pictures:
         digits=("crop",), cifar=("flip", "crop", "cutout"), small=("crop",), folder=("resized", "flip"),
         reader=some_of(AUGMENTATIONS),
     )  # fmt: skip
+    images: int | None = option(
+        "train on so many of the training images, of every class as large a part", check=at_least(2),
+        default_help="all", earlier=None,
+    )  # fmt: skip
     image_size: int | None = option(
         "side of the training images of folder:DIR", check=between(8, 8192), folder=FOLDER_SIDE, kinds=("folder",)
     )

@@ -75,8 +75,8 @@ class Options(Machine, Scaling, Search, Pictures, Training, Subject):  # datacla
         unlike = sorted(OPTIONS.keys() ^ stored.keys())
         if unlike:
             raise InputError(f"it differs in {', '.join(unlike)}")
-        readers = {tuple: lambda value: value if value is None else tuple(value), DataSource: DataSource.parse}
-        return cls(**{name: readers.get(OPTIONS[name].type, lambda v: v)(value) for name, value in stored.items()})
+        values = {name: _from_json(OPTIONS[name], value) for name, value in stored.items()}
+        return cls(**values)
 
     def check(self) -> None:
         """Raise InputError, naming the option, where a value is out of its range or the device is not there."""
@@ -229,6 +229,15 @@ def _preset(values: Mapping[str, Any], kind: str, search: bool):
 
 def _read(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: OPTIONS[name].read(value) for name, value in given.items()}
+
+
+def _from_json(declared: Option, value: Any) -> Any:
+    if declared.type is DataSource:
+        return DataSource.parse(value)
+    if declared.type is not tuple or value is None:
+        return value
+    # Augmentations had another order once, in which they were stored.
+    return declared.read(tuple(value)) if declared.name.endswith("augment") else tuple(value)
 
 
 def _to_json(value: Any) -> Any:

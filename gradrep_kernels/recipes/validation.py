@@ -9,9 +9,10 @@ import torch
 
 from gradrep_kernels.recipes.augmentation import check_augmentations
 from gradrep_kernels.recipes.data import Data, Images, load_data
+from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.options import Options
 
-__all__ = ["hold_out", "load_job_data", "split_data"]
+__all__ = ["hold_out", "keep", "load_job_data", "split_data"]
 
 
 def hold_out(data: Data, share: float) -> tuple[Data, Images]:
@@ -21,14 +22,31 @@ def hold_out(data: Data, share: float) -> tuple[Data, Images]:
     all or none. The statistics to standardise with stay those of all training images. Without a seed a `Loader` reads
     the validation part as test images are read, whatever the augmentation.
     """
-    generator = torch.Generator().manual_seed(0)
-    mixed = torch.randperm(len(data.train), generator=generator)
-    by_class = mixed[data.train.labels[mixed].argsort(stable=True)]
+    by_class = _mixed_by_class(data)
     labels = data.train.labels[by_class]
     # Along the images sorted by class, every (1 / share)-th is held out, so that each class gives its share.
     held = (torch.arange(1, len(labels) + 1) * share).floor() > (torch.arange(len(labels)) * share).floor()
     trained, validation = (data.train.part(by_class[chosen].sort().values) for chosen in (~held, held))
     return dataclasses.replace(data, train=trained), validation
+
+
+def keep(data: Data, images: int) -> Data:
+    """Keep so many training images, of every class as large a part, the same whatever the seed of a run.
+
+    Raises InputError where there are fewer.
+    """
+    if images > len(data.train):
+        raise InputError(f"--images {images}: {data.name} has {len(data.train)} training images")
+    by_class = _mixed_by_class(data)
+    place = torch.arange(len(by_class))
+    kept = (place + 1) * images // len(by_class) > place * images // len(by_class)
+    return dataclasses.replace(data, train=data.train.part(by_class[kept].sort().values))
+
+
+def _mixed_by_class(data: Data) -> torch.Tensor:
+    """The training images in an order that is mixed within each class, one class after the other."""
+    mixed = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    return mixed[data.train.labels[mixed].argsort(stable=True)]
 
 
 @functools.lru_cache(maxsize=1)  # A process does many trainings on the same data.
@@ -43,7 +61,7 @@ def load_job_data(options: Options, download: bool = False) -> Data:
     Raises InputError as `load_data` does, also where the augmentation of the Hyper-Search cannot be done.
     """
     check_augmentations(options.search_augment)
-    return load_data(
+    data = load_data(
         options.data,
         options.image_size,
         test_size=options.test_size,
@@ -51,3 +69,4 @@ def load_job_data(options: Options, download: bool = False) -> Data:
         augment=options.augment,
         download=download,
     )
+    return data if options.images is None else keep(data, options.images)

@@ -72,8 +72,8 @@ def test_without_a_command_there_is_a_short_help(capsys):
     assert main([]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("usage: gradrep ")
-    assert len(out.splitlines()) < 20
-    assert all(f"\n    {command} " in out for command in ("train", "search", "env"))
+    assert len(out.splitlines()) < 24
+    assert all(f"\n    {command} " in out for command in ("train", "search", "env", "costs", "quantize"))
     assert err == ""
 
 

@@ -71,7 +71,7 @@ def test_options_json_keeps_its_form():
     assert (before.schedule, before.optimizer, before.amp, before.accumulate) == ("cosine", "sgd", None, 1)
     search = before.of_search()
     assert (search.batch_size, search.weight_decay, search.warmup, search.clip_norm) == (128, 0.0005, 3, 1.0)
-    assert (search.augment, search.lr, search.epochs) == (("flip", "crop", "cutout"), (0.1,), 240)
+    assert (search.augment, search.lr, search.epochs) == (("crop", "flip", "cutout"), (0.1,), 240)
     assert Options.from_json(json.loads(json.dumps(before.to_json()))) == before
     with pytest.raises(InputError, match="it differs in colour"):
         Options.from_json({**stored, "colour": "red"})

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gradrep_kernels.recipes.data import Data, Images
-from gradrep_kernels.recipes.validation import hold_out
+from gradrep_kernels.recipes.errors import InputError
+from gradrep_kernels.recipes.validation import hold_out, keep
 
 
 def numbered(labels):
@@ -42,6 +43,22 @@ def test_it_is_the_same_each_time_and_leaves_the_generator_alone():
     assert numbers(first) == numbers(again)
     assert torch.equal(torch.get_rng_state(), state)
     assert numbers(first) != list(range(len(first)))
+
+
+@pytest.mark.parametrize("images", [1, 2, 7, 15, 59, 60])
+def test_so_many_images_are_kept_of_every_class_as_large_a_part(images):
+    data, state = numbered([0] * 30 + [1] * 20 + [2] * 10), torch.get_rng_state()
+    kept = keep(data, images).train
+    assert len(kept) == len(set(numbers(kept))) == images
+    assert numbers(kept) == numbers(keep(data, images).train)
+    counts = torch.bincount(kept.labels, minlength=3)
+    assert (counts - torch.tensor([30, 20, 10]) * images / 60).abs().max() < 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_more_images_than_there_are_is_an_error():
+    with pytest.raises(InputError, match="--images 16: .* has 15 training images"):
+        keep(numbered([0, 1, 2] * 5), 16)
 
 
 def test_nothing_held_out_leaves_everything():
