@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +29,7 @@ from gradrep_kernels.recipes.quantize_report import closing_lines as quantized_l
 from gradrep_kernels.recipes.quantize_settings import SETTINGS, chosen_settings
 from gradrep_kernels.recipes.report import closing_lines, scales_line
 from gradrep_kernels.recipes.runs import SCALES, Run, open_run
+from gradrep_kernels.recipes.sweep import Sweep, is_sweep, open_sweep, run_sweep, sweep_lines, sweep_options
 
 __all__ = ["entry", "main"]
 
@@ -132,6 +133,17 @@ def _parsers(prog: str) -> tuple[_Parser, dict[str, _Parser]]:
         dest="command", title="commands", metavar="train | search | quantize | costs | env"
     )
     train = _add_run(commands, "train", "search scales, then train with each recipe and compare")
+    train.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="NAME=V1,V2|FILE",
+        help="a run for each value of an option, in one table; several are crossed; lists have ; between them, as in "
+        "'strides=1,2,2;2,2,2'; FILE: a JSON or TOML list of option sets; default: one run",
+    )
+    train.add_argument(
+        "--sweep-base", metavar="POINT", help="the point that the others are compared with; default: the first"
+    )
     search = _add_run(commands, "search", "Hyper-Search alone: writes a scales file")
     search.add_argument(
         "--output", type=_path, metavar="FILE", help=f"the scales file; default: {SCALES} in the run's folder"
@@ -300,10 +312,10 @@ def _discard(stream: Any) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _summary(run: Run) -> dict[str, Any]:
-    """Do a run. What stops it says how to go on."""
+def _summary(run: Run | Sweep) -> dict[str, Any]:
+    """Do a run or a sweep. What stops it says how to go on."""
     try:
-        return run_job(run, Reporter())
+        return run_sweep(run, Reporter()) if isinstance(run, Sweep) else run_job(run, Reporter())
     except KeyboardInterrupt:
         raise KeyboardInterrupt("; --resume goes on after the last whole epoch") from None
     except OSError as reason:
@@ -320,13 +332,33 @@ def _print_options(given: dict[str, Any], search: bool = False) -> int:
 
 
 def _train(given: dict[str, Any]) -> int:
+    texts, base = given.pop("sweep"), given.pop("sweep_base")
+    if texts or (given["resume"] and given["name"] and is_sweep(given["out"] / given["name"])):
+        return _sweep(given, texts, base)
+    if base is not None:
+        raise InputError(f"--sweep-base {base} goes with --sweep")
     if given.pop("print_options"):
         return _print_options({name: value for name, value in given.items() if name in OPTIONS})
     with open_run(given.pop("out"), given.pop("name"), resume=given.pop("resume"), given=given) as run:
         summary = _summary(run)
     shown = _print("\n".join([*closing_lines(summary), f"Written to {run.folder}; begin with summary.md there."]))
-    agrees = summary["csla_equals_gr"] is None or summary["csla_equals_gr"]["agrees"]
-    return shown if agrees and not summary["not_trained"] else 1
+    return shown if _is_whole(summary) else 1
+
+
+def _sweep(given: dict[str, Any], texts: Sequence[str], base: str | None) -> int:
+    if given.pop("print_options"):
+        options = {name: value for name, value in given.items() if name in OPTIONS}
+        return _print(json.dumps(sweep_options(texts, options), indent=2))
+    out, name, resume = (given.pop(key) for key in ("out", "name", "resume"))
+    with open_sweep(out, name, given, texts, base, resume=resume) as sweep:
+        summary = _summary(sweep)
+    shown = _print("\n".join([*sweep_lines(summary), f"Written to {sweep.folder}; begin with sweep.md there."]))
+    return shown if all(map(_is_whole, summary["points"].values())) else 1
+
+
+def _is_whole(summary: Mapping[str, Any]) -> bool:
+    """Whether every row was trained, and CSLA = GR held."""
+    return not summary["not_trained"] and (summary["csla_equals_gr"] or {"agrees": True})["agrees"]
 
 
 def _search(given: dict[str, Any]) -> int:

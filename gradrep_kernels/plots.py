@@ -1,4 +1,4 @@
-"""Pictures of what was learned: spatial scalings G and branch scales α.
+"""Pictures of what was learned: spatial scalings G, branch scales α, kernels, and accuracy over a setting.
 
 Each function returns a matplotlib Figure, which the caller shows or saves: `figure.savefig("g.png")`. Figures are made
 without pyplot, so that no global setting is touched. matplotlib is imported when a function is called, and is not
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor, nn
 
 from gradrep_kernels.branch_scales import BranchScales
 from gradrep_kernels.sgs import ScalingUpdate, SpatialGradientScaling
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["scales_over_depth", "scaling_history", "spatial_scalings"]
+__all__ = ["kernel_magnitudes", "scales_over_depth", "scaling_history", "spatial_scalings", "sweep_curve"]
 
-_BRANCHES = {
+BRANCHES = {
     "conv": ("k x k", "#0072B2", "o"),
     "1x1": ("1 x 1", "#D55E00", "s"),
     "identity": ("identity", "#009E73", "^"),
@@ -30,6 +31,8 @@ _BRANCHES = {
 _FURTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 _FURTHER_MARKERS = ("D", "v", "P", "X", "*", "<", ">")
 _MOST_COLUMNS = 6
+_LOG_FROM = 100.0  # Values that span two decades stand on a logarithmic axis.
+_MOST_TICKS = 12  # Up to so many values have a tick each.
 _MOST_NUMBERS = 25  # Numbers stand in the cells of a map up to 5 x 5.
 
 
@@ -132,6 +135,121 @@ def _map(axes: Axes, g: np.ndarray, low: float, high: float):
     axes.set_xticks([])
     axes.set_yticks([])
     return image
+
+
+def kernel_magnitudes(
+    networks: Mapping[str, nn.Module | Mapping[str, Tensor]], *, layers: str | Iterable[str] = "few"
+) -> Figure:
+    """Draw the mean absolute kernel of some layers as maps, a row for each network.
+
+    A kernel [O, I, kh, kw] gives the map mean over O and I of |kernel|, divided by its mean over the taps, so that 1 is
+    an average tap. The last map is the mean of those of all layers that have the first drawn layer's size. Source: SGS
+    paper, A.7 and Figure 6, where the networks are trained with and without spatial gradient scaling. The mean over
+    layers is ours.
+
+    Args:
+        networks: {label: model or its state dict}, with the same layers. Kernels of 1 x 1 are left out.
+        layers:   'few' (the first, the middle and the last), 'all', or names without `.weight`.
+
+    Raises ImportError without matplotlib, and ValueError for no networks, networks without kernels, or layers that one
+    of them lacks.
+    """
+    if not networks:
+        raise ValueError("networks holds none")
+    magnitudes = {label: _magnitudes(label, network) for label, network in networks.items()}
+    names = list(next(iter(magnitudes.values())))
+    chosen = _chosen(names, layers)
+    for label, maps in magnitudes.items():
+        if absent := [name for name in {**dict.fromkeys(chosen), **dict.fromkeys(names)} if name not in maps]:
+            raise ValueError(f"layers: {label} has no kernels of {', '.join(absent[:4])}")
+    rows = []
+    for label, maps in magnitudes.items():
+        alike = [g for g in maps.values() if g.shape == maps[chosen[0]].shape]
+        whole = {f"mean of {len(alike)} layers": np.mean(alike, axis=0)} if len(names) > 1 else {}
+        rows.append((label, {**{name: maps[name] for name in chosen}, **whole}))
+    shown = [g for _, maps in rows for g in maps.values()]
+    low, high = min(g.min() for g in shown), max(g.max() for g in shown)
+    columns = max(len(maps) for _, maps in rows)
+    figure = new_figure(2.4 * columns + 1.2, 2.5 * len(rows) + 0.2)
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (label, maps) in enumerate(rows):
+        for n, (name, g) in enumerate(maps.items()):
+            image = _map(panels[row, n], g, low, high)
+            if row == 0:
+                panels[row, n].set_title(name, fontsize=10)
+        panels[row, 0].set_ylabel(label, fontsize=11)
+    figure.colorbar(image, ax=panels, label="mean |kernel| (mean 1)", shrink=0.8)
+    return figure
+
+
+def _magnitudes(label: str, network: nn.Module | Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """{layer: mean |kernel| over its channels, of mean 1 [kh, kw]} of the kernels of more than one tap."""
+    tensors = network.state_dict() if isinstance(network, nn.Module) else network
+    kernels = {
+        name.removesuffix(".weight"): tensor.detach().double().abs().mean((0, 1)).cpu().numpy()
+        for name, tensor in tensors.items()
+        if isinstance(tensor, Tensor) and tensor.ndim == 4 and tensor[0, 0].numel() > 1
+    }
+    if not kernels:
+        raise ValueError(f"networks: {label} has no kernels of more than one tap")
+    return {name: kernel / (kernel.mean() or 1.0) for name, kernel in kernels.items()}
+
+
+def sweep_curve(
+    values: Sequence[float],
+    means: Mapping[str, Sequence[float]],
+    half_widths: Mapping[str, Sequence[float]] | None = None,
+    *,
+    name: str = "value",
+    measured: str = "test accuracy, %",
+    colours: Mapping[str, str] | None = None,
+    dashed: Iterable[str] = (),
+) -> Figure:
+    """Draw a figure of merit over the values of a setting, a curve for each way of training.
+
+    The axis is logarithmic where the values are positive and span two decades. Source: SGS paper, Figure 8.
+
+    Args:
+        values:      of the setting, in any order.
+        means:       {label: the figure at each value}. NaN where there is none. A label with one number instead of a
+                     sequence is a level that does not depend on the setting.
+        half_widths: {label: half the width of the interval at each value}, for bars. Labels may be missing.
+        name:        of the setting, and `measured` what `means` are.
+        colours:     {label: colour}, for those that should have one of their own.
+        dashed:      labels whose curves are dashed.
+
+    Raises ImportError without matplotlib, and ValueError for no values, no means, or lengths that differ.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or not values.size or not means:
+        raise ValueError(f"values must be numbers and means must have a label, got {values.size} and {len(means)}")
+    order, half_widths, colours = np.argsort(values, kind="stable"), half_widths or {}, colours or {}
+    figure = new_figure(8, 4.4)
+    axes = figure.subplots()
+    for n, (label, given) in enumerate(means.items()):
+        style = {"color": colours.get(label, f"C{n}"), "linestyle": "--" if label in dashed else "-", "label": label}
+        bars = half_widths.get(label)
+        if np.ndim(given) == 0:
+            axes.axhline(float(given), linewidth=1.4, **style)
+            if bars is not None:
+                axes.axhspan(given - bars, given + bars, color=style["color"], alpha=0.1, linewidth=0)
+            continue
+        if len(given) != len(values) or (bars is not None and len(bars) != len(values)):
+            raise ValueError(f"means and half_widths must have {len(values)} numbers of {label}, one for each value")
+        bars = None if bars is None else np.asarray(bars, dtype=float)[order]
+        axes.errorbar(
+            values[order], np.asarray(given, dtype=float)[order], bars, marker="o", markersize=5, capsize=3, **style
+        )
+    if values.min() > 0 and values.max() >= _LOG_FROM * values.min():
+        axes.set_xscale("log")
+    if len(shown := np.unique(values)) <= _MOST_TICKS:
+        axes.set_xticks(shown, [f"{value:g}" for value in shown])
+        axes.set_xticks([], minor=True)
+    axes.set_xlabel(name)
+    axes.set_ylabel(measured)
+    tidy(axes)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
 
 
 def scaling_history(history: SpatialGradientScaling | Sequence[ScalingUpdate]) -> Figure:
@@ -248,10 +366,10 @@ def scales_over_depth(scales: Mapping[str, BranchScales], initial: Mapping[str, 
 
 def _drawn(scales: Mapping[str, BranchScales]) -> dict[str, tuple[str, str, str]]:
     """Return label, colour and marker of each branch, those of the paper first."""
-    drawn = dict(_BRANCHES)
+    drawn = dict(BRANCHES)
     for value in scales.values():
         for branch in value.tensors():
-            n = len(drawn) - len(_BRANCHES)
+            n = len(drawn) - len(BRANCHES)
             colour, marker = _FURTHER_COLOURS[n % len(_FURTHER_COLOURS)], _FURTHER_MARKERS[n % len(_FURTHER_MARKERS)]
             drawn.setdefault(branch, (branch, colour, marker))
     return drawn

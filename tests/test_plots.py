@@ -88,6 +88,86 @@ def test_spatial_scalings_refuses(scalings, options, error, message):
         gr.plots.spatial_scalings(scalings, **options)
 
 
+def test_kernel_magnitudes_are_those_of_a_hand_count():
+    kernel = torch.tensor([[[1.0, -3.0, 2.0]], [[-5.0, 1.0, 0.0]]])[None].transpose(0, 1)  # [2, 1, 1, 3]
+    plain = {"a.weight": kernel, "a.bias": torch.ones(2), "one.weight": torch.ones(2, 2, 1, 1)}
+    plain |= {"b.weight": torch.ones(1, 1, 1, 3), "c.weight": torch.ones(1, 1, 1, 1, 3)}
+    drawn = images(gr.plots.kernel_magnitudes({"sgd": plain, "sgs": {**plain, "a.weight": kernel.flip(3)}}))
+    assert [title for title, _, _ in drawn] == ["a", "b", "mean of 2 layers", "", "", ""]
+    assert [label for _, label, _ in drawn] == ["sgd", "", "", "sgs", "", ""]
+    # |kernel| over two output channels is (3, 2, 1), its mean 2.
+    assert np.allclose(drawn[0][2], [[1.5, 1.0, 0.5]])
+    assert np.allclose(drawn[3][2], [[0.5, 1.0, 1.5]])
+    assert np.allclose(drawn[2][2], [[1.25, 1.0, 0.75]])
+
+
+def test_kernel_magnitudes_take_models_and_leave_them():
+    model = gr.models.repopt_vgg_small(num_classes=3, in_channels=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)]
+    drawn = images(gr.plots.kernel_magnitudes({"x": model}, layers="all"))
+    assert [title for title, _, _ in drawn] == [*names, f"mean of {len(names)} layers"]
+    assert np.allclose(drawn[1][2].mean(), 1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("networks", "message"),
+    [
+        ({}, "networks holds none"),
+        ({"x": {"a.weight": torch.ones(2, 2, 1, 1)}}, "x has no kernels of more than one tap"),
+        (
+            {"x": {"a.weight": torch.ones(1, 1, 3, 3)}, "y": {"b.weight": torch.ones(1, 1, 3, 3)}},
+            "layers: y has no kernels of a",
+        ),
+    ],
+)
+def test_kernel_magnitudes_refuse(networks, message):
+    with pytest.raises(ValueError, match=message):
+        gr.plots.kernel_magnitudes(networks)
+
+
+def test_a_sweep_curve():
+    figure = gr.plots.sweep_curve(
+        [5, 1, 3],
+        {"a": [50.0, 10.0, 30.0], "level": 20.0},
+        {"a": [5.0, 1.0, 3.0], "level": 2.0},
+        name="k",
+        dashed=["a"],
+    )
+    (axes,) = figure.axes
+    (curve,) = axes.containers
+    assert curve.lines[0].get_xdata().tolist() == [1, 3, 5]
+    assert curve.lines[0].get_ydata().tolist() == [10, 30, 50]
+    assert curve.lines[0].get_linestyle() == "--"
+    low, high = zip(*(segment[:, 1] for segment in curve.lines[2][0].get_segments()))
+    assert (list(low), list(high)) == ([9, 27, 45], [11, 33, 55])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["level", "a"]
+    assert (axes.get_xlabel(), axes.get_xscale()) == ("k", "linear")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "3", "5"]
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"), [([1, 99], "linear"), ([1, 100], "log"), ([0, 100], "linear"), ([-1, 100], "linear")]
+)
+def test_two_decades_of_positive_values_stand_on_a_logarithmic_axis(values, scale):
+    assert gr.plots.sweep_curve(values, {"a": [1, 2]}).axes[0].get_xscale() == scale
+
+
+@pytest.mark.parametrize(
+    ("values", "means", "bars", "message"),
+    [
+        ([], {"a": []}, None, "values must be numbers"),
+        ([1, 2], {}, None, "means must have a label, got 2 and 0"),
+        ([1, 2], {"a": [1]}, None, "must have 2 numbers of a"),
+        ([1, 2], {"a": [1, 2]}, {"a": [1]}, "must have 2 numbers of a"),
+    ],
+)
+def test_a_sweep_curve_refuses(values, means, bars, message):
+    with pytest.raises(ValueError, match=message):
+        gr.plots.sweep_curve(values, means, bars)
+
+
 def entries(epochs, steps, names="ab"):
     return [
         ScalingUpdate(n + 1, epoch, step, {name: torch.full((3, 3), float(n)) for name in names})
@@ -169,6 +249,10 @@ def test_without_matplotlib_a_call_says_what_to_install(monkeypatch):
         gr.plots.scales_over_depth(scales())
     with pytest.raises(ImportError, match="pip install matplotlib"):
         gr.plots.scaling_history(entries([1], [None]))
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        gr.plots.kernel_magnitudes({"x": {"a.weight": torch.ones(1, 1, 3, 3)}})
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        gr.plots.sweep_curve([1], {"a": [1]})
 
 
 def test_the_import_takes_no_matplotlib_and_figures_touch_no_setting():

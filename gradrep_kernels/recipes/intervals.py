@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from gradrep_kernels.recipes.errors import extra
 
-__all__ = ["Difference", "half_width", "paired_difference"]
+__all__ = ["Difference", "expected_misses", "half_width", "paired_difference"]
+
+_MISSED = 0.05  # the share of 95 % intervals that leave the true value out
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -62,3 +64,11 @@ def paired_difference(
     width = max(half_width(points), 100 / test_images)
     better, worse = sum(p > 0 for p in points), sum(p < 0 for p in points)
     return Difference(row, other, statistics.fmean(points), width, better, worse, len(points))
+
+
+def expected_misses(intervals: int) -> str:
+    """How many of so many 95 % intervals leave the true difference out, in one sentence.
+
+    It is the mean number, whether or not the intervals depend on each other. Those of one table do.
+    """
+    return f"Of {intervals} such interval{'s' * (intervals != 1)} {_MISSED * intervals:.2g} are expected to miss."

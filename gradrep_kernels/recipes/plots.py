@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from gradrep_kernels import plots
 from gradrep_kernels.csla import Scales
@@ -15,10 +16,20 @@ from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.errors import extra
 from gradrep_kernels.recipes.intervals import half_width
 
-__all__ = ["accuracy_against_cost", "curves", "scales_over_depth", "spatial_scalings"]
+__all__ = [
+    "COLOURS",
+    "accuracy_against_cost",
+    "curves",
+    "identity_ratios",
+    "kernels",
+    "scale_means",
+    "scales_over_depth",
+    "spatial_scalings",
+    "write",
+]
 
 # A row has its colour in every job. People who are colour-blind tell the first eight apart (Okabe and Ito).
-_COLOURS = {
+COLOURS = {
     "sgd": "#0072B2", "sgs": "#D55E00", "repopt": "#009E73", "repopt+sgs": "#56B4E9", "csla": "#CC79A7",
     "repvgg": "#E69F00", "repopt-init": "#444444", "repopt-grad": "#F0E442", "repopt-ones": "#7B68EE",
     "repopt-hs-init": "#8B4513", "repopt-channel-mean": "#AA4499", "sgs-grid": "#999933", "acb": "#117733",
@@ -26,8 +37,8 @@ _COLOURS = {
 }  # fmt: skip
 
 
-def _write(path: Path, draw: Callable, *args: Any) -> None:
-    """Write the figure that `draw(*args)` returns.
+def write(path: Path, draw: Callable, *args: Any) -> None:
+    """Write the figure that `draw(*args)` returns to a PNG file.
 
     Raises InputError where there is no matplotlib, for the command shows that in one line.
     """
@@ -39,12 +50,12 @@ def _write(path: Path, draw: Callable, *args: Any) -> None:
 
 def spatial_scalings(path: Path, start: Mapping[str, Sequence], end: Mapping[str, Sequence]) -> None:
     """Write the picture of G of the first, middle and last layer, at the start and at the end."""
-    _write(path, plots.spatial_scalings, end, start)
+    write(path, plots.spatial_scalings, end, start)
 
 
 def scales_over_depth(path: Path, scales: Scales, initial: Scales) -> None:
     """Write the picture of the mean scale of each branch of each layer."""
-    _write(path, plots.scales_over_depth, scales, initial)
+    write(path, plots.scales_over_depth, scales, initial)
 
 
 def curves(path: Path, epochs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> None:
@@ -52,14 +63,14 @@ def curves(path: Path, epochs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]
 
     `epochs`: {recipe: per seed the records of its epochs}.
     """
-    _write(path, _curves, epochs)
+    write(path, _curves, epochs)
 
 
 def _curves(epochs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]):
     figure = new_figure(11, 4.6)
     panels = figure.subplots(1, 2)
     for label, runs in epochs.items():
-        colour = _COLOURS[label]
+        colour = COLOURS[label]
         for axes, key, factor in zip(panels, ("train_loss", "test_accuracy"), (1, 100)):
             at, values = _measured(runs, key)
             mean = factor * values.mean(0)
@@ -97,14 +108,14 @@ def accuracy_against_cost(path: Path, recipes: Mapping[str, Mapping[str, Any]]) 
 
     `recipes`: {recipe: its figures in the summary}.
     """
-    _write(path, _accuracy_against_cost, recipes)
+    write(path, _accuracy_against_cost, recipes)
 
 
 def _accuracy_against_cost(recipes: Mapping[str, Mapping[str, Any]]):
     figure = new_figure(7, 4.6)
     axes = figure.subplots()
     for label, figures in recipes.items():
-        colour = _COLOURS[label]
+        colour = COLOURS[label]
         cost, percent = 1000 * figures["seconds_per_step"], [100 * a for a in figures["test_accuracy"]]
         axes.plot([cost] * len(percent), percent, ".", color=colour, alpha=0.35, markersize=5)
         bar = half_width(percent) if len(percent) > 1 else 0.0
@@ -116,4 +127,68 @@ def _accuracy_against_cost(recipes: Mapping[str, Mapping[str, Any]]):
     axes.set_xlim(left=0)
     axes.set_ylim(top=min(101.0, axes.get_ylim()[1]))
     tidy(axes)
+    return figure
+
+
+def kernels(path: Path, networks: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write the picture of the mean absolute kernel of the first, middle and last layer of each network.
+
+    `networks`: {label: its state dict}.
+    """
+    write(path, plots.kernel_magnitudes, networks)
+
+
+def scale_means(path: Path, epochs: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
+    """Write the picture of the mean scales after each epoch of the Hyper-Search.
+
+    `epochs`: {layer: {branch: mean}} after each.
+    """
+    write(path, _scale_means, epochs)
+
+
+def _scale_means(epochs: Sequence[Mapping[str, Mapping[str, float]]]):
+    layers = list(epochs[0])
+    shortcuts = [name for name in layers if "identity" in epochs[0][name]]
+    panels = {f"mean of all {len(layers)} layers": layers}
+    if shortcuts:  # The paper draws one block, in which all three branches are.
+        panels[f"{shortcuts[-1].removesuffix('.conv')}, the last with a shortcut"] = shortcuts[-1:]
+    figure = new_figure(5 * len(panels) + 1, 4.2)
+    at = range(1, len(epochs) + 1)
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, chosen) in zip(all_axes, panels.items()):
+        for branch in dict.fromkeys(branch for layer in chosen for branch in epochs[0][layer]):
+            of_branch = [[means[layer][branch] for layer in chosen if branch in means[layer]] for means in epochs]
+            label, colour, _ = plots.BRANCHES.get(branch, (branch, None, None))
+            marker = "o" if len(epochs) == 1 else None
+            axes.plot(at, [np.mean(values) for values in of_branch], label=label, color=colour, marker=marker)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch of the Hyper-Search")
+        axes.set_ylabel("mean scale")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        tidy(axes)
+        axes.legend(frameon=False)
+    return figure
+
+
+def identity_ratios(path: Path, ratios: Mapping[str, Mapping[str, float]]) -> None:
+    """Write the picture of the identity variance ratio over depth.
+
+    `ratios`: {where the scales start: {block: ratio}}.
+    """
+    write(path, _identity_ratios, ratios)
+
+
+def _identity_ratios(ratios: Mapping[str, Mapping[str, float]]):
+    blocks = list(next(iter(ratios.values())))
+    figure = new_figure(max(6.0, 0.28 * len(blocks) + 3), 4.2)
+    axes = figure.subplots()
+    for (start, values), marker in zip(ratios.items(), "os^"):
+        axes.plot(range(len(blocks)), [values[block] for block in blocks], marker=marker, markersize=5, label=start)
+    names = [block.removesuffix(".conv") for block in blocks]
+    axes.set_xticks(range(len(blocks)), names, rotation=90 if len(blocks) > 8 else 0, fontsize=8)
+    axes.set_xlabel("block with an identity")
+    axes.set_ylabel("Var(identity) / Var(sum)")
+    axes.set_ylim(bottom=0)
+    tidy(axes)
+    axes.legend(title="scales start at", frameon=False)
     return figure

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,19 @@ from gradrep_kernels.recipes.options import Options, resolve
 from gradrep_kernels.recipes.scale_sources import initial_scales
 from gradrep_kernels.recipes.validation import load_job_data
 
-__all__ = ["SCALES", "Run", "open_run"]
+__all__ = [
+    "SCALES",
+    "Run",
+    "base_name",
+    "check_name",
+    "created",
+    "fresh_name",
+    "in_use",
+    "last_name",
+    "open_run",
+    "stored_options",
+    "taken",
+]
 
 SCALES = "scales.pt"
 """The scales file in the folder of a run."""
@@ -75,14 +87,14 @@ def open_run(out: Path, name: str | None, given: Mapping[str, Any], *, resume: b
             behind.
     """
     if name is not None:
-        _check_name(name)
+        check_name(name)
     extra("matplotlib.figure", "matplotlib")  # It is needed at the end only, but the user should hear of it now.
     if resume:
-        return _resumed(out / (name or _last_name(out, _base_name(resolve(given, search)))), given, search)
+        return _resumed(out / (name or last_name(out, base_name(resolve(given, search)))), given, search)
     return _started(out, name, resolve(given, search))
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     """Raise InputError unless `name` is that of a folder in `--out`, on any system."""
     if not name or name.startswith(".") or not name.isprintable() or set(name) & set("/\\:") or name != name.strip():
         raise InputError(f"--name must name a folder in --out, without a dot at its front and without /, got {name!r}")
@@ -91,36 +103,46 @@ def _check_name(name: str) -> None:
 
 
 def _started(out: Path, name: str | None, options: Options) -> Run:
-    if name is not None and _in_use(out / name):
-        raise _taken(out / name)
+    if name is not None and in_use(out / name):
+        raise taken(out / name)
     _check_backend(options)
     data = load_job_data(options, options.download)
     if len(options.lr) > 1 and not int(len(data.train) * options.validation):
         share = f"--validation {options.validation} of {len(data.train)} training images"
         raise InputError(f"{share} is none: it takes one at least to choose among several --lr")
     scales = _given_scales(options, data)
+
+    def fill(unfinished: Path) -> None:
+        if scales is not None:
+            with files.writing(unfinished / SCALES):
+                csla.save_scales(scales, unfinished / SCALES)
+        stored = {"options": options.to_json(), "data": data.description(), "versions": versions()}
+        files.write_json(unfinished / _OPTIONS, stored)
+
     while True:
-        folder = out / (name or _fresh_name(out, _base_name(options)))
-        lock = _created(folder, options, data, scales)
+        folder = out / (name or fresh_name(out, base_name(options)))
+        lock = created(folder, fill)
         if lock is not None:
             return Run(folder, options, data, lock)
         if name is not None:
-            raise _taken(folder)
+            raise taken(folder)
 
 
-def _in_use(folder: Path) -> bool:
+def in_use(folder: Path) -> bool:
+    """Whether there is something under the name of a new run."""
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def _taken(folder: Path) -> InputError:
+def taken(folder: Path) -> InputError:
+    """The error of a new run whose folder is in use."""
     return InputError(f"{folder} has something in it already: --resume continues a run, another --name starts one")
 
 
-def _created(folder: Path, options: Options, data: Data, scales: csla.Scales | None) -> Lock | None:
-    """Make the folder of a new run, whole and locked.
+def created(folder: Path, fill: Callable[[Path], None]) -> Lock | None:
+    """Make the folder of a new run, whole and locked. `fill` writes what it begins with.
 
     None where there is one already, which another process may have made meanwhile. Raises InputError where it cannot be
-    written.
+    written, and what `fill` raises. Nothing is left behind then.
     """
     place = folder.resolve()  # An empty folder may be a link to another disk.
     unfinished = place.with_name(f".{place.name}.{os.getpid()}{files.TEMPORARY}")
@@ -128,11 +150,7 @@ def _created(folder: Path, options: Options, data: Data, scales: csla.Scales | N
     try:
         unfinished.mkdir(parents=True)
         lock.take()
-        if scales is not None:
-            with files.writing(unfinished / SCALES):
-                csla.save_scales(scales, unfinished / SCALES)
-        stored = {"options": options.to_json(), "data": data.description(), "versions": versions()}
-        files.write_json(unfinished / _OPTIONS, stored)
+        fill(unfinished)
         with contextlib.suppress(OSError):
             place.rmdir()  # Windows renames to no folder that exists, not even an empty one.
         # This alone decides who gets the name: it fails where there is a folder with something in it.
@@ -180,14 +198,26 @@ def _resumed(folder: Path, given: Mapping[str, Any], search: bool) -> Run:
     return Run(folder, options, data, lock)
 
 
-def _read_again(folder: Path, given: Mapping[str, Any], search: bool) -> tuple[Options, Data]:
-    """The options of a run that was started, and its data."""
+def stored_options(folder: Path) -> Options:
+    """The options of a run that was started.
+
+    Raises InputError where they cannot be read.
+    """
+    return _stored(folder)[0]
+
+
+def _stored(folder: Path) -> tuple[Options, Any]:
+    """The options of a run that was started, and the description of its data."""
     try:
         stored = json.loads((folder / _OPTIONS).read_text(encoding="utf-8"))
-        options = Options.from_json(stored["options"])
-        described = stored["data"]
+        return Options.from_json(stored["options"]), stored["data"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
         raise InputError(f"{folder / _OPTIONS} cannot be read by this version ({reason})") from None
+
+
+def _read_again(folder: Path, given: Mapping[str, Any], search: bool) -> tuple[Options, Data]:
+    """The options of a run that was started, and its data."""
+    options, described = _stored(folder)
     if search != (not options.recipe):
         raise InputError(f"{folder} was started by `{'train' if options.recipe else 'search'}`")
     options.check_against(given)
@@ -201,7 +231,8 @@ def _read_again(folder: Path, given: Mapping[str, Any], search: bool) -> tuple[O
     return options, data
 
 
-def _base_name(options: Options) -> str:
+def base_name(options: Options) -> str:
+    """The default name of a run, without a number."""
     name = f"{options.data.kind}-{options.model.removeprefix('repopt_vgg_').replace(':', '-')}"
     if options.branches is not None:
         name += "-" + options.branches.replace(":", "")  # No folder on Windows has a colon in its name.
@@ -218,14 +249,16 @@ def _taken_numbers(out: Path, base: str) -> list[int]:
     return sorted(int(match[1] or 1) for match in matches if match)
 
 
-def _fresh_name(out: Path, base: str) -> str:
-    taken = _taken_numbers(out, base)
-    return f"{base}-{taken[-1] + 1}" if taken else base
+def fresh_name(out: Path, base: str) -> str:
+    """The name with the number that follows all in `out`."""
+    numbers = _taken_numbers(out, base)
+    return f"{base}-{numbers[-1] + 1}" if numbers else base
 
 
-def _last_name(out: Path, base: str) -> str:
-    taken = _taken_numbers(out, base)
-    return f"{base}-{taken[-1]}" if taken and taken[-1] > 1 else base
+def last_name(out: Path, base: str) -> str:
+    """The name with the highest number in `out`."""
+    numbers = _taken_numbers(out, base)
+    return f"{base}-{numbers[-1]}" if numbers and numbers[-1] > 1 else base
 
 
 def _given_scales(options: Options, data: Data) -> csla.Scales | None:

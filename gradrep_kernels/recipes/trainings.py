@@ -27,11 +27,12 @@ from gradrep_kernels.recipes.training import accuracies, averaged, repeatable, t
 from gradrep_kernels.recipes.validation import split_data
 from gradrep_kernels.recipes.workers import Listener
 
-__all__ = ["STATE", "Training", "do_training", "epochs_so_far", "searched_scales", "take_structure"]
+__all__ = ["STATE", "WEIGHTS", "Training", "do_training", "epochs_so_far", "searched_scales", "take_structure"]
 
 STATE = "state"
 """The folder of what is done, in the folder of a run."""
-_WEIGHTS = "weights"
+WEIGHTS = "weights"
+"""The folder of what was trained, beside it."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,9 @@ def _diverged(epochs: list[dict[str, Any]]) -> bool:
 
 
 def _keep_weights(folder: Path, name: str, trainee: Trainee) -> None:
-    (folder / _WEIGHTS).mkdir(exist_ok=True)
+    (folder / WEIGHTS).mkdir(exist_ok=True)
     weights = {key: tensor.detach().cpu() for key, tensor in trainee.model.state_dict().items()}
-    files.save_tensors(folder / _WEIGHTS / f"{name}.pt", weights)
+    files.save_tensors(folder / WEIGHTS / f"{name}.pt", weights)
 
 
 def _as_json(history: Sequence[StructureChange]) -> list[dict[str, Any]]:
@@ -156,7 +157,7 @@ def take_structure(folder: Path, trainee: Trainee, row: str, seed: int, lr: floa
     if trainee.structure is None:
         return
     for name in (f"{row}-seed{seed}", f"{row}-lr{lr}-seed{seed}"):
-        path = folder / _WEIGHTS / f"{name}.pt"
+        path = folder / WEIGHTS / f"{name}.pt"
         if path.exists():
             trainee.structure.take_structure_of(torch.load(path, map_location="cpu", weights_only=True))
             return

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from gradrep_kernels.recipes.intervals import half_width, paired_difference
+from gradrep_kernels.recipes.intervals import expected_misses, half_width, paired_difference
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 8, 31])
@@ -45,3 +45,10 @@ def test_sentences_say_what_the_interval_allows():
     assert worse.sentence().startswith("b is worse than a by 10.0 points (95 % interval -12.5 to -7.5, higher for 0 of")
     unclear = paired_difference("a", "b", [0.9, 0.7, 0.8], [0.8, 0.8, 0.8], test_images=1000)
     assert unclear.sentence().endswith("higher for 1 of 3 seeds): no difference is shown.")
+
+
+@pytest.mark.parametrize(
+    ("intervals", "misses"), [(1, "1 such interval 0.05"), (20, "20 such intervals 1"), (56, "56 such intervals 2.8")]
+)
+def test_one_interval_of_twenty_misses(intervals, misses):
+    assert expected_misses(intervals) == f"Of {misses} are expected to miss."

@@ -13,9 +13,12 @@ import pytest
 from cases_recipes import TINY
 
 import gradrep_kernels as gr
-from gradrep_kernels.recipes import files, plots
+from gradrep_kernels import csla
+from gradrep_kernels.recipes import files, pictures, plots
 from gradrep_kernels.recipes.build import plain_model
+from gradrep_kernels.recipes.costs import cost_columns
 from gradrep_kernels.recipes.errors import InputError, extra
+from gradrep_kernels.recipes.identity import identity_ratios
 from gradrep_kernels.recipes.options import resolve
 from gradrep_kernels.recipes.progress import Reporter
 from gradrep_kernels.recipes.report import closing_lines, table, write_report
@@ -84,7 +87,8 @@ def test_the_report_says_what_the_results_hold(tmp_path, options, data, scales):
     text = (tmp_path / "summary.md").read_text()
     assert "Student's over 2 seeds" in text
     # One test image of 12 is 8.3 points, and no interval is narrower.
-    assert "| repopt+sgs | 0.1 | 86.00 ± 7.07 | +1.0 ± 8.3 | 20.0 | 1,234 | 56 | 0.1250 |" in text
+    form = " | ".join(cost_columns(sgs["form_costs"]).values())
+    assert f"| repopt+sgs | 0.1 | 86.00 ± 7.07 | +1.0 ± 8.3 | 20.0 | 1,234 | {form} | 56 | 0.1250 |" in text
     assert text.index("](cost.png)") < text.index("| recipe |")
     for name in ("cost.png", "curves.png", "scales.png", "spatial_scaling_repopt_sgs.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -140,6 +144,139 @@ def test_trainings_that_diverged_or_never_began_are_in_the_table(tmp_path, optio
     assert (tmp_path / "curves.png").exists()
 
 
+def test_the_validation_part_has_a_column(tmp_path, options, data):
+    options = dataclasses.replace(with_rows(options, "sgd", "sgs"), validation=0.2)
+    trainings = {
+        row.name: {0.1: [a_training(0.75, row, validation_accuracy=accuracy) for accuracy in (0.5, 0.6)]}
+        for row in options.rows
+    }
+    summary = write_report(tmp_path, options, data, trainings, [0, 1], other_results(options.rows), None, None)
+    assert summary["recipes"]["sgs"]["validation_accuracy"] == [0.5, 0.6]
+    text = (tmp_path / "summary.md").read_text()
+    assert "| test accuracy, % (mean ± std) | validation, % |" in text
+    assert "| 75.00 ± 0.00 | 55.00 ± 7.07 |" in text
+
+
+def test_what_all_rows_share_is_told_first(tmp_path, source, data):
+    given = {**TINY, "recipe": ("sgd", "sgs", "sgs-grid"), "sgs_alpha": 1.0, "sgs_beta": 1.0}
+
+    def written(**more):
+        options = resolve({"data": source, **given, **more})
+        summary = write_report(
+            tmp_path, options, data, some_trainings(options.rows), [0, 1], other_results(options.rows), None, None
+        )
+        meanings = [figures["meaning"] for figures in summary["recipes"].values()]
+        return (tmp_path / "summary.md").read_text().partition("| recipe |")[0], meanings
+
+    text, meanings = written(preset="sgs-cifar-200")
+    assert "Settings are those of `sgs-cifar-200` (" in text
+    assert "All rows train with SGD (momentum 0.9) and weight decay 0.0005 of the set `everything` (" in text
+    assert meanings[:2] == ["plain SGD", "SGD with spatial gradient scaling"]
+    text, meanings = written(preset="repopt-hs", momentum=0.8)
+    assert "All rows train with SGD (momentum 0.8, Nesterov) and weight decay 4e-05 of the set `repopt` (" in text
+    text, meanings = written(optimizer="adamw", weight_decay=0.01)
+    assert "All rows train with AdamW and weight decay 0.01 of the set" in text
+    assert meanings[0] == "plain AdamW"
+    assert meanings[2].startswith("AdamW with one fixed scaling")
+    assert written(ema_decay=0.9)[1][0] == "plain FusedRepSGD"
+
+
+def test_merged_networks_and_trainings_taken_over_are_told(tmp_path, options, data):
+    options = with_rows(options, "sgd", "repvgg")
+    trainings = some_trainings(options.rows)
+    for training, difference in zip(trainings["repvgg"][0.1], (2e-7, 1e-7)):
+        training |= {"parameters_deployed": 1000, "merge_difference": difference}
+    for training in trainings["sgd"][0.1]:
+        training["taken_from"] = "sgs-k=1"
+    summary = write_report(tmp_path, options, data, trainings, [0, 1], other_results(options.rows), None, None)
+    assert summary["recipes"]["repvgg"]["merge_difference"] == 2e-7
+    text = (tmp_path / "summary.md").read_text()
+    costs = [summary["recipes"][name]["form_costs"] for name in ("sgd", "repvgg")]
+    assert costs[0]["macs"] == costs[0]["deployed_macs"] == costs[1]["deployed_macs"] < costs[1]["macs"]
+    assert costs[0]["deployed_parameters"] == costs[1]["deployed_parameters"]
+    assert "| parameters | multiply-adds, M | deployed | parameters deployed | multipliers" in text
+    assert f"| 1,234 | {costs[1]['macs'] / 1e6:.1f} | {costs[0]['macs'] / 1e6:.1f} | " in text
+    assert "outputs differ by at most 2.0e-07 (repvgg)" in text
+    assert "no differing option touches: sgd from sgs-k=1." in text
+
+
+def test_the_number_of_intervals_and_a_search_that_seeds_share_are_told(tmp_path, options, data):
+    options = with_rows(options, "sgd", "sgs", "repopt")
+    write_report(tmp_path, options, data, some_trainings(options.rows), [0, 1], other_results(options.rows), None, None)
+    text = (tmp_path / "summary.md").read_text()
+    assert "Of 2 such intervals 0.1 are expected to miss. The seeds of repopt share one Hyper-Search" in text
+    options = with_rows(options, "sgd", "sgs")
+    write_report(tmp_path, options, data, some_trainings(options.rows), [0, 1], other_results(options.rows), None, None)
+    assert "share one Hyper-Search" not in (tmp_path / "summary.md").read_text()
+
+
+def test_pictures_of_kernels_and_of_the_search(tmp_path, options, data):
+    options = with_rows(options, "sgd", "sgs", "repopt", "repvgg")
+    (tmp_path / "weights").mkdir()
+    for n, row in enumerate(options.rows):
+        name = f"{row.name}-lr0.1-seed4.pt" if row.name == "sgs" else f"{row.name}-seed4.pt"
+        files.save_tensors(tmp_path / "weights" / name, plain_model(options, data, n).state_dict())
+    means = {"a.conv": {"conv": 1.0, "1x1": 0.5}, "b.conv": {"conv": 1.0, "1x1": 0.5, "identity": 2.0}}
+    records = [{"seconds": 1.0, "test_accuracy": 0.5, "layer_scale_means": means}] * 2
+    search = {"epochs": records, "parameters": 1234, "diverged": None}
+    initial = initial_scales(plain_model(options, data, 0))
+    results = {**other_results(options.rows), "search": search}
+    write_report(tmp_path, options, data, some_trainings(options.rows), [4, 5], results, initial, initial)
+    text = (tmp_path / "summary.md").read_text()
+    for name in ("kernels.png", "scale_means.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in text
+    assert list(pictures._networks(tmp_path, {row.name: {"learning_rate": 0.1} for row in options.rows}, 4)) == [
+        "sgd",
+        "sgs",
+        "repopt",
+    ]
+
+
+def test_scale_means_are_drawn_of_all_layers_and_of_the_last_shortcut():
+    means = {"a.conv": {"conv": 1.0, "1x1": 0.5}, "b.conv": {"conv": 3.0, "1x1": 0.5, "identity": 2.0}}
+    later = {"a.conv": {"conv": 2.0, "1x1": 0.0}, "b.conv": {"conv": 6.0, "1x1": 1.0, "identity": 4.0}}
+    whole, last = plots._scale_means([means, later]).axes
+    assert {line.get_label(): list(line.get_ydata()) for line in whole.lines} == {
+        "k x k": [2, 4],
+        "1 x 1": [0.5, 0.5],
+        "identity": [2, 4],
+    }
+    assert {line.get_label(): list(line.get_ydata()) for line in last.lines} == {
+        "k x k": [3, 6],
+        "1 x 1": [0.5, 1],
+        "identity": [2, 4],
+    }
+
+
+def test_identity_ratios_are_drawn_over_depth():
+    (axes,) = plots._identity_ratios(
+        {"depth": {"a.conv": 0.2, "b.conv": 0.6}, "1": {"a.conv": 0.3, "b.conv": 0.3}}
+    ).axes
+    assert {line.get_label(): list(line.get_ydata()) for line in axes.lines} == {"depth": [0.2, 0.6], "1": [0.3, 0.3]}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+
+
+def test_identity_ratios_are_those_of_each_start(options, data, monkeypatch):
+    seen = []
+
+    def ratio(model, x):
+        seen.append((max(v.kxk[0].item() for v in csla.extract_scales(model).values()), x.shape))
+        return {"stage1.0": 0.5}
+
+    monkeypatch.setattr(csla, "identity_variance_ratio", ratio)
+    assert identity_ratios(options, data) == {"depth": {"stage1.0": 0.5}, "1": {"stage1.0": 0.5}}
+    assert [start for start, _ in seen] == [pytest.approx(2**0.5), 1.0]
+    assert seen[0][1] == (30, 3, 32, 32)
+    assert list(identity_ratios(dataclasses.replace(options, hs_init=2.0), data)) == ["2", "depth", "1"]
+
+    def none(model, x):
+        raise ValueError("no block")
+
+    monkeypatch.setattr(csla, "identity_variance_ratio", none)
+    assert identity_ratios(options, data) == {}
+
+
 def test_a_busy_machine_is_told(tmp_path, options, data):
     options = with_rows(options, "sgd", "sgs")
     results = other_results(options.rows)
@@ -189,7 +326,7 @@ def test_scales_without_a_training_are_drawn(tmp_path, options, data):
     results = {"search": search, "speed": {}, "seconds": 1.0}
     summary = write_report(tmp_path, with_rows(options), data, {}, [0], results, initial, initial)
     assert summary["recipes"] == {}
-    assert [path.name for path in tmp_path.glob("*.png")] == ["scales.png"]
+    assert {path.name for path in tmp_path.glob("*.png")} == {"scales.png", "identity.png"}
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):

@@ -31,6 +31,7 @@ def test_a_run_leaves_all_its_files_and_nothing_else(finished):
     assert {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()} == {
         "cost.png",
         "curves.png",
+        "identity.png",
         "metrics.jsonl",
         "options.json",
         "scales.pt",
