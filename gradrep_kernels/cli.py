@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gradrep_kernels.csla import load_scales, save_scales
-from gradrep_kernels.recipes import files, interrupts
+from gradrep_kernels.recipes import files, interrupts, ranks
 from gradrep_kernels.recipes.costs.page import costs_page
 from gradrep_kernels.recipes.costs.run import COSTS, INFERENCE_BATCHES, costs_of_run
 from gradrep_kernels.recipes.data import KINDS
@@ -28,7 +28,8 @@ from gradrep_kernels.recipes.quantize import quantize, run_folder
 from gradrep_kernels.recipes.quantize_report import closing_lines as quantized_lines
 from gradrep_kernels.recipes.quantize_settings import SETTINGS, chosen_settings
 from gradrep_kernels.recipes.report import closing_lines, scales_line
-from gradrep_kernels.recipes.runs import SCALES, Run, open_run
+from gradrep_kernels.recipes.runs import SCALES, Run
+from gradrep_kernels.recipes.shared_run import open_together
 
 __all__ = ["entry", "main"]
 
@@ -223,6 +224,7 @@ def entry(prog: str = "gradrep") -> NoReturn:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # What is left is waiting for threads that read. A Ctrl-C shall end it, without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ranks.leave(status)
     sys.exit(status)
 
 
@@ -239,16 +241,29 @@ def main(arguments: Sequence[str] | None = None, prog: str = "gradrep") -> int:
             status = _run(_parsed(sys.argv[1:] if arguments is None else arguments, prog))
             interrupts.check()
             return status
-        except KeyboardInterrupt as stopped:
-            return _told(f"interrupted{''.join(map(str, stopped.args))}", _INTERRUPTED)
-        except Exception as wrong:
-            if interrupts.asked():  # What was interrupted may say so in its own way.
-                return _told("interrupted", _INTERRUPTED)
-            if isinstance(wrong, BrokenPipeError):
-                return _NOBODY_READS
-            if isinstance(wrong, (InputError, OSError, MemoryError)):
-                return _told(f"error: {_said(wrong)}", _WRONG_INPUT)
-            raise
+        except (Exception, KeyboardInterrupt) as wrong:
+            return _ended(wrong)
+
+
+def _ended(wrong: BaseException) -> int:
+    """Say in one line what ended a command, and return the exit status. Raises what is a fault of this package.
+
+    Of several processes the first that failed says it.
+    """
+    # What was interrupted may say so in its own way.
+    interrupted = isinstance(wrong, KeyboardInterrupt) or interrupts.asked()
+    if isinstance(wrong, BrokenPipeError) and not interrupted:
+        return _NOBODY_READS
+    if not ranks.speaks(wrong):
+        return _INTERRUPTED if interrupted else _WRONG_INPUT
+    if interrupted:
+        how_on = "".join(map(str, wrong.args)) if isinstance(wrong, KeyboardInterrupt) else ""
+        return _told(f"interrupted{how_on}", _INTERRUPTED)
+    if isinstance(wrong, (InputError, OSError, MemoryError)):
+        return _told(f"error: {_said(wrong)}", _WRONG_INPUT)
+    if ranks.lost_another(wrong):
+        return _told("error: another process of this training is gone; --resume goes on", _WRONG_INPUT)
+    raise wrong
 
 
 def _run(given: dict[str, Any]) -> int:
@@ -285,6 +300,8 @@ def _print(text: str) -> int:
 
     It is 0 if the reader of `env | head` has enough. Raises nothing: it is the last that a command does.
     """
+    if ranks.silent():
+        return 0
     try:
         print(text, end="\n" if text else "", flush=True)
     except BrokenPipeError:
@@ -303,7 +320,7 @@ def _discard(stream: Any) -> None:
 def _summary(run: Run) -> dict[str, Any]:
     """Do a run. What stops it says how to go on."""
     try:
-        return run_job(run, Reporter())
+        return run_job(run, Reporter(silent=ranks.silent()))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("; --resume goes on after the last whole epoch") from None
     except OSError as reason:
@@ -314,15 +331,17 @@ def _summary(run: Run) -> dict[str, Any]:
 
 def _print_options(given: dict[str, Any], search: bool = False) -> int:
     options = resolve(given, search)
-    for line in options.advice():
-        _told(line, 0)
+    if not ranks.silent():
+        for line in options.advice():
+            _told(line, 0)
     return _print(json.dumps(options.to_json(), indent=2))
 
 
 def _train(given: dict[str, Any]) -> int:
     if given.pop("print_options"):
         return _print_options({name: value for name, value in given.items() if name in OPTIONS})
-    with open_run(given.pop("out"), given.pop("name"), resume=given.pop("resume"), given=given) as run:
+    out, name, resume = given.pop("out"), given.pop("name"), given.pop("resume")
+    with ranks.joined(), open_together(out, name, given, resume=resume) as run:
         summary = _summary(run)
     shown = _print("\n".join([*closing_lines(summary), f"Written to {run.folder}; begin with summary.md there."]))
     agrees = summary["csla_equals_gr"] is None or summary["csla_equals_gr"]["agrees"]
@@ -337,14 +356,15 @@ def _search(given: dict[str, Any]) -> int:
         raise InputError(f"--output {output} is there already")
     if output is not None and not output.absolute().parent.is_dir():
         raise InputError(f"--output {output}: no such folder")
-    with open_run(given.pop("out"), given.pop("name"), resume=resume, search=True, given=given) as run:
+    out, name = given.pop("out"), given.pop("name")
+    with ranks.joined(), open_together(out, name, given, resume=resume, search=True) as run:
         summary = _summary(run)
         if summary["scales"] is None:
             epoch = summary["search"]["diverged"]
             raise InputError(
                 f"the Hyper-Search diverged in epoch {epoch}: a lower --lr may help; there is no scales file"
             )
-        if output is not None:
+        if output is not None and ranks.first():
             with files.writing(output):
                 save_scales(load_scales(run.folder / SCALES), output)
     return _print(f"{scales_line(summary)}\nWritten to {output or run.folder / SCALES}.")
