@@ -24,8 +24,8 @@ import torch
 from harness import ROOT, commit, machine, versions
 from report import table
 
-from gradrep_kernels.cli import _parsed
 from gradrep_kernels.recipes import files
+from gradrep_kernels.recipes.arguments import parsed
 from gradrep_kernels.recipes.build import build, plain_model, search_model
 from gradrep_kernels.recipes.data import Data, Images
 from gradrep_kernels.recipes.options import OPTIONS, Options, resolve
@@ -66,7 +66,7 @@ def commands(page: Path) -> list[Command]:
             listed = re.split(";" if ";" in values else ",", values)
             points *= len(listed)
             words[at : at + 2] = [f"--{option}", listed[0]]
-        given = _parsed([name, *words], "gradrep")
+        given = parsed([name, *words], "gradrep")
         given = {option: value for option, value in given.items() if option in OPTIONS}
         found.append(
             Command(source, what, resolve({**given, "workers": 1}, name == "search"), name == "search", points)

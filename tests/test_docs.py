@@ -14,7 +14,7 @@ import pytest
 from pages import PAGES, ROOT, name_of
 
 import gradrep_kernels as gr
-from gradrep_kernels.cli import _parsers
+from gradrep_kernels.recipes.arguments import parsers
 
 if not (ROOT / "bench").is_dir():
     pytest.skip("the benches are not here", allow_module_level=True)
@@ -83,7 +83,7 @@ def test_every_option_of_the_commands_is_on_their_page():
     text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     table = text[text.index("| option |") : text.index("What the recipes are")]
     told = set(re.findall(r"`(--[\w-]+)", table))
-    _, commands = _parsers("gradrep")
+    _, commands = parsers("gradrep")
     flags = {flag for command in commands.values() for flag in command.flags} - {"-h", "--help"}
     assert told == {flag for flag in flags if not flag.startswith("--no-")}  # which turn a switch off
 

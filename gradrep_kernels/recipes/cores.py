@@ -14,7 +14,14 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def cores() -> int:
-    """The cores that this process may use, by its affinity and by the quota of its container."""
+    """The cores that this process may use, by its affinity and by the quota of its container.
+
+    Under torchrun all processes of a machine get as many.
+    """
+    return max(1, _cores_of_all() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _cores_of_all() -> int:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = map(int, _QUOTA.read_text(encoding="ascii").split())

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradrep_kernels.recipes import files, metrics
+from gradrep_kernels.recipes import files, metrics, ranks
 from gradrep_kernels.recipes.build import plain_model
 from gradrep_kernels.recipes.costs.run import COSTS, cost_settings, write_costs
 from gradrep_kernels.recipes.declare import shown
@@ -35,24 +35,30 @@ from gradrep_kernels.recipes.workers import Call, Listener, Step, do_steps
 __all__ = ["run_job"]
 
 _METRICS = "metrics.jsonl"
-_SEARCH, _CHECK, _SPEED, _SECONDS = "search", "check", "speed", "seconds"  # names in `state`
+_SEARCH, _CHECK, _SPEED, _SECONDS, _RANKS = "search", "check", "speed", "seconds", "ranks"  # names in `state`
 _BRANCHES_COST = 2.0  # Steps with branches, over those without.
 
 
 def run_job(run: Run, reporter: Reporter) -> dict[str, Any]:
     """Do the rest of a run and write its report.
 
-    Returns the summary, which summary.json holds too.
+    Returns the summary, which summary.json holds too. Of several processes rank 0 alone writes, and all return it.
     """
     try:
         summary = _RunningJob(run, reporter).run()
-        if run.options.costs and not (run.folder / f"{COSTS}.json").exists():
-            reporter.line(f"{run.folder}: what each recipe costs")
-            write_costs(run, cost_settings(run.options), summary, reporter.doing)
+        ranks.from_first(lambda: _tell_costs(run, summary, reporter))
         return summary
     finally:
         split_data.cache_clear()  # The data may change before the next job of this process.
         reporter.close()
+
+
+def _tell_costs(run: Run, summary: Mapping[str, Any], reporter: Reporter) -> None:
+    """Measure what each recipe costs, where that is asked for and not done. It is what it costs one process."""
+    if run.options.costs and not (run.folder / f"{COSTS}.json").exists():
+        reporter.line(f"{run.folder}: what each recipe costs")
+        with ranks.alone():
+            write_costs(run, cost_settings(run.options), summary, reporter.doing)
 
 
 class _RunningJob:
@@ -71,26 +77,53 @@ class _RunningJob:
         self.start = time.monotonic()
 
     def run(self) -> dict[str, Any]:
-        self.state.mkdir(exist_ok=True)
         steps = list(self._steps())
-        for name in [*(step.name for step in steps), _SPEED, _SECONDS]:
-            path = self.state / f"{name}.json"
-            if path.exists():
-                self.results[name] = _read(path)
-        self.seconds_before = self.results.pop(_SECONDS, 0.0)
-        trainings = [step.name for step in steps if step.name != _CHECK]
-        epochs = {
-            name: self.results[name]["epochs"] if name in self.results else epochs_so_far(self.folder, name)
-            for name in trainings
-        }
-        metrics.rewrite(self.folder / _METRICS, epochs)
-        self._announce(epochs)
-        listener = _Progress(self.folder / _METRICS, self.reporter)
-        do_steps(steps, self.results, self.options.workers, listener, self._done)
+        self.results |= ranks.from_first(lambda: self._begin([step.name for step in steps]))
+        listener = _Progress(self.folder / _METRICS, self.reporter) if ranks.first() else _Silent()
+        workers = self.options.workers if ranks.count() == 1 else 1
+        do_steps(steps, self.results, workers, listener, self._done)
         if self.rows and _SPEED not in self.results:
             self.reporter.doing("seconds a step")
             rates = {row.name: self._rate(row) for row in self.rows if self._trained(row)}
             self._done(_SPEED, seconds_per_step(self.folder, self.options, self.trained_on, rates))
+        return ranks.from_first(self._report)
+
+    def _begin(self, names: Sequence[str]) -> dict[str, Any]:
+        """Make the folder fit for the rest of the steps of these names, and return the results that are there."""
+        self.state.mkdir(exist_ok=True)
+        self._check_ranks()
+        results = {}
+        for name in [*names, _SPEED, _SECONDS]:
+            path = self.state / f"{name}.json"
+            if path.exists():
+                results[name] = _read(path)
+        self.seconds_before = results.pop(_SECONDS, 0.0)
+        epochs = {
+            name: results[name]["epochs"] if name in results else epochs_so_far(self.folder, name)
+            for name in names
+            if name != _CHECK
+        }
+        metrics.rewrite(self.folder / _METRICS, epochs)
+        self._announce(epochs, results)
+        return results
+
+    def _check_ranks(self) -> None:
+        """Hold the number of processes against that of the beginning, which results depend on."""
+        path, processes = self.state / f"{_RANKS}.json", ranks.count()
+        if path.exists():
+            was = _read(path)
+        else:
+            was = 1 if any(self.state.iterdir()) else processes
+        if was != processes:
+            resumed_by = f"--nproc-per-node for {was} in all" if was > 1 else "a command without torchrun"
+            raise InputError(
+                f"{self.folder} was started on {was} process{'es' * (was > 1)}, now there are {processes}; resume it "
+                f"by {resumed_by}"
+            )
+        if processes > 1:
+            files.write_json(path, processes)
+
+    def _report(self) -> dict[str, Any]:
         self._save_seconds()
         scales, initial = searched_scales(self.folder), None
         if scales is not None:
@@ -179,8 +212,8 @@ class _RunningJob:
             return _not_trained, ()
         return do_training, (self.folder, self.options, training)
 
-    def _announce(self, epochs: Mapping[str, Sequence[Any]]) -> None:
-        """Say what is ahead. `epochs` are those that are done of each training."""
+    def _announce(self, epochs: Mapping[str, Sequence[Any]], results: Mapping[str, Any]) -> None:
+        """Say what is ahead. `epochs` are those that are done of each training, `results` those that are whole."""
         options, parts = self.options, []
         if self.searches:
             parts.append(f"a Hyper-Search of {_counted(options.search_epochs)}")
@@ -189,12 +222,14 @@ class _RunningJob:
             rates = shown(options.lr)
             parts.append(f"{trainings} trainings of {_counted(options.epochs)} with learning rate {rates}")
         at_a_time = f"; {options.workers} at a time" if options.workers > 1 else ""
+        if ranks.count() > 1:
+            at_a_time = f"; {ranks.count()} processes train together"
         self.reporter.line(f"{self.folder}: {', '.join(parts)}{at_a_time}")
         for line in options.advice():
             self.reporter.line(line)
         planned = {name: options.search_epochs if name == _SEARCH else options.epochs for name in epochs}
         batches = {name: self._batches(options.of_search() if name == _SEARCH else options) for name in epochs}
-        done = sum((planned[name] if name in self.results else len(epochs[name])) * batches[name] for name in epochs)
+        done = sum((planned[name] if name in results else len(epochs[name])) * batches[name] for name in epochs)
         self.reporter.start(sum(planned[name] * batches[name] for name in epochs), done)
 
     def _batches(self, options: Options) -> int:
@@ -203,8 +238,11 @@ class _RunningJob:
 
     def _done(self, name: str, result: Any) -> None:
         if name in (_CHECK, _SPEED):
-            files.write_json(self.state / f"{name}.json", result)
             self.results[name] = result
+        if not ranks.first():
+            return
+        if name in (_CHECK, _SPEED):
+            files.write_json(self.state / f"{name}.json", result)
         else:
             self.reporter.line(_training_line(name, result, "--search-lr" if name == _SEARCH and self.rows else "--lr"))
         self._save_seconds()
@@ -229,6 +267,16 @@ class _Progress:
         loss = "not finite" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
         reached = f", test accuracy {record['test_accuracy']:.2%}" if "test_accuracy" in record else ""
         self.reporter.epoch(f"  {training}, epoch {epoch} of {epochs}: loss {loss}{reached}")
+
+
+class _Silent:
+    """The `Listener` of ranks that write and print nothing."""
+
+    def batch(self) -> None:
+        pass
+
+    def epoch(self, training: str, epoch: int, epochs: int, record: Mapping[str, Any]) -> None:
+        pass
 
 
 def _counted(epochs: int) -> str:
@@ -258,6 +306,8 @@ def _not_trained(listener: Listener) -> dict[str, Any]:
 
 
 def _check(folder: Path, options: Options, listener: Listener) -> dict[str, Any] | None:
+    if not ranks.first():  # It is done on one CPU. The others wait at the beginning of the next training.
+        return None
     scales = searched_scales(folder)
     if scales is None:  # The Hyper-Search diverged.
         return None

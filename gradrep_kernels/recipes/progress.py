@@ -22,11 +22,12 @@ def _tqdm() -> ModuleType | None:
 
 
 class Reporter:
-    """Writes lines and progress to `stream`, standard error by default."""
+    """Writes lines and progress to `stream`, standard error by default. One that is `silent` writes nothing."""
 
-    def __init__(self, stream: TextIO | None = None):
+    def __init__(self, stream: TextIO | None = None, *, silent: bool = False):
         self.stream = stream or sys.stderr
-        self._tqdm = _tqdm() if self.stream.isatty() else None
+        self.silent = silent
+        self._tqdm = _tqdm() if self.stream.isatty() and not silent else None
         self._bar = None
         self._last = time.monotonic()
 
@@ -56,7 +57,7 @@ class Reporter:
         """Print a line, above the bar where there is one."""
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
-        else:
+        elif not self.silent:
             print(text, file=self.stream, flush=True)
         self._last = time.monotonic()
 

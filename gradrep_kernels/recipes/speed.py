@@ -7,10 +7,12 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
+from gradrep_kernels.recipes import ranks
 from gradrep_kernels.recipes.build import build
 from gradrep_kernels.recipes.data import Data
 from gradrep_kernels.recipes.options import Options
-from gradrep_kernels.recipes.training import epoch_batches, now, repeatable, train_step
+from gradrep_kernels.recipes.steps import TrainingSteps
+from gradrep_kernels.recipes.training import epoch_batches, now, repeatable
 from gradrep_kernels.recipes.trainings import searched_scales, take_structure
 
 __all__ = ["seconds_per_step"]
@@ -23,11 +25,11 @@ def seconds_per_step(folder: Path, options: Options, data: Data, rates: Mapping[
 
     Rows take turns, so that a slow moment of the machine does not fall on one of them alone. Each turn begins with a
     new network, which has the structure of the trained one. Batches are read beforehand. Updates of spatial gradient
-    scaling and of the structure are not in it.
+    scaling and of the structure are not in it. All ranks step together, and each returns what its clock says.
     """
     seconds: dict[str, list[float]] = {name: [] for name in rates}
     with repeatable(options.threads, options.device):
-        scales = searched_scales(folder)
+        scales = ranks.from_first(lambda: searched_scales(folder))
         batches = list(itertools.islice(epoch_batches(data, options, options.seed, 0), _WARM_UP + _STEPS))
         for _ in range(_ROUNDS):
             for row in options.rows:
@@ -35,10 +37,11 @@ def seconds_per_step(folder: Path, options: Options, data: Data, rates: Mapping[
                     continue
                 trainee = build(row, options, data, scales, options.seed, rates[row.name])
                 take_structure(folder, trainee, row.name, options.seed, rates[row.name])
+                step = TrainingSteps(trainee, options)
                 trainee.model.train()
                 for n, (x, labels) in enumerate(itertools.islice(itertools.cycle(batches), _WARM_UP + _STEPS)):
                     start = now(options.device)
-                    train_step(trainee, options, x, labels)
+                    step(x, labels)
                     if n >= _WARM_UP:
                         seconds[row.name].append(now(options.device) - start)
     return {name: statistics.quantiles(times, method="inclusive") for name, times in seconds.items()}

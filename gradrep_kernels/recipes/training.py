@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
-from gradrep_kernels.optim.rep_optimizer import RepOptimizer
+from gradrep_kernels.recipes import ranks
 from gradrep_kernels.recipes.build import Trainee
 from gradrep_kernels.recipes.data import Data, Images
 from gradrep_kernels.recipes.loader import Loader, derived_seed
 from gradrep_kernels.recipes.options import Options
 from gradrep_kernels.recipes.schedules import learning_rate
+from gradrep_kernels.recipes.steps import TrainingSteps
 
 __all__ = ["accuracies", "accuracy", "averaged", "epoch_batches", "now", "repeatable", "train_epoch", "train_step"]
 
@@ -44,7 +44,9 @@ def repeatable(threads: int, device: str) -> Iterator[None]:
     torch.set_num_threads(threads)
     try:
         on_gpu = torch.device(device).type == "cuda"
-        with torch.random.fork_rng(), _deterministic_gpu() if on_gpu else contextlib.nullcontext():
+        # Of all GPUs by default: each process of several would then take memory of all.
+        own = [torch.cuda.current_device()] if on_gpu else []
+        with torch.random.fork_rng(own), _deterministic_gpu() if on_gpu else contextlib.nullcontext():
             yield
     finally:
         torch.set_num_threads(before)
@@ -73,14 +75,25 @@ def now(device: str) -> float:
 
 
 def train_epoch(
-    trainee: Trainee, data: Data, options: Options, seed: int, epoch: int, epochs: int, on_batch: Callable[[], None]
+    trainee: Trainee,
+    data: Data,
+    options: Options,
+    seed: int,
+    epoch: int,
+    epochs: int,
+    on_batch: Callable[[], None],
+    steps: TrainingSteps | None = None,
 ) -> dict[str, Any]:
     """Train one epoch (from 0) of `epochs`.
 
     The same state, seed and epoch give the same bits. Changes the trainee only, and seeds the default generator.
-    Returns train_loss (mean over the images; None where it is not finite), lr (of the last step), seconds (training
-    alone), sgs_updated and sgs_seconds.
+    `steps` are those of the whole training, None for a training of this epoch alone. Afterwards all ranks have the same
+    weights and buffers.
+
+    Returns train_loss (mean over the images of all ranks; None where it is not finite), lr (of the last step), seconds
+    (training alone), sgs_updated and sgs_seconds.
     """
+    steps = TrainingSteps(trainee, options) if steps is None else steps
     # For whatever in a model draws from the default generator. Batches have one of their own.
     torch.manual_seed(derived_seed(seed, _ORDER, epoch))
     start = now(options.device)
@@ -89,22 +102,27 @@ def train_epoch(
     if trainee.structure is not None:
         trainee.structure.update_if_due(epoch, statistics)
     training_start = now(options.device)
+    steps.begin_epoch()
+    if not ranks.first():  # What a model drops shall differ between the parts of a batch.
+        torch.manual_seed(derived_seed(seed, _ORDER, epoch, ranks.rank()))
     batches = epoch_batches(data, options, seed, epoch)
-    steps = epochs * len(batches)
+    total = epochs * len(batches)
     warmup = min(options.warmup, epochs) * len(batches)
     loss_sum, images = torch.zeros((), dtype=torch.float64, device=options.device), 0
     trainee.model.train()
     for n, (x, labels) in enumerate(batches):
         lr = learning_rate(
-            epoch * len(batches) + n, steps, warmup, trainee.lr,
+            epoch * len(batches) + n, total, warmup, trainee.lr,
             warmup_lr=options.warmup_lr, min_lr=options.min_lr, schedule=options.schedule,
         )  # fmt: skip
         for group in trainee.optimizer.param_groups:
             group["lr"] = lr
-        loss_sum += train_step(trainee, options, x, labels) * len(x)
+        loss_sum += steps(x, labels, batches.batch_size) * len(x)
         images += len(x)
         on_batch()
-    train_loss = float(loss_sum) / images
+    ranks.share_buffers(trainee.model)
+    loss_sum, images = ranks.summed(loss_sum, images, device=options.device)
+    train_loss = loss_sum / images
     return {
         "train_loss": train_loss if math.isfinite(train_loss) else None,  # JSON has no NaN.
         "lr": lr,
@@ -115,32 +133,23 @@ def train_epoch(
 
 
 def train_step(trainee: Trainee, options: Options, x: Tensor, labels: Tensor) -> Tensor:
-    """Do one step on x [n, C, H, W] and labels [n], and return the loss without its graph."""
-    model, optimizer = trainee.model, trainee.optimizer
-    optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), labels, label_smoothing=options.label_smoothing)
-    loss.backward()
-    if options.clip_norm is not None and not isinstance(optimizer, RepOptimizer):  # that clips in its step
-        nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
-    optimizer.step()
-    return loss.detach()
+    """Do one step on x [n, C, H, W] and labels [n], and return the loss without its graph.
+
+    A loop of steps makes one `TrainingSteps` instead, which compiles once and remembers the scale of --amp fp16.
+    """
+    return TrainingSteps(trainee, options)(x, labels)
 
 
 def epoch_batches(data: Data, options: Options, seed: int, epoch: int) -> Loader:
-    """The training batches of an epoch (from 0)."""
+    """The training batches of an epoch (from 0): of each, the part of this rank."""
     return _training_batches(data, options, derived_seed(seed, _ORDER, epoch))
 
 
 def _training_batches(data: Data, options: Options, seed: int) -> Loader:
     return Loader(
-        data,
-        data.train,
-        options.batch_size,
-        seed=seed,
-        augment=options.augment,
-        device=options.device,
-        readers=options.readers,
-    )
+        data, data.train, options.batch_size, seed=seed, augment=options.augment, device=options.device,
+        readers=options.readers, rank=ranks.rank(), ranks=ranks.count(),
+    )  # fmt: skip
 
 
 def accuracies(
@@ -159,13 +168,15 @@ def accuracies(
 def averaged(trainee: Trainee, data: Data, options: Options, seed: int) -> Iterator[None]:
     """Make the weights the averages, and the statistics of batch norms theirs, of some training batches.
 
-    With the statistics of the weights, averages lose three points on digits (bench/study_momentum.py).
+    With the statistics of the weights, averages lose three points on digits (bench/study_momentum.py). Ranks
+    pool theirs.
     """
     batches = _training_batches(data, options, derived_seed(seed, _AVERAGES))
     buffers = {name: buffer.clone() for name, buffer in trainee.model.named_buffers()}
     with trainee.optimizer.swap_ema():
         try:
             update_bn((x for x, _ in itertools.islice(batches, _AVERAGES_BATCHES)), trainee.model)
+            ranks.average_norms(trainee.model)
             yield
         finally:
             with torch.no_grad():
@@ -175,11 +186,13 @@ def averaged(trainee: Trainee, data: Data, options: Options, seed: int) -> Itera
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data, images: Images, device: str, readers: int = 0) -> float:
-    """Return the share of `images`, a part of `data`, that are classified correctly.
+    """Return the share of `images`, a part of `data`, that are classified correctly, in float32.
 
-    `readers` processes read them. Leaves the model in eval mode.
+    `readers` processes read them. Each rank sees its part of them. Leaves the model in eval mode.
     """
     model.eval()
-    batches = Loader(data, images, _EVALUATION_BATCH, device=device, readers=readers)
-    correct = sum(int((model(x).argmax(1) == labels).sum()) for x, labels in batches)
+    batches = Loader(
+        data, images, _EVALUATION_BATCH, device=device, readers=readers, rank=ranks.rank(), ranks=ranks.count()
+    )
+    (correct,) = ranks.summed(sum(int((model(x).argmax(1) == labels).sum()) for x, labels in batches), device=device)
     return correct / len(images)

@@ -8,26 +8,38 @@ are there.
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gradrep_kernels import csla
 from gradrep_kernels.models import StructureChange
-from gradrep_kernels.recipes import files
+from gradrep_kernels.recipes import files, ranks
 from gradrep_kernels.recipes.build import Trainee, build, multiplier_bytes, search_model
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.merged import merged_figures
 from gradrep_kernels.recipes.options import Options
 from gradrep_kernels.recipes.runs import SCALES
+from gradrep_kernels.recipes.steps import TrainingSteps
 from gradrep_kernels.recipes.training import accuracies, averaged, repeatable, train_epoch
 from gradrep_kernels.recipes.validation import split_data
 from gradrep_kernels.recipes.workers import Listener
 
-__all__ = ["STATE", "WEIGHTS", "Training", "do_training", "epochs_so_far", "searched_scales", "take_structure"]
+__all__ = [
+    "STATE",
+    "WEIGHTS",
+    "Training",
+    "do_training",
+    "epochs_so_far",
+    "scale_means",
+    "searched_scales",
+    "take_structure",
+]
 
 STATE = "state"
 """The folder of what is done, in the folder of a run."""
@@ -74,6 +86,8 @@ def do_training(folder: Path, options: Options, training: Training, listener: Li
 
     A training ends with the first epoch whose loss is not finite. Its figures then hold `diverged`, that epoch. A
     Hyper-Search has diverged too where its scales are not finite, or their squares.
+
+    All ranks return the same figures, but for seconds. Rank 0 alone reads and writes files.
     """
     with repeatable(options.threads, options.device):
         return _train(folder, options, training, listener)
@@ -81,13 +95,14 @@ def do_training(folder: Path, options: Options, training: Training, listener: Li
 
 def _train(folder: Path, options: Options, training: Training, listener: Listener) -> dict[str, Any]:
     data, validation = split_data(options)
+    current, scales = ranks.from_first(lambda: (_current(folder, training.name), searched_scales(folder)))
     if training.recipe is None:
         options = options.of_search()
         trainee = search_model(options, data)
     else:
         row = next(row for row in options.rows if row.name == training.recipe)
-        trainee = build(row, options, data, searched_scales(folder), training.seed, training.lr)
-    current = _current(folder, training.name)
+        trainee = build(row, options, data, scales, training.seed, training.lr)
+    steps = TrainingSteps(trainee, options)
     if current is None:
         current = {"epochs": [], "first_scalings": None}
     else:
@@ -97,12 +112,16 @@ def _train(folder: Path, options: Options, training: Training, listener: Listene
         trainee.optimizer.load_state_dict(current["optimizer"])
         if trainee.sgs is not None:
             trainee.sgs.load_state_dict(current["sgs"])
+        if steps.scaler is not None:
+            steps.scaler.load_state_dict(current["scaler"])
     epochs = current["epochs"]
     while len(epochs) < training.epochs and not _diverged(epochs):
-        record = train_epoch(trainee, data, options, training.seed, len(epochs), training.epochs, listener.batch)
+        record = train_epoch(trainee, data, options, training.seed, len(epochs), training.epochs, listener.batch, steps)
         due = (len(epochs) + 1) % options.evaluate_every == 0 or len(epochs) + 1 == training.epochs
         if due or record["train_loss"] is None:
             record |= accuracies(trainee, data, data.test, options, training.seed, "test_accuracy")
+        if training.recipe is None:
+            record |= scale_means(trainee.model)
         epochs.append(record)
         if trainee.sgs is not None:
             if record["sgs_updated"] and current["first_scalings"] is None:
@@ -110,8 +129,11 @@ def _train(folder: Path, options: Options, training: Training, listener: Listene
             current["sgs"] = trainee.sgs.state_dict()
         if trainee.structure is not None:
             current["structure"] = trainee.structure.state_dict()
-        current["model"], current["optimizer"] = trainee.model.state_dict(), trainee.optimizer.state_dict()
-        files.save_tensors(folder / STATE / f"{training.name}.pt", current)
+        if steps.scaler is not None:
+            current["scaler"] = steps.scaler.state_dict()
+        if ranks.first():
+            current["model"], current["optimizer"] = trainee.model.state_dict(), trainee.optimizer.state_dict()
+            files.save_tensors(folder / STATE / f"{training.name}.pt", current)
         listener.epoch(training.name, len(epochs), training.epochs, record)
     figures = {
         "lr": training.lr,
@@ -128,14 +150,37 @@ def _train(folder: Path, options: Options, training: Training, listener: Listene
         figures |= accuracies(trainee, data, validation, options, training.seed, "validation_accuracy")
     if training.recipe is not None:
         with averaged(trainee, data, options, training.seed) if trainee.averages else contextlib.nullcontext():
-            _keep_weights(folder, training.name, trainee)
+            if ranks.first():
+                _keep_weights(folder, training.name, trainee)
     elif not _diverged(epochs) and not _keep_scales(folder, trainee):
         figures["diverged"] = len(epochs)
     if trainee.sgs is not None:
         figures["scalings"] = {"start": current["first_scalings"], "end": _as_lists(trainee.sgs.scalings)}
-    files.write_json(folder / STATE / f"{training.name}.json", figures)
-    (folder / STATE / f"{training.name}.pt").unlink(missing_ok=True)
+    if ranks.first():
+        files.write_json(folder / STATE / f"{training.name}.json", figures)
+        (folder / STATE / f"{training.name}.pt").unlink(missing_ok=True)
     return figures
+
+
+def scale_means(model: nn.Module) -> dict[str, Any]:
+    """The mean scale of each branch of a network of the Hyper-Search (RepOptimizers, Figures 6 and 7).
+
+    `scale_means` is {branch: mean over the layers that have it of each layer's mean}, `layer_scale_means` is {layer:
+    {branch: mean}}. Nothing where a scale is not finite.
+    """
+    try:
+        scales = csla.extract_scales(model)
+    except ValueError:
+        return {}
+    layers = {
+        name: {branch: float(tensor.double().mean()) for branch, tensor in value.tensors().items()}
+        for name, value in scales.items()
+    }
+    branches = dict.fromkeys(branch for means in layers.values() for branch in means)
+    over_layers = {
+        branch: statistics.fmean(means[branch] for means in layers.values() if branch in means) for branch in branches
+    }
+    return {"scale_means": over_layers, "layer_scale_means": layers}
 
 
 def _diverged(epochs: list[dict[str, Any]]) -> bool:
@@ -156,19 +201,27 @@ def take_structure(folder: Path, trainee: Trainee, row: str, seed: int, lr: floa
     """Give a row at its start the structure that its network had at the end of the training, where it has one."""
     if trainee.structure is None:
         return
-    for name in (f"{row}-seed{seed}", f"{row}-lr{lr}-seed{seed}"):
-        path = folder / WEIGHTS / f"{name}.pt"
-        if path.exists():
-            trainee.structure.take_structure_of(torch.load(path, map_location="cpu", weights_only=True))
-            return
+    paths = [folder / WEIGHTS / f"{name}.pt" for name in (f"{row}-seed{seed}", f"{row}-lr{lr}-seed{seed}")]
+
+    def read() -> dict[str, torch.Tensor] | None:
+        path = next((path for path in paths if path.exists()), None)
+        return None if path is None else torch.load(path, map_location="cpu", weights_only=True)
+
+    weights = ranks.from_first(read)
+    if weights is not None:
+        trainee.structure.take_structure_of(weights)
 
 
 def _keep_scales(folder: Path, trainee: Trainee) -> bool:
-    """Write the scales, and return whether they can be used. They may overflow before the loss does."""
+    """Write the scales, and return whether they can be used. They may overflow before the loss does.
+
+    Rank 0 alone writes.
+    """
     if not all(bool(p.square().isfinite().all()) for p in trainee.model.parameters()):
         return False
-    with files.writing(folder / SCALES):
-        csla.save_scales(csla.extract_scales(trainee.model), folder / SCALES)
+    if ranks.first():
+        with files.writing(folder / SCALES):
+            csla.save_scales(csla.extract_scales(trainee.model), folder / SCALES)
     return True
 
 

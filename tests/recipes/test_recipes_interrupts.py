@@ -210,6 +210,6 @@ def test_an_interrupt_before_there_is_a_run(tmp_path, monkeypatch, capsys):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gradrep_kernels.cli.open_run", stopped)
+    monkeypatch.setattr("gradrep_kernels.cli.open_together", stopped)
     assert main(["train", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "interrupted\n"

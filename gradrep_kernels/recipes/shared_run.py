@@ -1,0 +1,71 @@
+"""Open a run for one process, or for those that train together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradrep_kernels.recipes import ranks
+from gradrep_kernels.recipes.errors import InputError
+from gradrep_kernels.recipes.lock import Lock
+from gradrep_kernels.recipes.options import Options, resolve
+from gradrep_kernels.recipes.runs import Run, open_run
+from gradrep_kernels.recipes.validation import load_job_data
+
+__all__ = ["check_together", "open_together"]
+
+_LEAST = 2  # images that batch normalisation needs where maps have one pixel
+
+
+def open_together(out: Path, name: str | None, given: Mapping[str, Any], *, resume: bool, search: bool = False) -> Run:
+    """Start or resume a run, as `open_run` does, and return it on every rank.
+
+    Rank 0 alone opens the folder, and holds its lock. Raises InputError too where the processes of torchrun cannot
+    train with these options. Nothing is left behind then.
+    """
+    if ranks.count() > 1:
+        if given.get("workers", 1) != 1:
+            together = f"the {ranks.count()} processes of torchrun do one training at a time"
+            raise InputError(f"--workers {given['workers']}: {together}; leave it out")
+        given = {**given, "workers": 1}
+
+    def opened() -> Run:
+        if not resume:
+            check_together(resolve(given, search))
+        return open_run(out, name, given, resume=resume, search=search)
+
+    own = opened() if ranks.first() else None
+    folder, options = ranks.from_first(lambda: (own.folder, own.options))
+    check_together(options)
+    return own or Run(folder, options, load_job_data(options), Lock(folder))
+
+
+def check_together(options: Options) -> None:
+    """Raise InputError where a batch or a device does not go with the number of processes."""
+    processes = ranks.count()
+    _check_parts("--batch-size", options.batch_size, options.accumulate)
+    if options.recipe:
+        _check_parts("--search-batch-size", options.search_batch_size, options.accumulate)
+    if processes == 1:
+        return
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        if options.sync_bn:
+            raise InputError("--sync-bn needs GPUs: torch's SyncBatchNorm has no form for CPUs; leave it out")
+        return
+    if device.index is not None:
+        raise InputError(f"--device {options.device}: under torchrun each process has a GPU of its own; give cuda")
+    if ranks.local_rank() >= torch.cuda.device_count():
+        here = f"process {ranks.local_rank()} of this machine has no GPU, there are {torch.cuda.device_count()}"
+        raise InputError(f"--device {options.device}: {here}, counted from 0; lower torchrun's --nproc-per-node")
+
+
+def _check_parts(flag: str, batch: int, accumulate: int) -> None:
+    parts = ranks.count() * accumulate
+    if parts > 1 and batch // parts < _LEAST:
+        made_of = f"{ranks.count()} processes, each with {accumulate} parts" if accumulate > 1 else f"{parts} processes"
+        made_of = f"{accumulate} parts" if ranks.count() == 1 else made_of
+        raise InputError(f"{flag} must be at least {_LEAST * parts}, {_LEAST} for each of {made_of}, got {batch}")
