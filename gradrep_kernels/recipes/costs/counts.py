@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from gradrep_kernels import csla
+from gradrep_kernels.recipes import interrupts
 from gradrep_kernels.wrappers import unwrapped
 
 __all__ = ["deployed", "form_costs", "forward_macs", "parameters"]
@@ -54,6 +54,8 @@ def forward_macs(model: nn.Module, shape: Sequence[int]) -> int:
 
 
 def _counted(forward: Callable[[Tensor], object], shape: Sequence[int], dtype: torch.dtype, device: str) -> int:
+    with interrupts.held_back():  # It imports Triton, which an interrupt inside its C++ module would end by terminate.
+        from torch.utils.flop_counter import FlopCounterMode
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         forward(torch.zeros(*shape, dtype=dtype, device=device))
     return counter.get_total_flops() // 2
