@@ -19,7 +19,7 @@ from gradrep_kernels import csla
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.build import Trainee, build
 from gradrep_kernels.recipes.cores import processor
-from gradrep_kernels.recipes.costs.memory import MOST_IMAGES, Maker, Step
+from gradrep_kernels.recipes.costs.memory import MOST_IMAGES, Maker
 from gradrep_kernels.recipes.costs.page import costs_page
 from gradrep_kernels.recipes.costs.rows import CostSettings, costs_of
 from gradrep_kernels.recipes.data import Data
@@ -30,8 +30,9 @@ from gradrep_kernels.recipes.loader import Loader
 from gradrep_kernels.recipes.options import Options
 from gradrep_kernels.recipes.readers import ABOVE_0, check_device, read_numbers
 from gradrep_kernels.recipes.runs import Run, open_run
+from gradrep_kernels.recipes.steps import TrainingSteps
 from gradrep_kernels.recipes.table import Recipe
-from gradrep_kernels.recipes.training import epoch_batches, train_step
+from gradrep_kernels.recipes.training import epoch_batches
 from gradrep_kernels.recipes.trainings import searched_scales
 from gradrep_kernels.recipes.validation import hold_out
 from gradrep_kernels.wrappers import plain_name, unwrapped
@@ -131,7 +132,7 @@ def write_costs(
         measured = costs_of(
             {name: make for name, make in makers.items() if name not in left_out},
             batches,
-            _step(options),
+            _step,
             settings,
             options.sgs_every * len(epoch_batches(data, on_host, options.seed, 0)),
             test_images,
@@ -171,36 +172,30 @@ def write_costs(
     return costs
 
 
+@dataclasses.dataclass
+class _Stepped(Trainee):
+    """A trainee with its steps, which compile once and remember the scale of --amp fp16."""
+
+    steps: TrainingSteps | None = None
+
+
 def _maker(row: Recipe, options: Options, data: Data, scales: csla.Scales | None, folder: Path) -> Maker:
-    def make() -> Trainee:
+    def make() -> _Stepped:
         trainee = build(row, options, data, scales, options.seed, options.lr[0])
         kept = None if trainee.structure is None else _kept_weights(row, folder)
         if kept is not None:
             weights = torch.load(kept, map_location="cpu", mmap=True, weights_only=True)
             trainee.structure.take_structure_of(weights)
-        if options.channels_last:
-            trainee.model.to(memory_format=torch.channels_last)
-        if options.compile and unwrapped(trainee.model) is trainee.model:
-            trainee.model = torch.compile(trainee.model)
-        return trainee
+        stepped = _Stepped(**{field.name: getattr(trainee, field.name) for field in dataclasses.fields(trainee)})
+        stepped.steps = TrainingSteps(stepped, options)
+        return stepped
 
     return make
 
 
-def _step(options: Options) -> Step:
+def _step(trainee: _Stepped, x: Tensor, labels: Tensor) -> None:
     """A training step in the layout and the precision of a run."""
-    kind = torch.device(options.device).type
-
-    def step(trainee: Trainee, x: Tensor, labels: Tensor) -> None:
-        if options.channels_last:
-            x = x.to(memory_format=torch.channels_last)
-        train_step(trainee, options, x, labels)
-
-    def in_autocast(trainee: Trainee, x: Tensor, labels: Tensor) -> None:
-        with torch.autocast(kind, _DTYPES[options.amp]):
-            step(trainee, x, labels)
-
-    return in_autocast if options.amp else step
+    trainee.steps(x, labels)
 
 
 def _cannot(row: Recipe, make: Maker, scales: csla.Scales | None, folder: Path) -> str | None:
