@@ -8,6 +8,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.version import __version__
 
-__all__ = ["environment", "environment_text", "version_line", "versions"]
+__all__ = ["commit", "environment", "environment_text", "software", "version_line", "versions"]
 
 _PACKAGES = ("torch", "numpy", "triton", "scikit-learn", "pillow", "matplotlib", "tqdm")
 
@@ -27,6 +30,26 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def commit() -> str:
+    """The commit of the checkout that this package is in, or GRADREP_COMMIT, or "unknown"."""
+    unknown = os.environ.get("GRADREP_COMMIT") or "unknown"
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # git would describe a checkout that an installed package lies in
+        return unknown
+    # A checkout may belong to somebody else (in a container), which git refuses unless told.
+    git = ["git", "-c", f"safe.directory={root}", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or unknown
+    except (OSError, subprocess.SubprocessError):
+        return unknown
+
+
+def software(summary: Mapping[str, Any]) -> str:
+    """The version of torch, and the commit of the code where it is known. Earlier summaries have none."""
+    known = summary.get("commit", "unknown")
+    return f"torch {summary['versions']['torch']}" + ("" if known == "unknown" else f", commit {known}")
 
 
 def versions() -> dict[str, str | None]:

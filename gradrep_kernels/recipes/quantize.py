@@ -24,7 +24,7 @@ from gradrep_kernels.branches.spread import KernelHistory, kernel_histories, ker
 from gradrep_kernels.messages import first_few
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.build import Trainee, build
-from gradrep_kernels.recipes.environment import versions
+from gradrep_kernels.recipes.environment import commit, versions
 from gradrep_kernels.recipes.errors import InputError, extra
 from gradrep_kernels.recipes.int8 import Flow, chosen_flow
 from gradrep_kernels.recipes.loader import Loader, derived_seed
@@ -118,6 +118,7 @@ class _Job:
         about = {
             "run": self.folder.name,
             "versions": versions(),
+            "commit": commit(),
             "data": self.summary["data"],
             "model": self.options.model,
             "device": self.options.device,

@@ -10,6 +10,7 @@ from typing import Any
 
 from gradrep_kernels.branches.spread import KernelHistory
 from gradrep_kernels.recipes import files, quantize_plots
+from gradrep_kernels.recipes.environment import software
 from gradrep_kernels.recipes.intervals import Difference, paired_difference
 from gradrep_kernels.recipes.table import Recipe
 
@@ -263,7 +264,7 @@ def _markdown(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         f"# {summary['run']} in few bits",
         "",
         f"{summary['model']} on {data['name']}, test accuracy in % over {data['test']} images and seeds "
-        f"{', '.join(map(str, seeds))}, torch {summary['versions']['torch']}. Branches are merged and norms folded.",
+        f"{', '.join(map(str, seeds))}, {software(summary)}. Branches are merged and norms folded.",
     ]
     if len(seeds) > 1:
         lines.append(

@@ -16,7 +16,7 @@ from gradrep_kernels.recipes.build import build
 from gradrep_kernels.recipes.cores import processor
 from gradrep_kernels.recipes.costs import form_costs
 from gradrep_kernels.recipes.data import Data
-from gradrep_kernels.recipes.environment import versions
+from gradrep_kernels.recipes.environment import commit, versions
 from gradrep_kernels.recipes.identity import identity_ratios
 from gradrep_kernels.recipes.intervals import Difference, paired_difference
 from gradrep_kernels.recipes.loader import Loader
@@ -55,6 +55,7 @@ def write_report(
     summary = {
         "run": folder.name,
         "versions": versions(),
+        "commit": commit(),
         "processor": processor(),
         "device": options.device,
         "threads": options.threads,

@@ -8,6 +8,7 @@ from typing import Any
 
 from gradrep_kernels.csla import Equivalence
 from gradrep_kernels.recipes.costs import cost_columns
+from gradrep_kernels.recipes.environment import software
 from gradrep_kernels.recipes.intervals import expected_misses
 
 __all__ = ["accuracy_cell", "aligned", "closing_lines", "markdown", "markdown_table", "scales_line", "table"]
@@ -126,7 +127,7 @@ def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     shape = " x ".join(map(str, data["shape"]))
     images = f"{data['train']} training and {data['test']} test images of {shape}, {data['classes']} classes"
     threads = f"{summary['threads']} thread{'s' * (summary['threads'] > 1)}"
-    where = f"{summary['device']} ({summary['processor']}), {threads}, torch {summary['versions']['torch']}"
+    where = f"{summary['device']} ({summary['processor']}), {threads}, {software(summary)}"
     model = options["model"] + (f" with {options['branches']} branches" if options["branches"] else "")
     lines = [f"# {summary['run']}", "", f"{model} on {data['name']} ({images}), on {where}.", ""]
     lines += _settings_lines(summary)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import re
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from gradrep_kernels.recipes.costs.page import costs_page
 from gradrep_kernels.recipes.costs.rows import CostSettings, costs_of
 from gradrep_kernels.recipes.data import Data
 from gradrep_kernels.recipes.declare import between
-from gradrep_kernels.recipes.environment import versions
+from gradrep_kernels.recipes.environment import commit, versions
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.loader import Loader
 from gradrep_kernels.recipes.options import Options
@@ -217,17 +215,3 @@ def _kept_weights(row: Recipe, folder: Path) -> Path | None:
     named = re.compile(rf"{re.escape(row.name)}(-lr[\d.e+-]+)?-seed\d+\.pt")
     found = sorted(path for path in (folder / _WEIGHTS).glob("*.pt") if named.fullmatch(path.name))
     return found[0] if found else None
-
-
-def commit() -> str:
-    """The commit of the checkout that this package is in, or GRADREP_COMMIT, or "unknown"."""
-    unknown = os.environ.get("GRADREP_COMMIT") or "unknown"
-    root = Path(__file__).resolve().parents[3]
-    if not (root / ".git").exists():  # git would describe a checkout that an installed package lies in
-        return unknown
-    # A checkout may belong to somebody else (in a container), which git refuses unless told.
-    git = ["git", "-c", f"safe.directory={root}", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or unknown
-    except (OSError, subprocess.SubprocessError):
-        return unknown
