@@ -59,7 +59,7 @@ def commands(page: Path) -> list[Command]:
         if match is None:
             continue
         source, what, name, rest = match.groups()
-        words, points = shlex.split(rest.replace(";", "\\;")), 1
+        words, points = shlex.split(rest), 1
         while "--sweep" in words:
             at = words.index("--sweep")
             option, _, values = words[at + 1].partition("=")

@@ -46,7 +46,7 @@ def test_ordinary_names_are_taken(source, tmp_path):
 def test_a_name_that_another_takes_meanwhile(source, tmp_path, monkeypatch):
     asked = []
 
-    def fresh_name(out, base, original=runs._fresh_name):
+    def fresh_name(out, base, original=runs.fresh_name):
         name = original(out, base)
         if not asked:
             (out / name).mkdir()
@@ -54,7 +54,7 @@ def test_a_name_that_another_takes_meanwhile(source, tmp_path, monkeypatch):
         asked.append(name)
         return name
 
-    monkeypatch.setattr(runs, "_fresh_name", fresh_name)
+    monkeypatch.setattr(runs, "fresh_name", fresh_name)
     with started(source, tmp_path) as run:
         assert run.folder.name == "cifar10-small-2"
     assert asked == ["cifar10-small", "cifar10-small-2"]
