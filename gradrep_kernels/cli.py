@@ -160,7 +160,9 @@ def _print_options(given: dict[str, Any], search: bool = False) -> int:
     if not ranks.silent():
         for line in options.advice():
             _told(line, 0)
-    return _print(json.dumps(options.to_json(), indent=2))
+    command = "search" if search else "train"
+    stored = {name: value for name, value in options.to_json().items() if command in OPTIONS[name].commands}
+    return _print(json.dumps(stored, indent=2))
 
 
 def _train(given: dict[str, Any]) -> int:
@@ -223,7 +225,7 @@ def _quantize(given: dict[str, Any]) -> int:
 
 
 def _costs(given: dict[str, Any]) -> int:
-    folder = given.pop("run")
+    folder = run_folder(given.pop("run"), given.pop("out"))
     costs = costs_of_run(folder, given, Reporter().line)
     return _print(f"{costs_page(costs)}\nWritten to {folder / COSTS}.json and .md.")
 

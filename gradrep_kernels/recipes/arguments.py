@@ -39,6 +39,7 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+_RUN = "folder of a finished run of `train`, or its name in --out"
 # The type of an option -> settings of argparse. All other types are given as text.
 _SETTINGS_OF_TYPE: dict[type, dict[str, Any]] = {
     int: {"type": _number(int, "a whole number"), "metavar": "N"},
@@ -83,9 +84,7 @@ def _add_run(commands: Any, name: str, help_text: str) -> _Parser:
             if option.group not in groups:
                 groups[option.group] = parser.add_argument_group(option.group)
             _add_option(groups[option.group], option, parser.flags)
-    parser.add_argument(
-        "--out", type=_path, default=Path("runs"), metavar="DIR", help="folder of all runs; default: %(default)s"
-    )
+    _add_out(parser)
     parser.add_argument(
         "--name",
         help="folder of this run in it; default: DATA-MODEL, -BRANCHES where given, with a number where that is taken",
@@ -129,13 +128,18 @@ def parsers(prog: str) -> tuple[_Parser, dict[str, _Parser]]:
     )
     search = _add_run(commands, "search", "Hyper-Search alone: writes a scales file")
     search.add_argument(
+        "--epochs", **_SETTINGS_OF_TYPE[int], dest="search_epochs", default=argparse.SUPPRESS,
+        help="the same as --search-epochs; default: that",
+    )  # fmt: skip
+    search.add_argument(
         "--output", type=_path, metavar="FILE", help=f"the scales file; default: {SCALES} in the run's folder"
     )
     quantized = _add_quantize(commands)
     costs = commands.add_parser(
         "costs", help="what each recipe of a finished run costs: speed, memory, multiply-adds", allow_abbrev=False
     )
-    costs.add_argument("run", type=_path, metavar="RUN", help="the folder of the run")
+    costs.add_argument("run", type=_path, metavar="RUN", help=_RUN)
+    _add_out(costs)
     costs.add_argument("--device", default=argparse.SUPPRESS, help="cpu, cuda or cuda:N; default: the run's")
     costs.add_argument(
         "--memory",
@@ -161,15 +165,17 @@ def _add_quantize(commands: Any) -> _Parser:
     parser = commands.add_parser(
         "quantize", help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.", allow_abbrev=False
     )
-    parser.add_argument(
-        "run", type=_path, metavar="RUN", help="folder of a finished run of `train`, or its name in --out"
-    )
+    parser.add_argument("run", type=_path, metavar="RUN", help=_RUN)
     for option in SETTINGS.values():
         _add_option(parser, option, [])
+    _add_out(parser)
+    return parser
+
+
+def _add_out(parser: _Parser) -> None:
     parser.add_argument(
         "--out", type=_path, default=Path("runs"), metavar="DIR", help="folder of all runs; default: %(default)s"
     )
-    return parser
 
 
 def _nearest(given: str, names: Iterable[str]) -> str:

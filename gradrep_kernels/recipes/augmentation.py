@@ -35,14 +35,14 @@ Part = tuple[int | None, slice]
 WHOLE: Part = (None, slice(None))
 
 
-def check_augmentations(names: Sequence[str]) -> None:
+def check_augmentations(names: Sequence[str], flag: str = "--augment") -> None:
     """Raise InputError where augmentations exclude each other, or need a torchvision that is not there."""
     if "resized" in names and "crop" in names:
-        raise InputError("--augment resized,crop: each says which part of a picture is seen; leave one of them out")
+        raise InputError(f"{flag} resized,crop: each says which part of a picture is seen; leave one of them out")
     needing = [name for name in names if name in OF_TORCHVISION]
     if needing:
         others = ", ".join(name for name in AUGMENTATIONS if name not in OF_TORCHVISION)
-        torchvision("transforms.v2", f"--augment {','.join(needing)}", f"{others} need none")
+        torchvision("transforms.v2", f"{flag} {','.join(needing)}", f"{others} need none")
 
 
 def flip(x: Tensor, generator: torch.Generator, part: Part = WHOLE) -> Tensor:

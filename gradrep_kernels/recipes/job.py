@@ -84,6 +84,7 @@ class _RunningJob:
         do_steps(steps, self.results, workers, listener, self._done)
         if self.rows and _SPEED not in self.results:
             self.reporter.doing("seconds a step")
+            self.reporter.epoch("  timing a step of each row")
             rates = {row.name: self._rate(row) for row in self.rows if self._trained(row)}
             self._done(_SPEED, seconds_per_step(self.folder, self.options, self.trained_on, rates))
         return ranks.from_first(self._report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -137,5 +138,7 @@ def _timm(flag: str, text: str) -> ModuleType:
     try:
         import timm
     except (ImportError, RuntimeError) as reason:  # torchvision may be missing, or not fit this torch
-        raise InputError(f"{flag} {text} needs timm: pip install timm ({reason})") from None
+        if importlib.util.find_spec("timm") is None:
+            raise InputError(f"{flag} {text} needs timm: pip install timm ({reason})") from None
+        raise InputError(f"{flag} {text}: timm is here and cannot be imported: {reason}") from None
     return timm

@@ -50,6 +50,11 @@ class Options(Machine, Scaling, Search, Pictures, Training, Subject):  # datacla
         """Whether all rows need an optimizer that can do more than torch's own."""
         return self.ema_decay is not None or self.momentum_dtype is not None
 
+    @property
+    def searches(self) -> bool:
+        """Whether there is a Hyper-Search."""
+        return self.scales is None and (not self.rows or any(row.needs_search for row in self.rows))
+
     def of_search(self) -> Options:
         """The options that the Hyper-Search is trained with, under the names that those of a training have."""
         settings = {plain: getattr(self, name) for name, plain in SEARCHED.items()}
@@ -135,7 +140,8 @@ class Options(Machine, Scaling, Search, Pictures, Training, Subject):  # datacla
             return []
         preset = PRESETS[self.preset]
         lines = [f"settings are those of {preset.name} ({preset.source}), but for the options given"]
-        if self.data.kind not in preset.kinds:
+        likely_meant = self.data.kind == "cifar10" and "cifar100" in preset.kinds
+        if self.data.kind not in preset.kinds and not likely_meant:
             lines.append(f"--preset {preset.name} is for {' or '.join(preset.kinds)}, the data is {self.data.kind}")
         return lines
 
@@ -197,6 +203,8 @@ def resolve(given: Mapping[str, Any], search: bool = False) -> Options:
     settings = {} if preset is None else _read(preset.settings(search))
     if values.get("optimizer", "sgd") != "sgd":  # The preset's rate is one for SGD.
         settings.pop("lr", None)
+    if values.get("image_size") is not None:  # The preset's test is one for its own size.
+        settings = {name: value for name, value in settings.items() if name not in ("test_size", "test_resize")}
     if search:
         values.setdefault("lr", settings.get("lr", (_SEARCH_RATE,)))
     if values.get("model") is not None:  # The preset's network has settings that this one may not have.

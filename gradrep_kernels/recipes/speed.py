@@ -18,20 +18,24 @@ from gradrep_kernels.recipes.trainings import searched_scales, take_structure
 __all__ = ["seconds_per_step"]
 
 _ROUNDS, _WARM_UP, _STEPS = 5, 3, 3  # A FusedRepSGD makes its plan in the second step.
+_LONGEST = 60.0  # seconds, after which no round begins
 
 
 def seconds_per_step(folder: Path, options: Options, data: Data, rates: Mapping[str, float]) -> dict[str, list[float]]:
     """Quartiles of the seconds of a step (forward, backward, optimizer) of each row in `rates` ({name: learning rate}).
 
     Rows take turns, so that a slow moment of the machine does not fall on one of them alone. Each turn begins with a
-    new network, which has the structure of the trained one. Batches are read beforehand. Updates of spatial gradient
+    new network, which has the structure of the trained one. After a minute no turn begins. Batches are read beforehand. Updates of spatial gradient
     scaling and of the structure are not in it. All ranks step together, and each returns what its clock says.
     """
     seconds: dict[str, list[float]] = {name: [] for name in rates}
     with repeatable(options.threads, options.device):
         scales = ranks.from_first(lambda: searched_scales(folder))
         batches = list(itertools.islice(epoch_batches(data, options, options.seed, 0), _WARM_UP + _STEPS))
-        for _ in range(_ROUNDS):
+        begin = now(options.device)
+        for n in range(_ROUNDS):
+            if n and ranks.from_first(lambda: now(options.device) - begin > _LONGEST):
+                break
             for row in options.rows:
                 if row.name not in rates:
                     continue

@@ -60,7 +60,8 @@ def load_job_data(options: Options, download: bool = False) -> Data:
 
     Raises InputError as `load_data` does, also where the augmentation of the Hyper-Search cannot be done.
     """
-    check_augmentations(options.search_augment)
+    if options.searches:
+        check_augmentations(options.search_augment, "--search-augment" if options.recipe else "--augment")
     data = load_data(
         options.data,
         options.image_size,
