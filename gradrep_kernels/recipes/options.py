@@ -25,7 +25,7 @@ from gradrep_kernels.recipes.option_groups import (
     Training,
 )
 from gradrep_kernels.recipes.presets import PRESETS, preset_for
-from gradrep_kernels.recipes.table import OPTIMIZERS, Recipe, chosen_rows
+from gradrep_kernels.recipes.table import OPTIMIZERS, Recipe, chosen_rows, default_rate
 
 __all__ = ["MODELS", "OPTIONS", "Options", "resolve"]
 
@@ -89,13 +89,16 @@ class Options(Machine, Scaling, Search, Pictures, Training, Subject):  # datacla
         check_settings(self.model, **{name: getattr(self, name) for name in SETTINGS})
         if self.nesterov and not self.momentum:
             raise InputError("--nesterov needs a --momentum above 0, got 0")
+        searches = not self.rows or (self.scales is None and any(row.needs_search for row in self.rows))
+        if searches and self.search_nesterov and not self.momentum:
+            raise InputError("--search-nesterov needs a --momentum above 0, got 0")
         if self.accumulate > 1 and self.batch_size % self.accumulate:
             raise InputError(f"--accumulate {self.accumulate} must divide --batch-size {self.batch_size}")
         self._check_rows()
 
     def _check_rows(self) -> None:
         kind = OPTIMIZERS[self.optimizer]
-        multiplied = [row.name for row in self.rows if row.grad_mults]
+        multiplied = [row.name for row in self.rows if row.grad_mults or row.fixed_scaling]
         if multiplied and kind.multiplied is None:
             able = ", ".join(name for name, other in OPTIMIZERS.items() if other.multiplied is not None)
             raise InputError(
@@ -195,8 +198,9 @@ def resolve(given: Mapping[str, Any], search: bool = False) -> Options:
     preset = _preset(values, kind, search)
     values["preset"] = None if preset is None else preset.name
     settings = {} if preset is None else _read(preset.settings(search))
-    if values.get("optimizer", "sgd") != "sgd":  # The preset's rate is one for SGD.
-        settings.pop("lr", None)
+    optimizer = values.get("optimizer") or "sgd"
+    if optimizer != "sgd" and values.get("lr") is None:  # Those of presets and of data sets are rates for SGD.
+        values["lr"] = (default_rate(optimizer),)
     if search:
         values.setdefault("lr", settings.get("lr", (_SEARCH_RATE,)))
     if values.get("model") is not None:  # The preset's network has settings that this one may not have.
