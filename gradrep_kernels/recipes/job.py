@@ -129,9 +129,10 @@ class _RunningJob:
         if scales is not None:
             with repeatable(self.options.threads, "cpu"):
                 initial = initial_scales(plain_model(self.options, self.data, self.options.seed))
-        return write_report(
-            self.folder, self.options, self.data, self._trainings(), list(self.seeds), self.results, scales, initial
-        )
+        with ranks.alone():  # The others wait for the summary, and would take what is told on the way for it.
+            return write_report(
+                self.folder, self.options, self.data, self._trainings(), list(self.seeds), self.results, scales, initial
+            )
 
     def _steps(self) -> Iterator[Step]:
         options = self.options
