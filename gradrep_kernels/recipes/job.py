@@ -70,8 +70,7 @@ class _RunningJob:
         self.rows = self.options.rows
         first = self.options.seed
         self.seeds = range(first, first + self.options.seeds)
-        needs_search = any(row.needs_search for row in self.rows)
-        self.searches = self.options.scales is None and (needs_search or not self.rows)
+        self.searches = self.options.searches
         self.state = self.folder / STATE
         self.results: dict[str, Any] = {}
         self.start = time.monotonic()
@@ -130,7 +129,7 @@ class _RunningJob:
         if scales is not None:
             with repeatable(self.options.threads, "cpu"):
                 initial = initial_scales(plain_model(self.options, self.data, self.options.seed))
-        with ranks.alone():  # It makes networks again, from files that the others do not wait for.
+        with ranks.alone():  # The others wait for the summary, and would take what is told on the way for it.
             return write_report(
                 self.folder, self.options, self.data, self._trainings(), list(self.seeds), self.results, scales, initial
             )

@@ -31,7 +31,7 @@ from gradrep_kernels.recipes.readers import (
     read_start,
 )
 from gradrep_kernels.recipes.schedules import SCHEDULES
-from gradrep_kernels.recipes.table import ABLATIONS, OPTIMIZERS, RECIPES, default_rate
+from gradrep_kernels.recipes.table import ABLATIONS, OPTIMIZERS, RECIPES
 
 __all__ = ["GROUPS", "SEARCHED"]
 
@@ -139,7 +139,7 @@ class Training:
     lr: tuple[float, ...] = option(
         "learning rate at the end of the warm-up, half a cosine follows; of several, comma-separated, each recipe "
         "takes the one with the best mean accuracy on the validation part",
-        lambda values: default_rate(values.get("optimizer", "sgd")), check_rates, digits=(0.03, 0.1, 0.3), quick=0.1,
+        0.1, check_rates, digits=(0.03, 0.1, 0.3), quick=0.1,
         reader=read_rates, default_help="0.1 (0.03,0.1,0.3 for digits; quick: 0.1), torch's of another --optimizer",
     )  # fmt: skip
     lr_seeds: int = option(

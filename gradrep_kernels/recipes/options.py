@@ -25,7 +25,7 @@ from gradrep_kernels.recipes.option_groups import (
     Training,
 )
 from gradrep_kernels.recipes.presets import PRESETS, preset_for
-from gradrep_kernels.recipes.table import OPTIMIZERS, Recipe, chosen_rows
+from gradrep_kernels.recipes.table import OPTIMIZERS, Recipe, chosen_rows, default_rate
 
 __all__ = ["MODELS", "OPTIONS", "Options", "resolve"]
 
@@ -73,6 +73,8 @@ class Options(Machine, Scaling, Search, Pictures, Training, Subject):  # datacla
         Options that came later have the value that runs had before them. Raises InputError if they are of another
         version.
         """
+        if str(stored.get("data", "")).startswith("folder:") and "test_size" not in stored:
+            raise InputError("its pictures were cut in another way, which hid a part of them; start it anew")
         earlier = {name: declared.earlier for name, declared in OPTIONS.items() if declared.earlier is not NEW}
         # The Hyper-Search had no settings of its own.
         earlier |= {name: stored[plain] for name, plain in SEARCHED.items() if plain in stored}
@@ -94,13 +96,15 @@ class Options(Machine, Scaling, Search, Pictures, Training, Subject):  # datacla
         check_settings(self.model, **{name: getattr(self, name) for name in SETTINGS})
         if self.nesterov and not self.momentum:
             raise InputError("--nesterov needs a --momentum above 0, got 0")
+        if self.searches and self.search_nesterov and not self.momentum:
+            raise InputError("--search-nesterov needs a --momentum above 0, got 0")
         if self.accumulate > 1 and self.batch_size % self.accumulate:
             raise InputError(f"--accumulate {self.accumulate} must divide --batch-size {self.batch_size}")
         self._check_rows()
 
     def _check_rows(self) -> None:
         kind = OPTIMIZERS[self.optimizer]
-        multiplied = [row.name for row in self.rows if row.grad_mults]
+        multiplied = [row.name for row in self.rows if row.grad_mults or row.fixed_scaling]
         if multiplied and kind.multiplied is None:
             able = ", ".join(name for name, other in OPTIMIZERS.items() if other.multiplied is not None)
             raise InputError(
@@ -122,12 +126,13 @@ class Options(Machine, Scaling, Search, Pictures, Training, Subject):  # datacla
         if self.workers * self.threads > cores():
             what = f"--workers {self.workers} with --threads {self.threads} each"
             lines.append(f"{what} are more than the {cores()} cores: they will wait for each other")
-        lengths = {"--epochs": (self.warmup, self.epochs if self.recipe else None)}
-        if not self.rows or any(row.needs_search for row in self.rows):
-            lengths["--search-epochs"] = (self.search_warmup, self.search_epochs)
-        for flag, (warmup, epochs) in lengths.items():
-            if epochs is not None and warmup >= epochs:
-                lines.append(f"--warmup {warmup} leaves no epoch of {flag} {epochs} after the warm-up")
+        lengths = [("--warmup", self.warmup, "--epochs", self.epochs)] if self.recipe else []
+        if self.searches:
+            flag = "--search-warmup" if self.recipe else "--warmup"
+            lengths.append((flag, self.search_warmup, "--search-epochs", self.search_epochs))
+        for flag, warmup, of_epochs, epochs in lengths:
+            if warmup >= epochs:
+                lines.append(f"{flag} {warmup} leaves no epoch of {of_epochs} {epochs} after the warm-up")
         if self.recipe and any(row.sgs for row in self.rows) and self.sgs_warmup >= self.epochs:
             late = f"--sgs-warmup {self.sgs_warmup}, of {self.epochs} epochs counted from 0"
             lines.append(
@@ -201,10 +206,11 @@ def resolve(given: Mapping[str, Any], search: bool = False) -> Options:
     preset = _preset(values, kind, search)
     values["preset"] = None if preset is None else preset.name
     settings = {} if preset is None else _read(preset.settings(search))
-    if values.get("optimizer", "sgd") != "sgd":  # The preset's rate is one for SGD.
-        settings.pop("lr", None)
     if values.get("image_size") is not None:  # The preset's test is one for its own size.
         settings = {name: value for name, value in settings.items() if name not in ("test_size", "test_resize")}
+    optimizer = values.get("optimizer") or "sgd"
+    if optimizer != "sgd" and values.get("lr") is None:  # Those of presets and of data sets are rates for SGD.
+        values["lr"] = (default_rate(optimizer),)
     if search:
         values.setdefault("lr", settings.get("lr", (_SEARCH_RATE,)))
     if values.get("model") is not None:  # The preset's network has settings that this one may not have.

@@ -110,6 +110,7 @@ def _started(out: Path, name: str | None, options: Options) -> Run:
     if len(options.lr) > 1 and not int(len(data.train) * options.validation):
         share = f"--validation {options.validation} of {len(data.train)} training images"
         raise InputError(f"{share} is none: it takes one at least to choose among several --lr")
+    _check_parts(options, data)
     scales = _given_scales(options, data)
 
     def fill(unfinished: Path) -> None:
@@ -126,6 +127,16 @@ def _started(out: Path, name: str | None, options: Options) -> Run:
             return Run(folder, options, data, lock)
         if name is not None:
             raise taken(folder)
+
+
+def _check_parts(options: Options, data: Data) -> None:
+    """Raise InputError where all training images together are too few to be cut into the parts of a batch."""
+    images, least = len(data.train) - int(len(data.train) * options.validation), 2 * options.accumulate
+    if options.accumulate > 1 and images < least:
+        raise InputError(
+            f"--accumulate {options.accumulate}: of {images} training images a batch has no 2 for each part; there "
+            f"must be at least {least}"
+        )
 
 
 def in_use(folder: Path) -> bool:

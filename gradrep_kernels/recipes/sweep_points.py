@@ -65,8 +65,8 @@ def read_points(texts: Sequence[str]) -> list[Point]:
 def resolved_points(points: Sequence[Point], given: Mapping[str, Any]) -> dict[str, Options]:
     """The options of each point by its name. `given` are those that a user gave for all.
 
-    Raises InputError, naming the point, where a value is wrong, where an option is given for all too, or where two
-    points are the same.
+    Raises InputError, naming the point, where a value is wrong, where an option is given for all too, where two points
+    are the same, or where they take presets of two papers that nobody named.
     """
     swept = {name for point in points for name in point.given}
     for name in swept & given.keys():
@@ -80,6 +80,11 @@ def resolved_points(points: Sequence[Point], given: Mapping[str, Any]) -> dict[s
         for name, other in found.items():
             if other == options:
                 raise InputError(f"points {name} and {point.name} of --sweep are the same: all their options are equal")
+            if other.data == options.data and other.preset != options.preset and "preset" not in swept:
+                raise InputError(
+                    f"points {name} and {point.name} of --sweep would take the settings of {other.preset} and "
+                    f"{options.preset}; name one by --preset"
+                )
         found[point.name] = options
     return found
 

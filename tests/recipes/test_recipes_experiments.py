@@ -16,8 +16,7 @@ if not (ROOT / "docs").is_dir():
     pytest.skip("an sdist brings no pages", allow_module_level=True)
 
 COMMANDS = {
-    f"{row['source']}: {row['what']}": shlex.split(row["command"].strip("`"))
-    for row in experiments_table("source")
+    f"{row['source']}: {row['what']}": shlex.split(row["command"].strip("`")) for row in experiments_table("source")
 }
 TRAINED = {name: words for name, words in COMMANDS.items() if words[1] in ("train", "search")}
 

@@ -180,6 +180,14 @@ WRONG_OPTIONS = {
         {"optimizer": "adam", "lr": 0.1, "recipe": ("sgd",), "ema_decay": 0.9},
         "--ema-decay goes with --optimizer sgd and adamw, got adam",
     ),
+    "one scaling by adam": (
+        {"optimizer": "adam", "lr": 0.1, "recipe": ("sgs-grid",), "sgs_alpha": 1.0, "sgs_beta": 1.0},
+        "--optimizer adam: sgs-grid multiply .* goes with sgd, adamw; leave",
+    ),
+    "nesterov of the search": (
+        {"momentum": 0.0, "search_nesterov": True},
+        "--search-nesterov needs a --momentum above 0, got 0",
+    ),
     "momentum of adamw": (
         {"optimizer": "adamw", "lr": 0.1, "momentum_dtype": "bfloat16"},
         "--momentum-dtype goes with --optimizer sgd",
@@ -197,6 +205,12 @@ def test_a_wrong_option_is_named(case):
     given, said = WRONG_OPTIONS[case]
     with pytest.raises(InputError, match=said.replace("+", "[+]")):
         resolve(given)
+
+
+def test_nesterov_of_a_search_that_is_not_done_is_no_matter(tmp_path):
+    """SGS, Table 5, has SGD without momentum. The preset's Hyper-Search has Nesterov's."""
+    options = resolve({"data": f"cifar100:{tmp_path}", "preset": "sgs-cifar-200", "momentum": 0.0})
+    assert (options.search_nesterov, options.nesterov) == (True, False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

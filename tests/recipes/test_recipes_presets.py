@@ -87,6 +87,10 @@ def test_another_optimizer_takes_its_own_learning_rate():
     assert resolved("sgs-cifar-200", optimizer="adadelta").lr == (1.0,)
     assert resolved("sgs-cifar-200", optimizer="adam", lr=0.02).lr == (0.02,)
     assert resolved("sgs-cifar-200", optimizer="adam").search_lr == 0.1
+    for quick in (False, True):  # Those of digits are rates for SGD too.
+        options = resolve({"optimizer": "adam", "recipe": ("sgd",), "quick": quick})
+        assert (options.lr, options.validation, options.search_lr) == ((1e-3,), 0.0, 0.1)
+    assert resolve({"optimizer": "sgd"}).lr == resolve({}).lr == (0.03, 0.1, 0.3)
 
 
 def test_a_preset_of_other_data_is_told():

@@ -15,6 +15,7 @@ from gradrep_kernels.recipes import job, metrics, ranks, steps
 from gradrep_kernels.recipes.build import build
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.options import MODELS, resolve
+from gradrep_kernels.recipes.runs import open_run
 from gradrep_kernels.recipes.shared_run import check_together
 from gradrep_kernels.recipes.steps import TrainingSteps
 from gradrep_kernels.recipes.table import RECIPES
@@ -159,6 +160,15 @@ def test_batches_and_norms_that_processes_cannot_share(source, monkeypatch, give
     monkeypatch.setattr(ranks, "count", lambda: processes)
     with pytest.raises(InputError, match=f"^{said}$"):
         check_together(with_options(source, **given))
+
+
+@pytest.mark.parametrize(("given", "left"), [({"images": 7}, 7), ({"images": 10, "validation": 0.3}, 7)])
+def test_fewer_images_than_a_batch_are_not_cut_into_empty_parts(source, tmp_path, given, left):
+    """The mean loss of a part without images is NaN."""
+    given = {"data": source, **TINY, "batch_size": 16, "accumulate": 4, "recipe": ("sgd",), **given}
+    with pytest.raises(InputError, match=f"^--accumulate 4: of {left} training images .* at least 8$"):
+        open_run(tmp_path, "a", given, resume=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_search_tells_the_mean_scales_of_its_branches(source, tmp_path, no_pictures):

@@ -56,6 +56,16 @@ def test_points_of_values(texts, expected):
     assert points(*texts) == expected
 
 
+def test_points_do_not_take_presets_of_two_papers_that_nobody_named(tmp_path):
+    """The table would hold other settings of batch, decay and schedule for effects of what is swept."""
+    given, texts = {"data": f"cifar100:{tmp_path}"}, ["recipe=sgd,sgs;sgd,repopt"]
+    said = "points recipe=sgd,sgs and recipe=sgd,repopt .* sgs-cifar-200 and repopt-hs; name one by --preset$"
+    with pytest.raises(InputError, match=said):
+        resolved_points(read_points(texts), given)
+    assert len(resolved_points(read_points(texts), {**given, "preset": "repopt-hs"})) == 2
+    assert len(resolved_points(read_points(["preset=sgs-cifar-200,repopt-hs"]), given)) == 2
+
+
 SETS = [{"name": "mine", "sgs-k": 2, "augment": ["flip"]}, {"lr": [0.1, 0.3], "nesterov": True}, {"clip_norm": None}]
 AS_TOML = """
 [[points]]
