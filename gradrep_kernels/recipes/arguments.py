@@ -13,6 +13,7 @@ from gradrep_kernels.recipes.data import KINDS
 from gradrep_kernels.recipes.declare import Option
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.options import OPTIONS
+from gradrep_kernels.recipes.presets import PRESETS
 from gradrep_kernels.recipes.quantize_settings import SETTINGS
 from gradrep_kernels.recipes.runs import SCALES
 
@@ -39,6 +40,8 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+_PRESET_KINDS = {kind for preset in PRESETS.values() for kind in preset.kinds}
+_OF_PRESETS = {name for preset in PRESETS.values() for name in preset.settings(search_alone=False)}
 _RUN = "folder of a finished run of `train`, or its name in --out"
 # The type of an option -> settings of argparse. All other types are given as text.
 _SETTINGS_OF_TYPE: dict[type, dict[str, Any]] = {
@@ -69,8 +72,15 @@ def _add_option(group: Any, option: Option, flags: list[str]) -> None:
     settings = dict(_SETTINGS_OF_TYPE.get(option.type, {}))
     if option.metavar is not None:
         settings["metavar"] = option.metavar
-    help_text = option.help_text(KINDS).replace("%", "%%")
+    help_text = _help(option).replace("%", "%%")
     flags += group.add_argument(option.flag, **settings, default=argparse.SUPPRESS, help=help_text).option_strings
+
+
+def _help(option: Option) -> str:
+    """The help of an option. Of CIFAR and folders it has the setting of a preset, where presets have one."""
+    if option.name not in _OF_PRESETS:
+        return option.help_text(KINDS)
+    return f"{option.help_text([kind for kind in KINDS if kind not in _PRESET_KINDS])}; CIFAR and folders: the preset's"
 
 
 def _add_run(commands: Any, name: str, help_text: str) -> _Parser:

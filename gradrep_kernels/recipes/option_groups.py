@@ -118,15 +118,12 @@ class Subject:
 class Training:
     """every training"""
 
-    epochs: int = option(
-        "epochs of each training", check=at_least(1), digits=6, cifar=200, small=40, folder=120, quick=3, commands=TRAIN
-    )
+    epochs: int = option("epochs of each training", check=at_least(1), digits=6, small=40, quick=3, commands=TRAIN)
     evaluate_every: int = option(
         "measure the test accuracy every so many epochs, and after the last", 1, at_least(1), digits=3
     )
     batch_size: int = option(
-        "images per step, over all processes", check=at_least(2, ", for batch normalisation"), digits=32, cifar=128,
-        small=128, folder=256,
+        "images per step, over all processes", check=at_least(2, ", for batch normalisation"), digits=32, small=128,
     )  # fmt: skip
     accumulate: int = option(
         "parts of each batch that are computed one after the other, to save memory; norms see a part", 1, at_least(1),
@@ -162,7 +159,7 @@ class Training:
         "theirs, and those of the weights are told beside them",
         check=BELOW_1, default_help="no averages", commands=TRAIN,
     )  # fmt: skip
-    weight_decay: float = option("of what --decay says", 5e-4, at_least(0), folder=4e-5)
+    weight_decay: float = option("of what --decay says", 5e-4, at_least(0))
     decay: str = option(
         f"what decays: {'; '.join(f'{name} ({meaning})' for name, meaning in DECAY_RULES.items())}", "repopt",
         reader=one_of(DECAY_RULES), metavar="SET", earlier="repopt",
@@ -174,7 +171,7 @@ class Training:
         f"after the warm-up: {'; '.join(f'{name} ({meaning})' for name, meaning in SCHEDULES.items())}", "cosine",
         reader=one_of(SCHEDULES), metavar="NAME", earlier="cosine",
     )  # fmt: skip
-    label_smoothing: float = option("of the cross-entropy", 0.0, BELOW_1, folder=0.1)
+    label_smoothing: float = option("of the cross-entropy", 0.0, BELOW_1)
     clip_norm: float | None = option(
         "clip the gradient norm (that of the CSLA model, where there are Grad Mults)", check=ABOVE_0,
         default_help="no clipping",
@@ -187,7 +184,7 @@ class Pictures:
 
     augment: tuple[str, ...] = option(
         f"comma-separated: {', '.join(AUGMENTATIONS)}; or none",
-        digits=("crop",), cifar=("flip", "crop", "cutout"), small=("crop",), folder=("resized", "flip"),
+        digits=("crop",), small=("crop",),
         reader=some_of(AUGMENTATIONS),
     )  # fmt: skip
     images: int | None = option(
@@ -215,9 +212,7 @@ class Pictures:
 class Search:
     """the Hyper-Search, which is always done by SGD"""
 
-    search_epochs: int = option(
-        "epochs of the Hyper-Search", check=at_least(1), digits=6, cifar=240, small=40, folder=120, quick=2
-    )
+    search_epochs: int = option("epochs of the Hyper-Search", check=at_least(1), digits=6, small=40, quick=2)
     search_lr: float = option(
         "learning rate of the Hyper-Search and of the check CSLA = GR",
         lambda v: v["lr"][0] if len(v["lr"]) == 1 and v.get("optimizer", "sgd") == "sgd" else _SEARCH_RATE, ABOVE_0,
@@ -264,9 +259,7 @@ class Scaling:
     sgs_beta: float | None = option(
         "of sgs-grid: over that of the corners", check=ABOVE_0, commands=TRAIN, default_help="none", earlier=None
     )
-    remove_near: bool = option(
-        "drop pairs of near pixels (the SGS paper's ImageNet setting)", False, folder=True, commands=TRAIN
-    )
+    remove_near: bool = option("drop pairs of near pixels (the SGS paper's ImageNet setting)", False, commands=TRAIN)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,8 @@ def _curves(epochs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]):
         axes.set_xlabel("epoch")
         axes.set_ylabel(name)
         axes.xaxis.get_major_locator().set_params(integer=True)
+        if axes.get_xlim()[1] - axes.get_xlim()[0] < 1:  # one epoch
+            axes.set_xlim(0, 2)
         tidy(axes)
     if any((_measured(runs, "train_loss")[1] > 0).any() for runs in epochs.values()):  # not if all diverged
         panels[0].set_yscale("log")
@@ -124,8 +126,9 @@ def _accuracy_against_cost(recipes: Mapping[str, Mapping[str, Any]]):
         axes.annotate(label, (cost, mean), (6, 4), textcoords="offset points", color=colour, fontsize=9)
     axes.set_xlabel("time of a training step, ms")
     axes.set_ylabel("test accuracy, %")
-    axes.set_xlim(left=0)
-    axes.set_ylim(top=min(101.0, axes.get_ylim()[1]))
+    axes.set_xlim(0, 1.25 * 1000 * max(figures["seconds_per_step"] for figures in recipes.values()))
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(-1.0, low), min(101.0, high))
     tidy(axes)
     return figure
 

@@ -25,8 +25,9 @@ def seconds_per_step(folder: Path, options: Options, data: Data, rates: Mapping[
     """Quartiles of the seconds of a step (forward, backward, optimizer) of each row in `rates` ({name: learning rate}).
 
     Rows take turns, so that a slow moment of the machine does not fall on one of them alone. Each turn begins with a
-    new network, which has the structure of the trained one. After a minute no turn begins. Batches are read beforehand. Updates of spatial gradient
-    scaling and of the structure are not in it. All ranks step together, and each returns what its clock says.
+    new network, which has the structure of the trained one. After a minute no turn begins. Batches are read beforehand.
+    Updates of spatial gradient scaling and of the structure are not in it. All ranks step together, and each returns
+    what its clock says.
     """
     seconds: dict[str, list[float]] = {name: [] for name in rates}
     with repeatable(options.threads, options.device):

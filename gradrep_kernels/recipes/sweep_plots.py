@@ -100,7 +100,10 @@ def _curves(name: str, values: Sequence[float], figures: Mapping[str, Mapping[st
                 bars[label] = widths[0] if _taken(row, figures) else widths
             colours[label] = plots.COLOURS[row]
             dashed += [label] * (word != "test")
-    return sweep_curve(values, means, bars, name=name, measured="accuracy, %", colours=colours, dashed=dashed)
+    figure = sweep_curve(values, means, bars, name=name, measured="accuracy, %", colours=colours, dashed=dashed)
+    low, high = figure.axes[0].get_ylim()  # Intervals of two seeds reach far beyond.
+    figure.axes[0].set_ylim(max(-1.0, low), min(101.0, high))
+    return figure
 
 
 def _maps(names: Sequence[str], numbers: Sequence[Sequence[float]], figures: Mapping[str, Mapping[str, Any]]):

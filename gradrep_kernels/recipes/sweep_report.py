@@ -106,14 +106,16 @@ def _paired(seeds: Sequence[int], figures: Mapping, others: Sequence[int], other
 def _best(points: Mapping[str, Any]) -> dict[str, str]:
     """{row: the point that is best on the validation part}, of rows that differ between points and have one.
 
-    Points with fewer seeds that diverged come first, the first of equals. The test images have no say.
+    Points with fewer seeds that diverged come first. None is named where several are equal. Test images have no say.
     """
     found = {}
     for row in _rows(points):
         own = {name: point["recipes"][row] for name, point in points.items() if _trained_here(point, row)}
         if len(own) > 1 and all(figures["validation_accuracy"] for figures in own.values()):
             merit = {n: (-f["diverged"], statistics.fmean(f["validation_accuracy"])) for n, f in own.items()}
-            found[row] = max(merit, key=merit.__getitem__)
+            best, *others = sorted(merit, key=merit.__getitem__, reverse=True)
+            if merit[best] > merit[others[0]]:
+                found[row] = best
     return found
 
 

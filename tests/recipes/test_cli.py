@@ -42,7 +42,7 @@ USAGE = {
     "nothing like a command": (["x"], "'x' is no command; there are train, search, quantize, costs, env"),
     "option": (["train", "--epoch", "3"], "`train` takes no --epoch; did you mean --epochs?"),
     "option with its value": (["train", "--sgs_every=3"], "`train` takes no --sgs_every; did you mean --sgs-every?"),
-    "option of another command": (["search", "--epochs", "3"], "did you mean --search-epochs?"),
+    "option of another command": (["search", "--seeds", "3"], "did you mean --seed?"),
     "option before the command": (["--versoin"], "gradrep takes no --versoin; did you mean --version?"),
     "nothing like an option": (["env", "--qqq"], "`env` takes no --qqq; `gradrep env --help` lists what there is"),
     "word too many": (["train", "digits"], "`train` takes no digits"),

@@ -491,4 +491,4 @@ def test_wrong_settings_are_told_in_a_line(folder, short, arguments, message, ca
 def test_a_run_that_is_not_finished_has_no_costs(folder, short, capsys):
     (folder / "summary.json").unlink()
     assert main(["costs", str(folder)]) == 2
-    assert "there is no finished run" in capsys.readouterr().err
+    assert "this run is not finished" in capsys.readouterr().err

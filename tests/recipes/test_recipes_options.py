@@ -115,7 +115,7 @@ def test_several_learning_rates_need_a_part_that_chooses():
 def test_what_is_likely_not_meant_is_told():
     assert resolve({"workers": 1}).advice() == []
     told = resolve({"warmup": 9, "epochs": 4, "sgs_warmup": 4, "threads": 64, "workers": 64}).advice()
-    assert [line.split()[0] for line in told] == ["--workers", "--warmup", "--warmup", "no"]
+    assert [line.split()[0] for line in told] == ["--workers", "--warmup", "--search-warmup", "no"]
     assert resolve({"warmup": 3, "search_epochs": 3}, search=True).advice() == [
         "--warmup 3 leaves no epoch of --search-epochs 3 after the warm-up"
     ]

@@ -33,7 +33,11 @@ def costs_page(costs: Mapping[str, Any]) -> str:
     lines = [f"# Costs of {costs['run']}", "", _where(costs), ""]
     if rows:
         lines += ["## Training", "", *_table(_training(rows)), "", *_training_notes(costs, rows)]
-        lines += ["## The largest batch", "", *_table(_largest(rows)), "", *_largest_notes(costs)]
+        reasons = {row["largest_batch"].get("not_measured") for row in rows.values()}
+        if len(reasons) == 1 and None not in reasons:  # A table of dashes would say no more.
+            lines += [f"The largest batch was not measured: {reasons.pop()}.", ""]
+        else:
+            lines += ["## The largest batch", "", *_table(_largest(rows)), "", *_largest_notes(costs)]
         lines += ["## Deployed", "", *_table(_deployed(rows)), "", *_deployed_notes(costs)]
     left_out = {name: row["not_measured"] for name, row in costs["recipes"].items() if name not in rows}
     if left_out:
