@@ -93,6 +93,7 @@ def _told_that_kernels_are_missing():
 # Parts of the names of tests that take more than about 3 s of CPU time each, or need a fixture that does: they run
 # compilers, Triton's interpreter, or several processes that import torch.
 SLOW = (
+    "test_recipes_experiments",
     "interpreter",
     "test_sanitizers.py",
     "test_instruction_sets.py",

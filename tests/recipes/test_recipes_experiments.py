@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
+import types
 
 import pytest
 from cases_recipes import ROOT, experiments_table, write_cifar, write_folder
 
 from gradrep_kernels.cli import main
+from gradrep_kernels.models import repopt_ghostnet
 from gradrep_kernels.models.repopt_vgg import RepOptVGG
+from gradrep_kernels.recipes import job
 from gradrep_kernels.recipes.networks import MODELS
 
 if not (ROOT / "docs").is_dir():
@@ -41,14 +44,19 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def tiny_networks(monkeypatch):
-    """RepOpt-VGG-B1 and L2 with four layers of eight channels."""
-    for name in ("repopt_vgg_b1", "repopt_vgg_l2"):
+    """All networks that the commands name with four layers of eight channels. They have every setting."""
 
-        def tiny(num_classes=1000, se=False, *, in_channels=3, strides=None):
-            return RepOptVGG((1, 1, 1, 1), (8,) * 4, strides or (2,) * 5, num_classes, in_channels, se)
+    def tiny(num_classes=1000, se=False, *, in_channels=3, strides=None, head_width=None, stem=None):
+        return RepOptVGG((1, 1, 1, 1), (8,) * 4, strides or (2,) * 5, num_classes, in_channels, se)
 
-        tiny.__name__ = name
-        monkeypatch.setitem(MODELS, name, tiny)
+    def tiny_ghost(num_classes=1000, *, in_channels=3):
+        return repopt_ghostnet(num_classes=num_classes, in_channels=in_channels, width=0.05)
+
+    for name in MODELS:
+        made = tiny_ghost if "ghost" in name else tiny
+        network = types.FunctionType(made.__code__, made.__globals__, name, made.__defaults__, made.__closure__)
+        network.__kwdefaults__ = made.__kwdefaults__
+        monkeypatch.setitem(MODELS, name, network)
 
 
 def toy(words, folders, out, search):
@@ -72,11 +80,13 @@ SEARCH = {"--batch-size", "--search-epochs", "--threads", "--warmup", "--image-s
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_command_runs(name, folders, tmp_path, tiny_networks):
-    words = TRAINED[name]
+def test_every_command_runs(name, folders, tmp_path, tiny_networks, monkeypatch):
+    words, measured = TRAINED[name], []
+    monkeypatch.setattr(job, "write_costs", lambda *given: measured.append(given))  # It takes ten times the rest.
     assert main(toy(words, folders, tmp_path, words[1] == "search")) == 0
     summaries = list(tmp_path.rglob("summary.json"))
     assert summaries
     for summary in summaries:
         options = json.loads(summary.read_text())["options"]
         assert options["preset"] == words[words.index("--preset") + 1]
+    assert len(measured) == (len(summaries) if "--costs" in words else 0)
