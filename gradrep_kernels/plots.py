@@ -197,8 +197,8 @@ def _magnitudes(label: str, network: nn.Module | Mapping[str, Tensor]) -> dict[s
 
 def sweep_curve(
     values: Sequence[float],
-    means: Mapping[str, Sequence[float]],
-    half_widths: Mapping[str, Sequence[float]] | None = None,
+    means: Mapping[str, Sequence[float] | float],
+    half_widths: Mapping[str, Sequence[float] | float] | None = None,
     *,
     name: str = "value",
     measured: str = "test accuracy, %",
