@@ -16,7 +16,9 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-import torchvision_alone  # noqa: F401 (timm, Lightning and torchmetrics import torchvision where it is installed)
+
+with contextlib.suppress(ModuleNotFoundError):  # tests/support is not beside a copy of this file
+    import torchvision_alone  # noqa: F401 (timm, Lightning and torchmetrics import torchvision where it is installed)
 
 DEVICE_LOST = 86  # pytest itself ends with 0 to 5; bench/gpu_check.py knows the number
 _lost = pytest.StashKey[bool]()

@@ -34,6 +34,7 @@ def test_a_run_leaves_all_its_files_and_nothing_else(finished):
         "identity.png",
         "metrics.jsonl",
         "options.json",
+        "scale_means.png",
         "scales.pt",
         "scales.png",
         "spatial_scaling_repopt_sgs.png",
