@@ -78,7 +78,7 @@ def _add_option(group: Any, option: Option, flags: list[str]) -> None:
 
 def _help(option: Option) -> str:
     """The help of an option. Of CIFAR and folders it has the setting of a preset, where presets have one."""
-    if option.name not in _OF_PRESETS:
+    if option.name not in _OF_PRESETS or OPTIONS[option.name] is not option:  # `quantize` has some of these names
         return option.help_text(KINDS)
     return f"{option.help_text([kind for kind in KINDS if kind not in _PRESET_KINDS])}; CIFAR and folders: the preset's"
 
