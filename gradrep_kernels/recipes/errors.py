@@ -9,7 +9,7 @@ import errno
 import importlib
 from types import ModuleType
 
-__all__ = ["WRITE_ERRORS", "InputError", "OutputError", "extra"]
+__all__ = ["WRITE_ERRORS", "InputError", "OutputError", "extra", "one_line"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WRITE_ERRORS = (*_NO_ROOM, errno.EROFS, errno.EIO)
@@ -46,6 +46,11 @@ class OutputError(InputError):
     def __str__(self) -> str:
         path, reason, until = self.args
         return f"{path} cannot be written: {reason}; --resume goes on once {until}"
+
+
+def one_line(reason: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    return " ".join(str(reason).split()) or type(reason).__name__
 
 
 def extra(module: str, package: str) -> ModuleType:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradrep_kernels.recipes.errors import InputError, extra
+from gradrep_kernels.recipes.errors import InputError, extra, one_line
 from gradrep_kernels.recipes.images import Data, Images
 
 __all__ = ["FOLDER_SIDE", "folder_data", "pixels_of", "scaled"]
@@ -84,7 +84,7 @@ def _image_files(image: Any, root: Path, classes: list[str], test_side: int, tes
         except InputError as reason:
             raise InputError(f"{path}: {reason}") from None
         except (OSError, image.DecompressionBombError) as reason:
-            raise InputError(f"{path}: not a readable image ({_one_line(reason)})") from None
+            raise InputError(f"{path}: not a readable image ({one_line(reason)})") from None
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for _ in pool.map(check, paths):
@@ -111,7 +111,7 @@ def _decode(path: Path) -> Any:
     except InputError as reason:
         raise InputError(f"{path}: {reason}") from None
     except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as reason:
-        raise InputError(f"{path}: not a readable image ({_one_line(reason)})") from None
+        raise InputError(f"{path}: not a readable image ({one_line(reason)})") from None
 
 
 def scaled(picture: Any, shorter: int) -> Any:
@@ -175,7 +175,3 @@ def _bits_of_largest(value: object) -> int | None:
     """How many bits, from 9 to 16, have this largest number. None where they are no whole number of bits."""
     (value, *_) = value if isinstance(value, tuple) and value else (value,)
     return next((bits for bits in range(9, 17) if value == 2**bits - 1), None)
-
-
-def _one_line(reason: Exception) -> str:
-    return " ".join(str(reason).split()) or type(reason).__name__

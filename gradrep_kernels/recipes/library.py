@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from gradrep_kernels.recipes.errors import InputError
+from gradrep_kernels.recipes.errors import InputError, one_line
 
 __all__ = ["torchvision"]
 
@@ -29,8 +29,8 @@ def torchvision(module: str, wanted_by: str, otherwise: str = "") -> ModuleType:
             f"pip install torchvision, from the index that torch came from{otherwise}"
         ) from None
     except (ImportError, RuntimeError, OSError, AttributeError) as reason:  # Its C++ part does not fit this torch.
-        said = " ".join(str(reason).split())
         raise InputError(
             f"{wanted_by} needs torchvision, and the one that is installed does not fit torch {torch.__version__} "
-            f"({said}): install the release and build that belong to it, from the index that torch came from{otherwise}"
+            f"({one_line(reason)}): "
+            f"install the release and build that belong to it, from the index that torch came from{otherwise}"
         ) from None

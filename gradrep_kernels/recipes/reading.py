@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gradrep_kernels.recipes import interrupts
-from gradrep_kernels.recipes.errors import InputError
+from gradrep_kernels.recipes.errors import InputError, one_line
 from gradrep_kernels.recipes.images import Images, as_floats
 from gradrep_kernels.recipes.picture_augmentation import PictureAugmentation, own_default_generator
 from gradrep_kernels.recipes.seeds import derived_seed
@@ -139,9 +139,9 @@ def _from_processes(reader: BatchReader, wanted: Sequence[Wanted], readers: int)
     except RuntimeError as reason:
         if "DataLoader worker" not in str(reason):
             raise
-        said = " ".join(str(reason).split())
         raise InputError(
-            f"{said} (out of memory, or of /dev/shm?); fewer --readers take less, --readers 0 reads in this process"
+            f"{one_line(reason)} (out of memory, or of /dev/shm?); "
+            "fewer --readers take less, --readers 0 reads in this process"
         ) from None
     finally:
         # This ends the readers now, whoever keeps an error whose traceback refers to the iterator.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gradrep_kernels.recipes.errors import InputError, extra
+from gradrep_kernels.recipes.errors import InputError, extra, one_line
 from gradrep_kernels.recipes.images import Data, in_memory, statistics
 from gradrep_kernels.recipes.library import torchvision
 
@@ -45,7 +45,7 @@ def download_data(kind: str, root: Path) -> None:
     except ImportError as reason:  # SVHN is read by scipy.
         raise InputError(f"{kind}:DIR needs scipy: pip install scipy ({reason})") from None
     except (OSError, RuntimeError, ValueError, EOFError, http.client.HTTPException, *_DAMAGED_ARCHIVES) as reason:
-        raise InputError(f"{root}: {kind} cannot be downloaded: {_one_line(reason)}") from None
+        raise InputError(f"{root}: {kind} cannot be downloaded: {one_line(reason)}") from None
 
 
 def pickled_root(kind: str, root: Path) -> Path | None:
@@ -115,7 +115,3 @@ def _check_published(path: Path, md5: str, kind: str) -> None:
     if not torchvision("datasets.utils", f"{kind}:DIR").check_integrity(str(path), md5):
         found = f"{path.stat().st_size} bytes, whose MD5 is not {md5}"
         raise InputError(f"{path}: not the published file, but truncated, changed or another ({found})")
-
-
-def _one_line(reason: BaseException) -> str:
-    return " ".join(str(reason).split()) or type(reason).__name__
