@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ __all__ = [
     "absolute_path",
     "at_least",
     "between",
+    "declared_fields",
     "number",
     "one_of",
     "option",
@@ -137,6 +141,25 @@ def option(help: str, default: Any = None, check: Check | None = None, **setting
     others = {name: value for name, value in settings.items() if name not in _DEFAULTS_OF}
     declared = Option(help, default, of_kind, checker=check, **others)
     return dataclasses.field(metadata={"option": declared})
+
+
+def declared_fields(cls: type) -> dict[str, Option]:
+    """Every option that a dataclass declares, by its name, in the order of the declarations.
+
+    Each has the name and the plain type of its field. Its group is the docstring of the class that declares it.
+    """
+    hints = typing.get_type_hints(cls)
+    headings = {name: base.__doc__ for base in cls.__mro__ for name in inspect.get_annotations(base)}
+    declared = {}
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if isinstance(hint, types.UnionType):  # X | None
+            (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
+        plain_type = typing.get_origin(hint) or hint
+        declared[field.name] = dataclasses.replace(
+            field.metadata["option"], name=field.name, type=plain_type, group=headings[field.name]
+        )
+    return declared
 
 
 def shown(value: Any) -> str:

@@ -33,9 +33,9 @@ from gradrep_kernels.recipes.readers import (
 from gradrep_kernels.recipes.schedules import SCHEDULES
 from gradrep_kernels.recipes.table import ABLATIONS, OPTIMIZERS, RECIPES
 
-__all__ = ["GROUPS", "SEARCHED"]
+__all__ = ["SEARCHED", "SEARCH_RATE", "Machine", "Pictures", "Scaling", "Search", "Subject", "Training"]
 
-_SEARCH_RATE = 0.1  # RepOptimizers, section 4.1
+SEARCH_RATE = 0.1  # RepOptimizers, section 4.1
 
 
 def _with_meanings(table: Mapping[str, Any]) -> str:
@@ -215,8 +215,8 @@ class Search:
     search_epochs: int = option("epochs of the Hyper-Search", check=at_least(1), digits=6, small=40, quick=2)
     search_lr: float = option(
         "learning rate of the Hyper-Search and of the check CSLA = GR",
-        lambda v: v["lr"][0] if len(v["lr"]) == 1 and v.get("optimizer", "sgd") == "sgd" else _SEARCH_RATE, ABOVE_0,
-        commands=TRAIN, default_help=f"that of --lr if it is one and of sgd, else {_SEARCH_RATE}",
+        lambda v: v["lr"][0] if len(v["lr"]) == 1 and v.get("optimizer", "sgd") == "sgd" else SEARCH_RATE, ABOVE_0,
+        commands=TRAIN, default_help=f"that of --lr if it is one and of sgd, else {SEARCH_RATE}",
     )  # fmt: skip
     search_batch_size: int = option("images per step", check=at_least(2), **_as_trained("batch_size"))
     search_weight_decay: float = option("weight decay", check=at_least(0), **_as_trained("weight_decay"))
@@ -294,6 +294,3 @@ class Machine:
         default_help="as many as there are cores for, at most 8, and one on a GPU", outcome=False,
         quick=1,  # Another process would import torch as long as it then trains.
     )  # fmt: skip
-
-
-GROUPS = (Subject, Training, Pictures, Search, Scaling, Machine)

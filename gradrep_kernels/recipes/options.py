@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gradrep_kernels.recipes.cores import cores
 from gradrep_kernels.recipes.data import DataSource
-from gradrep_kernels.recipes.declare import NEW, Option, shown
+from gradrep_kernels.recipes.declare import NEW, Option, declared_fields, shown
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.networks import MODELS, SETTINGS, check_settings, has_setting
 from gradrep_kernels.recipes.option_groups import (
-    GROUPS,
+    SEARCH_RATE,
     SEARCHED,
     Machine,
     Pictures,
@@ -28,8 +26,6 @@ from gradrep_kernels.recipes.presets import PRESETS, preset_for
 from gradrep_kernels.recipes.table import OPTIMIZERS, Recipe, chosen_rows, default_rate
 
 __all__ = ["MODELS", "OPTIONS", "Options", "resolve"]
-
-_SEARCH_RATE = 0.1  # RepOptimizers, section 4.1
 
 
 @dataclass(frozen=True)
@@ -168,22 +164,7 @@ class Options(Machine, Scaling, Search, Pictures, Training, Subject):  # datacla
                 )
 
 
-def _declared_options() -> dict[str, Option]:
-    hints = typing.get_type_hints(Options)
-    headings = {name: group.__doc__ for group in GROUPS for name in group.__dataclass_fields__}
-    declared = {}
-    for field in dataclasses.fields(Options):
-        hint = hints[field.name]
-        if isinstance(hint, types.UnionType):  # X | None
-            (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
-        plain_type = typing.get_origin(hint) or hint
-        declared[field.name] = dataclasses.replace(
-            field.metadata["option"], name=field.name, type=plain_type, group=headings[field.name]
-        )
-    return declared
-
-
-OPTIONS: dict[str, Option] = _declared_options()
+OPTIONS: dict[str, Option] = declared_fields(Options)
 """Every option by its attribute name, in the order of their declaration."""
 
 
@@ -212,7 +193,7 @@ def resolve(given: Mapping[str, Any], search: bool = False) -> Options:
     if optimizer != "sgd" and values.get("lr") is None:  # Those of presets and of data sets are rates for SGD.
         values["lr"] = (default_rate(optimizer),)
     if search:
-        values.setdefault("lr", settings.get("lr", (_SEARCH_RATE,)))
+        values.setdefault("lr", settings.get("lr", (SEARCH_RATE,)))
     if values.get("model") is not None:  # The preset's network has settings that this one may not have.
         settings = {n: v for n, v in settings.items() if n not in SETTINGS or has_setting(values["model"], n)}
     for name, declared in OPTIONS.items():

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gradrep_kernels.recipes.declare import Option, at_least, one_of, option
+from gradrep_kernels.recipes.declare import Option, at_least, declared_fields, one_of, option
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.int8 import FLOWS
 from gradrep_kernels.recipes.presets import PRESETS
@@ -56,19 +53,7 @@ class Settings:
     device: str | None = option("cpu, cuda or cuda:N", check=check_device, default_help="the run's")
 
 
-def _declared() -> dict[str, Option]:
-    hints = typing.get_type_hints(Settings)
-    declared = {}
-    for field in dataclasses.fields(Settings):
-        hint = hints[field.name]
-        if isinstance(hint, types.UnionType):  # X | None
-            (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
-        plain_type = typing.get_origin(hint) or hint
-        declared[field.name] = dataclasses.replace(field.metadata["option"], name=field.name, type=plain_type)
-    return declared
-
-
-SETTINGS: dict[str, Option] = _declared()
+SETTINGS: dict[str, Option] = declared_fields(Settings)
 """Every setting by its attribute name."""
 
 
