@@ -20,11 +20,11 @@ from gradrep_kernels.recipes.errors import WRITE_ERRORS, InputError, OutputError
 from gradrep_kernels.recipes.job import run_job
 from gradrep_kernels.recipes.options import OPTIONS, resolve
 from gradrep_kernels.recipes.progress import Reporter
-from gradrep_kernels.recipes.quantize import quantize, run_folder
+from gradrep_kernels.recipes.quantize import quantize
 from gradrep_kernels.recipes.quantize_report import closing_lines as quantized_lines
 from gradrep_kernels.recipes.quantize_settings import chosen_settings
 from gradrep_kernels.recipes.report import closing_lines, scales_line
-from gradrep_kernels.recipes.runs import SCALES, Run
+from gradrep_kernels.recipes.runs import SCALES, Run, run_folder
 from gradrep_kernels.recipes.shared_run import open_together
 from gradrep_kernels.recipes.sweep import Sweep, is_sweep, open_sweep, run_sweep, sweep_lines, sweep_options
 

@@ -28,14 +28,23 @@ from gradrep_kernels.recipes.scale_sources import initial_scales
 from gradrep_kernels.recipes.speed import seconds_per_step
 from gradrep_kernels.recipes.table import Recipe
 from gradrep_kernels.recipes.training import repeatable
-from gradrep_kernels.recipes.trainings import STATE, Training, do_training, epochs_so_far, searched_scales
+from gradrep_kernels.recipes.trainings import (
+    CHECK,
+    SEARCH,
+    STATE,
+    Training,
+    do_training,
+    epochs_so_far,
+    searched_scales,
+    training_name,
+)
 from gradrep_kernels.recipes.validation import hold_out, split_data
 from gradrep_kernels.recipes.workers import Call, Listener, Step, do_steps
 
 __all__ = ["run_job"]
 
 _METRICS = "metrics.jsonl"
-_SEARCH, _CHECK, _SPEED, _SECONDS, _RANKS = "search", "check", "speed", "seconds", "ranks"  # names in `state`
+_SPEED, _SECONDS, _RANKS = "speed", "seconds", "ranks"  # names in `state`
 _BRANCHES_COST = 2.0  # Steps with branches, over those without.
 
 
@@ -101,7 +110,7 @@ class _RunningJob:
         epochs = {
             name: results[name]["epochs"] if name in results else epochs_so_far(self.folder, name)
             for name in names
-            if name != _CHECK
+            if name != CHECK
         }
         metrics.rewrite(self.folder / _METRICS, epochs)
         self._announce(epochs, results)
@@ -136,13 +145,13 @@ class _RunningJob:
 
     def _steps(self) -> Iterator[Step]:
         options = self.options
-        after_search = (_SEARCH,) if self.searches else ()
+        after_search = (SEARCH,) if self.searches else ()
         if self.searches:
-            search = Training(_SEARCH, None, options.seed, options.search_lr, options.search_epochs)
+            search = Training(SEARCH, None, options.seed, options.search_lr, options.search_epochs)
             # It goes first, because others wait for it.
-            yield Step(_SEARCH, (), lambda: self._training_call(search), math.inf)
+            yield Step(SEARCH, (), lambda: self._training_call(search), math.inf)
         if options.check_steps and self.rows and (self.searches or options.scales is not None):
-            yield Step(_CHECK, after_search, lambda: (_check, (self.folder, options)), 0.0)
+            yield Step(CHECK, after_search, lambda: (_check, (self.folder, options)), 0.0)
         for row in self.rows:
             cost = options.epochs * (1.0 if row.plain_network else _BRANCHES_COST)
             needs = after_search if row.needs_search else ()
@@ -154,7 +163,7 @@ class _RunningJob:
             for seed in self.seeds:
                 if seed not in chosen:
                     call = lambda row=row, seed=seed: self._call_at_rate(row, seed)  # noqa: E731
-                    yield Step(_name(row, seed), (*needs, *choices), call, cost)
+                    yield Step(training_name(row.name, seed), (*needs, *choices), call, cost)
 
     def _choosing(self, row: Recipe) -> list[Training]:
         """The trainings that choose the learning rate of a row, none where there is no choice."""
@@ -162,7 +171,7 @@ class _RunningJob:
         if len(rates) == 1 or self._rate_row(row) is not row:
             return []
         return [
-            Training(_name(row, seed, lr), row.name, seed, lr, self.options.epochs)
+            Training(training_name(row.name, seed, lr), row.name, seed, lr, self.options.epochs)
             for lr in rates
             for seed in self.seeds[: self.options.lr_seeds]
         ]
@@ -188,7 +197,7 @@ class _RunningJob:
         return max(merits, key=merits.__getitem__)
 
     def _call_at_rate(self, row: Recipe, seed: int) -> Call:
-        training = Training(_name(row, seed), row.name, seed, self._rate(row), self.options.epochs)
+        training = Training(training_name(row.name, seed), row.name, seed, self._rate(row), self.options.epochs)
         return self._training_call(training)
 
     def _trainings(self) -> dict[str, dict[float, list[dict[str, Any]]]]:
@@ -199,13 +208,13 @@ class _RunningJob:
             by_rate: dict[float, list[dict[str, Any]]] = {rate: []}
             for training in self._choosing(row):
                 by_rate.setdefault(training.lr, []).append(self.results[training.name])
-            names = [_name(row, seed) for seed in self.seeds]
+            names = [training_name(row.name, seed) for seed in self.seeds]
             by_rate[rate] += [self.results[name] for name in names if name in self.results]
             found[row.name] = by_rate
         return found
 
     def _trained(self, row: Recipe) -> bool:
-        return not (row.needs_search and self.searches and self.results[_SEARCH]["diverged"])
+        return not (row.needs_search and self.searches and self.results[SEARCH]["diverged"])
 
     def _training_call(self, training: Training) -> Call:
         row = next((row for row in self.rows if row.name == training.recipe), None)
@@ -228,8 +237,8 @@ class _RunningJob:
         self.reporter.line(f"{self.folder}: {', '.join(parts)}{at_a_time}")
         for line in options.advice():
             self.reporter.line(line)
-        planned = {name: options.search_epochs if name == _SEARCH else options.epochs for name in epochs}
-        batches = {name: self._batches(options.of_search() if name == _SEARCH else options) for name in epochs}
+        planned = {name: options.search_epochs if name == SEARCH else options.epochs for name in epochs}
+        batches = {name: self._batches(options.of_search() if name == SEARCH else options) for name in epochs}
         done = sum((planned[name] if name in results else len(epochs[name])) * batches[name] for name in epochs)
         self.reporter.start(sum(planned[name] * batches[name] for name in epochs), done)
 
@@ -238,14 +247,14 @@ class _RunningJob:
         return len(Loader(self.trained_on, self.trained_on.train, options.batch_size, seed=0))
 
     def _done(self, name: str, result: Any) -> None:
-        if name in (_CHECK, _SPEED):
+        if name in (CHECK, _SPEED):
             self.results[name] = result
         if not ranks.first():
             return
-        if name in (_CHECK, _SPEED):
+        if name in (CHECK, _SPEED):
             files.write_json(self.state / f"{name}.json", result)
         else:
-            self.reporter.line(_training_line(name, result, "--search-lr" if name == _SEARCH and self.rows else "--lr"))
+            self.reporter.line(_training_line(name, result, "--search-lr" if name == SEARCH and self.rows else "--lr"))
         self._save_seconds()
 
     def _save_seconds(self) -> None:
@@ -282,11 +291,6 @@ class _Silent:
 
 def _counted(epochs: int) -> str:
     return f"{epochs} epoch{'s' * (epochs > 1)}"
-
-
-def _name(row: Recipe, seed: int, lr: float | None = None) -> str:
-    """The name of a training. `lr`: of several learning rates."""
-    return f"{row.name}-seed{seed}" if lr is None else f"{row.name}-lr{lr}-seed{seed}"
 
 
 def _training_line(name: str, figures: Mapping[str, Any], flag: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradrep_kernels.csla import Scales
 from gradrep_kernels.recipes import plots
 from gradrep_kernels.recipes.table import RECIPES
-from gradrep_kernels.recipes.trainings import WEIGHTS
+from gradrep_kernels.recipes.trainings import kept_weights
 
 __all__ = ["draw_pictures"]
 
@@ -81,9 +81,7 @@ def _networks(folder: Path, recipes: Mapping[str, Mapping[str, Any]], seed: int)
         return {}
     networks = {}
     for name in rows:
-        # As job.py names trainings.
-        named = (f"{name}-seed{seed}", f"{name}-lr{recipes[name]['learning_rate']}-seed{seed}")
-        path = next((path for n in named if (path := folder / WEIGHTS / f"{n}.pt").exists()), None)
+        path = kept_weights(folder, name, seed, recipes[name]["learning_rate"])
         if path is not None:
             weights = torch.load(path, map_location="cpu", weights_only=True)
             kernels = [tensor for tensor in weights.values() if tensor.ndim == 4 and tensor[0, 0].numel() > 1]

@@ -35,27 +35,16 @@ from gradrep_kernels.recipes.quantize_report import write_report
 from gradrep_kernels.recipes.quantize_settings import Settings
 from gradrep_kernels.recipes.table import Recipe
 from gradrep_kernels.recipes.training import accuracy, repeatable, train_epoch
-from gradrep_kernels.recipes.trainings import STATE, searched_scales
+from gradrep_kernels.recipes.trainings import STATE, WEIGHTS, kept_weights, searched_scales, training_name
 from gradrep_kernels.recipes.validation import split_data
 
-__all__ = ["quantize", "run_folder"]
+__all__ = ["quantize"]
 
 _QAT_RATE = 0.01
 """Of the training's learning rate."""
 _CALIBRATION = 40  # a purpose for derived_seed
 _EXAMPLES = 8  # images that a network is traced with
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-def run_folder(run: str | Path, out: Path) -> Path:
-    """The folder that RUN names: itself, or one in `out`. Raises InputError where there is no finished run."""
-    places = [Path(run), out / run]
-    found = next((place for place in places if (place / "options.json").exists()), None)
-    if found is None:
-        raise InputError(f"{run}: no run of `train`, neither as a folder nor in {out}")
-    if not (found / "summary.json").exists():
-        raise InputError(f"{found}: this run is not finished; `train --resume --name {found.name}` goes on with it")
-    return found
 
 
 def quantize(folder: Path, settings: Settings, reporter: Reporter) -> dict[str, Any]:
@@ -157,11 +146,9 @@ class _Job:
         return trainee
 
     def _weights(self, row: Recipe, seed: int) -> Path:
-        rate = self._rate(row)
-        names = [f"{row.name}-lr{rate}-seed{seed}.pt", f"{row.name}-seed{seed}.pt"]
-        path = next((p for p in (self.folder / "weights" / name for name in names) if p.exists()), None)
+        path = kept_weights(self.folder, row.name, seed, self._rate(row))
         if path is None:
-            raise InputError(f"{self.folder / 'weights' / names[1]} is not there")
+            raise InputError(f"{self.folder / WEIGHTS / training_name(row.name, seed)}.pt is not there")
         return path
 
     def _rate(self, row: Recipe) -> float:
@@ -195,7 +182,7 @@ class _Job:
     # ---- figures of one training
 
     def _file(self, row: Recipe, seed: int) -> Path:
-        return self.folder / STATE / f"quantize-{row.name}-seed{seed}.json"
+        return self.folder / STATE / f"quantize-{training_name(row.name, seed)}.json"
 
     def _stored(self, row: Recipe, seed: int) -> dict[str, Any] | None:
         """Figures that were computed before with these settings."""
@@ -222,7 +209,7 @@ class _Job:
             self.reporter.start(left * self.settings.qat_epochs * batches, 0)
 
     def _of_training(self, row: Recipe, seed: int) -> dict[str, Any]:
-        name, figures = f"{row.name}-seed{seed}", self._stored(row, seed)
+        name, figures = training_name(row.name, seed), self._stored(row, seed)
         if figures is None:
             self.reporter.doing(name)
             figures = self._figures(row, seed)

@@ -42,6 +42,7 @@ __all__ = [
     "in_use",
     "last_name",
     "open_run",
+    "run_folder",
     "stored_options",
     "taken",
 ]
@@ -69,6 +70,17 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.lock.release()
+
+
+def run_folder(run: str | Path, out: Path) -> Path:
+    """The folder that RUN names: itself, or one in `out`. Raises InputError where there is no finished run."""
+    places = [Path(run), out / run]
+    found = next((place for place in places if (place / "options.json").exists()), None)
+    if found is None:
+        raise InputError(f"{run}: no run of `train`, neither as a folder nor in {out}")
+    if not (found / "summary.json").exists():
+        raise InputError(f"{found}: this run is not finished; `train --resume --name {found.name}` goes on with it")
+    return found
 
 
 def open_run(out: Path, name: str | None, given: Mapping[str, Any], *, resume: bool, search: bool = False) -> Run:

@@ -19,9 +19,9 @@ from gradrep_kernels.recipes.build import Trainee
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.options import Options
 
-__all__ = ["COMPILER", "TrainingSteps"]
+__all__ = ["AMP_DTYPES", "COMPILER", "TrainingSteps"]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILER = "inductor"
 _BUFFERS_IN_FORWARD = next(  # torch 2.13 has a new name for it, and warns of the old one.
     name
@@ -122,7 +122,7 @@ class TrainingSteps:
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         amp = self.options.amp
-        return contextlib.nullcontext() if amp is None else torch.autocast(self._device, _DTYPES[amp])
+        return contextlib.nullcontext() if amp is None else torch.autocast(self._device, AMP_DTYPES[amp])
 
     def _compiled(self, model: nn.Module) -> nn.Module:
         with interrupts.held_back():  # It imports Triton's C++ module.

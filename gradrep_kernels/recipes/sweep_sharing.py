@@ -19,13 +19,12 @@ from gradrep_kernels.recipes.option_groups import SEARCHED, Scaling, Search
 from gradrep_kernels.recipes.options import OPTIONS, Options
 from gradrep_kernels.recipes.runs import SCALES
 from gradrep_kernels.recipes.table import Recipe
-from gradrep_kernels.recipes.trainings import STATE, WEIGHTS
+from gradrep_kernels.recipes.trainings import CHECK, SEARCH, STATE, WEIGHTS, names_of
 
 __all__ = ["TAKEN_FROM", "same_parts", "take_over", "touches_row", "touches_search"]
 
 TAKEN_FROM = "taken_from"
 """In the figures of a training: the point that did it."""
-_SEARCH, _CHECK = "search", "check"  # names in `state`
 
 _NAMES_ONLY = ("preset", "quick")  # What they stand for are options too, each with its value.
 _BRANCHES = ("branches", "hs_init", "scales")
@@ -64,20 +63,16 @@ def touches_search(option: str) -> bool:
 def same_parts(options: Options, other: Options) -> list[str]:
     """The rows, the Hyper-Search (`search`) and the check CSLA = GR (`check`) that are the same with both options."""
     rows = [row.name for row in options.rows if row in other.rows and _key(options, row) == _key(other, row)]
-    searches = [_searches(one) and _values(one, touches_search) for one in (options, other)]
-    parts = [_SEARCH] if searches[0] and searches[0] == searches[1] else []
+    searches = [one.searches and _values(one, touches_search) for one in (options, other)]
+    parts = [SEARCH] if searches[0] and searches[0] == searches[1] else []
     # Trains the branches for some steps, and may look at any option but those of scalings.
     checks = [
         _values(one, lambda name: OPTIONS[name].outcome and name not in _NOT_OF_CHECK) for one in (options, other)
     ]
-    return rows + parts + [_CHECK] * (checks[0] == checks[1])
+    return rows + parts + [CHECK] * (checks[0] == checks[1])
 
 
 _NOT_OF_CHECK = (*Scaling.__dataclass_fields__, "recipe", "ablate", *_NAMES_ONLY)
-
-
-def _searches(options: Options) -> bool:
-    return options.scales is None and any(row.needs_search for row in options.rows)
 
 
 def _values(options: Options, touching: Callable[[str], bool]) -> dict[str, Any]:
@@ -117,22 +112,21 @@ def take_over(folder: Path, earlier: Mapping[str, Path], options: Mapping[str, O
 
 def _copy_part(part: str, other: Path, folder: Path) -> bool:
     """Copy the files of a part. Returns whether there were any."""
-    # As job.py names them: ROW-seedN, and ROW-lrX-seedN where there are several learning rates.
-    of_part = re.compile(part if part in (_SEARCH, _CHECK) else rf"{re.escape(part)}(-lr.+)?-seed\d+")
+    of_part = re.compile(part) if part in (SEARCH, CHECK) else names_of(part)
     sources = sorted(path for path in (other / STATE).glob("*.json") if of_part.fullmatch(path.stem))
     for source in sources:
         if (folder / STATE / source.name).exists():
             continue
         try:
             figures = json.loads(source.read_text(encoding="utf-8"))
-            if part == _SEARCH and figures["diverged"] is None:
+            if part == SEARCH and figures["diverged"] is None:
                 _copy(other / SCALES, folder / SCALES)
-            elif part not in (_SEARCH, _CHECK):
+            elif part not in (SEARCH, CHECK):
                 (folder / WEIGHTS).mkdir(exist_ok=True)
                 _copy(other / WEIGHTS / f"{source.stem}.pt", folder / WEIGHTS / f"{source.stem}.pt")
         except (OSError, ValueError) as reason:
             raise InputError(f"{source} cannot be taken over into {folder.name}: {reason}") from None
-        if part != _CHECK:
+        if part != CHECK:
             figures[TAKEN_FROM] = other.name
         files.write_json(folder / STATE / source.name, figures)
     return bool(sources)

@@ -8,6 +8,7 @@ are there.
 from __future__ import annotations
 
 import contextlib
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,18 +32,25 @@ from gradrep_kernels.recipes.validation import split_data
 from gradrep_kernels.recipes.workers import Listener
 
 __all__ = [
+    "CHECK",
+    "SEARCH",
     "STATE",
     "WEIGHTS",
     "Training",
     "do_training",
     "epochs_so_far",
+    "kept_weights",
+    "names_of",
     "scale_means",
     "searched_scales",
     "take_structure",
+    "training_name",
 ]
 
 STATE = "state"
 """The folder of what is done, in the folder of a run."""
+SEARCH, CHECK = "search", "check"
+"""Names of parts of a run in it that are no training of a row: the Hyper-Search, and the check CSLA = GR."""
 WEIGHTS = "weights"
 """The folder of what was trained, beside it."""
 
@@ -57,6 +65,22 @@ class Training:
     seed: int
     lr: float
     epochs: int
+
+
+def training_name(row: str, seed: int, lr: float | None = None) -> str:
+    """The name of a training of a row. `lr`: of several learning rates, among which it chooses."""
+    return f"{row}-seed{seed}" if lr is None else f"{row}-lr{lr}-seed{seed}"
+
+
+def names_of(row: str) -> re.Pattern[str]:
+    """What the names of all trainings of a row match."""
+    return re.compile(rf"{re.escape(row)}(-lr[\d.e+-]+)?-seed\d+")
+
+
+def kept_weights(folder: Path, row: str, seed: int, lr: float) -> Path | None:
+    """The weights of a row in the folder of a run, at its learning rate, whether it was one of several or not."""
+    paths = (folder / WEIGHTS / f"{training_name(row, seed, rate)}.pt" for rate in (None, lr))
+    return next((path for path in paths if path.exists()), None)
 
 
 def searched_scales(folder: Path) -> csla.Scales | None:
@@ -201,10 +225,9 @@ def take_structure(folder: Path, trainee: Trainee, row: str, seed: int, lr: floa
     """Give a row at its start the structure that its network had at the end of the training, where it has one."""
     if trainee.structure is None:
         return
-    paths = [folder / WEIGHTS / f"{name}.pt" for name in (f"{row}-seed{seed}", f"{row}-lr{lr}-seed{seed}")]
 
     def read() -> dict[str, torch.Tensor] | None:
-        path = next((path for path in paths if path.exists()), None)
+        path = kept_weights(folder, row, seed, lr)
         return None if path is None else torch.load(path, map_location="cpu", weights_only=True)
 
     weights = ranks.from_first(read)

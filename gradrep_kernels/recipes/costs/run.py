@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,10 @@ from gradrep_kernels.recipes.loader import Loader
 from gradrep_kernels.recipes.options import Options
 from gradrep_kernels.recipes.readers import ABOVE_0, check_device, read_numbers
 from gradrep_kernels.recipes.runs import Run, open_run
-from gradrep_kernels.recipes.steps import TrainingSteps
+from gradrep_kernels.recipes.steps import AMP_DTYPES, TrainingSteps
 from gradrep_kernels.recipes.table import Recipe
 from gradrep_kernels.recipes.training import epoch_batches
-from gradrep_kernels.recipes.trainings import searched_scales
+from gradrep_kernels.recipes.trainings import WEIGHTS, names_of, searched_scales
 from gradrep_kernels.recipes.validation import hold_out
 from gradrep_kernels.wrappers import plain_name, unwrapped
 
@@ -40,10 +39,9 @@ __all__ = ["COSTS", "INFERENCE_BATCHES", "cost_settings", "costs_of_run", "write
 COSTS = "costs"
 """The name of both files in the folder of a run."""
 INFERENCE_BATCHES = (1, 128)
-_SUMMARY, _WEIGHTS = "summary.json", "weights"  # What a finished run has.
+_SUMMARY = "summary.json"
 _TEST_IMAGES = 32
 _BATCHES = 4  # Different ones, so that no step finds its images in a cache.
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _COUNTED = {
     "cpu": "the most bytes that torch's allocator has handed out at one time during a step (network, optimizer, batch, "
     "activations, gradients, and what is given back within the step), without Python, torch and oneDNN's scratch",
@@ -79,7 +77,7 @@ def cost_settings(
         threads=options.threads,
         memory=None if memory is None else int(memory * 2**30),
         inference_batches=tuple(dict.fromkeys(batches)),
-        dtypes=(torch.float32, *([_DTYPES[options.amp]] if options.amp else [])),
+        dtypes=(torch.float32, *([AMP_DTYPES[options.amp]] if options.amp else [])),
         channels_last=options.channels_last,
     )
 
@@ -89,16 +87,14 @@ def costs_of_run(
     given: Mapping[str, Any],
     say: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """Measure the rows of the finished run in `folder`, as `write_costs` does.
+    """Measure the rows of the finished run in `folder`, which `run_folder` gives, as `write_costs` does.
 
     Args:
         given: keyword arguments of `cost_settings`.
 
-    Raises InputError where there is no finished run, another process runs it, or a setting is out of range.
+    Raises InputError where another process runs it, or a setting is out of range.
     """
     folder = folder.resolve()
-    if not (folder / _SUMMARY).exists():
-        raise InputError(f"{folder}: there is no finished run, it has no {_SUMMARY}")
     with open_run(folder.parent, folder.name, {}, resume=True) as run:
         summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
         return write_costs(run, cost_settings(run.options, **given), summary, say)
@@ -212,6 +208,6 @@ def _cannot(row: Recipe, make: Maker, scales: csla.Scales | None, folder: Path) 
 
 def _kept_weights(row: Recipe, folder: Path) -> Path | None:
     """The weights of one training of the row."""
-    named = re.compile(rf"{re.escape(row.name)}(-lr[\d.e+-]+)?-seed\d+\.pt")
-    found = sorted(path for path in (folder / _WEIGHTS).glob("*.pt") if named.fullmatch(path.name))
+    named = names_of(row.name)
+    found = sorted(path for path in (folder / WEIGHTS).glob("*.pt") if named.fullmatch(path.stem))
     return found[0] if found else None
