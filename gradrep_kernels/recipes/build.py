@@ -54,10 +54,8 @@ def plain_model(options: Options, data: Data, seed: int) -> nn.Module:
         options.model,
         num_classes=len(data.classes),
         in_channels=data.channels,
-        strides=options.strides,
-        se=options.se,
-        head_width=options.head_width,
         stem="imagenet" if data.side >= _LARGE else "cifar",
+        **options.network_settings,
     )
     if options.branches is not None:
         model.branch_form = BranchForm(options.branches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -29,8 +29,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 """The networks of this package by name. Each takes num_classes and in_channels, and some take more."""
 
-SETTINGS = ("strides", "se", "head_width")
-"""Options that some of the models have."""
+SETTINGS = ("strides", "se", "width", "head_width", "dropout")
+"""Options that some of the models have, named as their arguments. None and False stand for the model's own."""
 
 TIMM = "timm:"
 """What stands before the name of a network of timm."""
@@ -58,62 +58,50 @@ def check_model(flag: str, text: str) -> str:
 
 
 def has_setting(name: str, setting: str) -> bool:
-    """Whether a model, as `check_model` names it, has one of the settings 'strides', 'se' and 'head_width'."""
+    """Whether a model, as `check_model` names it, has one of the `SETTINGS`."""
     return not name.startswith(TIMM) and _takes(MODELS[name], setting)
 
 
-def check_settings(
-    name: str, *, strides: Sequence[int] | None = None, se: bool = False, head_width: int | None = None
-) -> None:
-    """Raise InputError, naming the flag, for a setting that the model does not have or does not accept."""
-    settings = _given(name, strides, se, head_width)
-    if settings:
+def check_settings(name: str, **settings: Any) -> None:
+    """Raise InputError, naming the flag, for one of the `SETTINGS` that the model does not have or does not accept."""
+    given = _given(name, settings)
+    if given:
         with torch.device("meta"):  # draws no random numbers
-            _make(name, settings)
+            _make(name, given)
 
 
 def make_network(
-    name: str,
-    *,
-    num_classes: int,
-    in_channels: int,
-    strides: Sequence[int] | None = None,
-    se: bool = False,
-    head_width: int | None = None,
-    stem: str | None = None,
+    name: str, *, num_classes: int, in_channels: int, stem: str | None = None, **settings: Any
 ) -> nn.Module:
     """Draw a network from the default generator.
 
     Args:
-        name:       as `check_model` returns it.
-        strides:    of RepOpt-VGG's stages (--strides), None for the model's own.
-        se:         squeeze-and-excitation in each block (--se).
-        head_width: features of a hidden linear layer of VGG (--head-width).
-        stem:       'cifar' or 'imagenet', for models with both. The others ignore it, for it is no user's choice.
+        name:     as `check_model` returns it.
+        stem:     'cifar' or 'imagenet', for models with both. The others ignore it, for it is no user's choice.
+        settings: those of `SETTINGS` that the model has.
 
     Raises InputError, naming the flag, for a setting that the model does not have or does not accept, and where timm is
     needed and missing.
     """
-    settings = _given(name, strides, se, head_width)
+    given = _given(name, settings)
     if name.startswith(TIMM):
         timm = _timm("--model", name)
         return timm.create_model(
             name.removeprefix(TIMM), pretrained=False, num_classes=num_classes, in_chans=in_channels
         )
     if stem is not None and _takes(MODELS[name], "stem"):
-        settings["stem"] = stem
-    return _make(name, {"num_classes": num_classes, "in_channels": in_channels, **settings})
+        given["stem"] = stem
+    return _make(name, {"num_classes": num_classes, "in_channels": in_channels, **given})
 
 
-def _given(name: str, strides: Sequence[int] | None, se: bool, head_width: int | None) -> dict[str, Any]:
+def _given(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that were given. Raises InputError where the model has no such setting."""
-    wanted = {"strides": strides, "se": se or None, "head_width": head_width}
-    settings = {setting: value for setting, value in wanted.items() if value is not None}
-    for setting in settings:
+    given = {setting: value for setting, value in settings.items() if value is not None and value is not False}
+    for setting in given:
         if not has_setting(name, setting):
             having = ", ".join(other for other in MODELS if has_setting(other, setting))
             raise InputError(f"{_flag(setting)} is for the models {having}; {name} has no such setting")
-    return settings
+    return given
 
 
 def _make(name: str, settings: Mapping[str, Any]) -> nn.Module:

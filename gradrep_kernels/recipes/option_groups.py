@@ -24,6 +24,7 @@ from gradrep_kernels.recipes.readers import (
     check_device,
     check_rates,
     read_branches,
+    read_layers,
     read_numbers,
     read_preset,
     read_rates,
@@ -83,8 +84,16 @@ class Subject:
     se: bool = option(
         "squeeze-and-excitation after every ReLU of a RepOpt-VGG, or in every block of a ResNet", False, earlier=False
     )
-    head_width: int | None = option(
-        "a hidden layer of so many ReLUs before the classes of a VGG", check=at_least(1), default_help="none",
+    width: float | None = option(
+        "channels of the convolutions of a VGG, over its own: 0.25 is a quarter", check=ABOVE_0, default_help="1",
+        earlier=None,
+    )  # fmt: skip
+    head_width: tuple[int, ...] | None = option(
+        "hidden layers of so many ReLUs before the classes of a VGG: a number for one, several, or none",
+        default_help="the model's, or none", reader=read_layers, earlier=None,
+    )  # fmt: skip
+    dropout: float | None = option(
+        "share of their features that is set to 0 in training", check=BELOW_1, default_help="the model's, or 0",
         earlier=None,
     )  # fmt: skip
     branches: str | None = option(

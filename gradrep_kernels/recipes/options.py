@@ -47,6 +47,11 @@ class Options(Machine, Scaling, Search, Pictures, Training, Subject):  # datacla
         return self.ema_decay is not None or self.momentum_dtype is not None
 
     @property
+    def network_settings(self) -> dict[str, Any]:
+        """The settings of the model, by their names."""
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    @property
     def searches(self) -> bool:
         """Whether there is a Hyper-Search."""
         return self.scales is None and (not self.rows or any(row.needs_search for row in self.rows))
@@ -89,7 +94,7 @@ class Options(Machine, Scaling, Search, Pictures, Training, Subject):  # datacla
             raise InputError(f"--lr {shown(self.lr)}: a Hyper-Search alone takes one learning rate")
         if len(self.lr) > 1 and not self.validation:
             raise InputError(f"--validation must be above 0 to choose among --lr {shown(self.lr)}")
-        check_settings(self.model, **{name: getattr(self, name) for name in SETTINGS})
+        check_settings(self.model, **self.network_settings)
         if self.nesterov and not self.momentum:
             raise InputError("--nesterov needs a --momentum above 0, got 0")
         if self.searches and self.search_nesterov and not self.momentum:
@@ -194,8 +199,10 @@ def resolve(given: Mapping[str, Any], search: bool = False) -> Options:
         values["lr"] = (default_rate(optimizer),)
     if search:
         values.setdefault("lr", settings.get("lr", (SEARCH_RATE,)))
-    if values.get("model") is not None:  # The preset's network has settings that this one may not have.
-        settings = {n: v for n, v in settings.items() if n not in SETTINGS or has_setting(values["model"], n)}
+    if values.get("model") is not None:  # The preset's network has settings that go together.
+        of_network = settings.keys() & set(SETTINGS)
+        if not all(has_setting(values["model"], name) for name in of_network):
+            settings = {name: value for name, value in settings.items() if name not in of_network}
     for name, declared in OPTIONS.items():
         if values.get(name) is not None:
             declared.check_kind(kind)
@@ -231,8 +238,9 @@ def _from_json(declared: Option, value: Any) -> Any:
         return DataSource.parse(value)
     if declared.type is not tuple or value is None:
         return value
+    value = tuple(value) if isinstance(value, list) else (value,)  # head_width was a number once.
     # Augmentations had another order once, in which they were stored.
-    return declared.read(tuple(value)) if declared.name.endswith("augment") else tuple(value)
+    return declared.read(value) if declared.name.endswith("augment") else value
 
 
 def _to_json(value: Any) -> Any:

@@ -56,6 +56,9 @@ _SGS = {
     "remove_near": False,
 }  # fmt: skip
 
+_WIDE_HEAD = {"head_width": (4096, 4096), "dropout": 0.5}
+"""Of the VGGs that the code of SGS trains for 200 epochs (its README names them wei_vgg11_bn)."""
+
 
 def _searched_as_trained(settings: Settings) -> dict[str, Any]:
     """The settings of a Hyper-Search that has those of the training (RepOptimizers, section 4.3)."""
@@ -94,16 +97,16 @@ PRESETS: dict[str, Preset] = {
             "repopt-qat", "RepOptimizers, Appendix C", ("folder",), {"epochs": 10}, {}, "quantize"
         ),
         _sgs(
-            "sgs-cifar-600", "section 4.1", _CIFAR, model="vgg16", head_width=512, epochs=600, batch_size=128,
+            "sgs-cifar-600", "section 4.1", _CIFAR, model="vgg16", head_width=(512,), epochs=600, batch_size=128,
             weight_decay=1e-4, augment=("crop", "flip"), sgs_every=30, sgs_batches=20,
         ),
         _sgs(
-            "sgs-cifar-200", "appendix A.1", _CIFAR, model="vgg16", epochs=200, batch_size=128, weight_decay=5e-4,
-            augment=("crop", "flip", "cutout"), sgs_every=5,
+            "sgs-cifar-200", "appendix A.1", _CIFAR, model="vgg16", **_WIDE_HEAD, epochs=200, batch_size=128,
+            weight_decay=5e-4, augment=("crop", "flip", "cutout"), sgs_every=5,
         ),
         _sgs(
-            "sgs-cifar-512", "section 4.3", _CIFAR, model="vgg11", epochs=200, batch_size=512, weight_decay=5e-4,
-            augment=("crop", "flip"), sgs_every=10,
+            "sgs-cifar-512", "section 4.3", _CIFAR, model="vgg11", **_WIDE_HEAD, epochs=200, batch_size=512,
+            weight_decay=5e-4, augment=("crop", "flip"), sgs_every=10,
         ),
         _sgs(
             "sgs-imagenet", "section 4.2", ("folder",), model="resnet18", epochs=120, batch_size=256, weight_decay=1e-4,

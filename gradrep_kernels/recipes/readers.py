@@ -18,6 +18,7 @@ __all__ = [
     "check_device",
     "check_rates",
     "read_branches",
+    "read_layers",
     "read_numbers",
     "read_preset",
     "read_rates",
@@ -79,6 +80,12 @@ def read_numbers(flag: str, value: Sequence[str | int]) -> tuple[int, ...]:
             f"{flag} must be whole numbers of at least 1 with commas between, got {','.join(map(str, value))!r}"
         )
     return numbers
+
+
+def read_layers(flag: str, value: int | Sequence[str | int]) -> tuple[int, ...]:
+    """Whole numbers of at least 1, one for each layer, or 'none'."""
+    given = (value,) if isinstance(value, int) else tuple(value)
+    return () if given in ((), ("none",)) else read_numbers(flag, given)
 
 
 def check_device(flag: str, name: str) -> None:

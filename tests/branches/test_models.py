@@ -146,6 +146,40 @@ def test_wrong_modes(arguments, message):
 # ---- CIFAR networks
 
 
+# Counted by hand, as CIFAR: of VGG-11 at a quarter, 9·64,048 in 3x3s, 1,376 in norms; layers of 4096, 4096 and 100.
+VGG_SETTINGS = {
+    "quarter": ({"width": 0.25}, 9 * 64_048 + 1_376 + 1_290),
+    "one hidden layer": ({"head_width": 7}, 9_223_232 + 513 * 7 + 80),
+    "the head of SGS": (
+        {"head_width": (4096, 4096), "dropout": 0.5, "num_classes": 100},
+        9_223_232 + 513 * 4096 + 4097 * 4096 + 4097 * 100,
+    ),
+    "a thousandth": ({"width": 0.001}, 9 * 10 + 16 + 20),
+}
+
+
+@pytest.mark.parametrize("case", VGG_SETTINGS)
+def test_settings_of_vgg(case):
+    settings, parameters = VGG_SETTINGS[case]
+    model = on_meta(models.vgg11, **settings)
+    assert size(model) == parameters
+    backbone = models.features(model)
+    outputs = backbone(torch.empty(2, 3, 32, 32, device="meta"))
+    assert [out.shape[1] for out in outputs] == backbone.feature_info.channels()
+    assert model(torch.empty(2, 3, 32, 32, device="meta")).shape[1] == settings.get("num_classes", 10)
+
+
+def test_hidden_layers_of_vgg_drop_out_in_training_alone():
+    model = models.vgg11(width=1 / 64, head_width=(64, 32), dropout=0.5)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert not torch.equal(model.train()(x), model(x))
+        assert torch.equal(model.eval()(x), model(x))
+        model.hidden.train()
+        features = model.hidden(torch.ones(1, 8))
+    assert 4 < (features == 0).sum() < 32  # of 32, of which the ReLU and dropout take half each
+
+
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_networks(name):
     model = on_meta(getattr(models, name))

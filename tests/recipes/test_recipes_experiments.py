@@ -46,7 +46,9 @@ def folders(tmp_path_factory):
 def tiny_networks(monkeypatch):
     """All networks that the commands name with four layers of eight channels. They have every setting."""
 
-    def tiny(num_classes=1000, se=False, *, in_channels=3, strides=None, head_width=None, stem=None):
+    def tiny(
+        num_classes=1000, se=False, *, in_channels=3, strides=None, stem=None, width=None, head_width=None, dropout=None
+    ):
         return RepOptVGG((1, 1, 1, 1), (8,) * 4, strides or (2,) * 5, num_classes, in_channels, se)
 
     def tiny_ghost(num_classes=1000, *, in_channels=3):

@@ -129,13 +129,20 @@ def test_networks_of_timm_train(timm, name):
 
 # ---- settings
 
+NO_HEAD = {"head_width": (), "dropout": 0.0, "width": 1 / 64}
+"""An empty tuple and 0 are settings, None and False are not."""
+
 
 def test_settings_reach_the_network():
     model = make_network("repopt_vgg_small", num_classes=3, in_channels=1, strides=(1, 1, 2), se=True)
     assert [block.conv.stride for block in (model.stage0, model.stage1[0], model.stage2[0])] == [(1, 1), (1, 1), (2, 2)]
     assert model.stage0.post_se.down.weight.shape == (8, 32, 1, 1)
     assert make_network("vgg16", num_classes=3, in_channels=1, head_width=9).linear.in_features == 9
-    assert make_network("vgg16_imagenet", num_classes=3, in_channels=1, head_width=9).hidden[3].weight.shape == (9, 9)
+    model = make_network("vgg16_imagenet", num_classes=3, in_channels=1, head_width=(9, 8), width=1 / 64)
+    assert [layer.weight.shape for layer in model.hidden[::3]] == [(9, 7 * 7 * 8), (8, 9)]
+    assert model.hidden[2].p == 0.5
+    assert make_network("vgg11", num_classes=3, in_channels=1, head_width=(9,), dropout=0.25).hidden[2].p == 0.25
+    assert isinstance(make_network("vgg16_imagenet", num_classes=3, in_channels=1, **NO_HEAD).hidden, nn.Identity)
     for stem, stride in ((None, 1), ("cifar", 1), ("imagenet", 2)):
         model = make_network("resnet50", num_classes=3, in_channels=1, stem=stem)
         assert model.conv1.stride == (stride, stride)
@@ -150,6 +157,16 @@ def test_settings_reach_the_network():
         ("timm:resnet18", {"se": True}, "--se is for the models .*; timm:resnet18 has no such setting"),
         ("repopt_vgg_small", {"strides": (1, 2)}, r"--strides must be 3 whole numbers of at least 1, .*, got \(1, 2\)"),
         ("vgg11", {"head_width": 0}, "--head-width must be at least 1"),
+        ("vgg11", {"head_width": (8, 0)}, r"--head-width must be at least 1, or None, got \(8, 0\)"),
+        ("vgg11", {"width": -0.5}, "--width must be a number above 0, got -0.5"),
+        ("vgg11", {"dropout": 1.0, "head_width": 4}, r"--dropout must be in \[0, 1\), got 1.0"),
+        ("vgg11", {"dropout": 0.5}, "--dropout must be 0 without head_width, got 0.5"),
+        (
+            "repopt_vgg_deep",
+            {"width": 0.5},
+            "--width is for the models repopt_ghostnet, vgg11, .*, vgg19; repopt_vgg_deep has no such",
+        ),
+        ("repopt_vgg_deep", {"dropout": 0.0}, "--dropout is for the models .*, vgg11, .*; repopt_vgg_deep has no such"),
     ],
 )
 def test_settings_that_a_model_does_not_take(name, settings, message):
@@ -197,9 +214,12 @@ def test_large_images_have_the_stem_for_them(source, data, side, stride):
 def test_a_presets_setting_goes_where_the_model_has_none(source):
     """sgs-cifar-600 has VGG-16 with a hidden layer."""
     given = {"data": source, "preset": "sgs-cifar-600", "recipe": ("sgd",)}
-    assert resolve(given).head_width == 512
-    assert resolve({**given, "model": "vgg19"}).head_width == 512
+    assert resolve(given).head_width == (512,)
+    assert resolve({**given, "head_width": ("none",)}).head_width == ()
+    assert resolve({**given, "model": "vgg19"}).head_width == (512,)
     assert resolve({**given, "model": "resnet18"}).head_width is None
+    # One without hidden layers does not take their dropout.
+    assert resolve({**given, "preset": "sgs-cifar-200", "model": "repopt_ghostnet"}).dropout is None
     with pytest.raises(InputError, match="--head-width is for the models"):
         resolve({**given, "model": "resnet18", "head_width": 8})
 

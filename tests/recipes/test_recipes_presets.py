@@ -116,9 +116,16 @@ BEYOND = {  # what the page says in words
     "repopt-imagenet": {"test_size": 224, "test_resize": 224, "image_size": 224},
     "repopt-imagenet-l2se": {"se": True, "test_size": 320, "test_resize": 320, "image_size": 224},
     "repopt-ghost": {"warmup_lr": 1e-4},
-    "sgs-cifar-600": {"sgs_every": 30, "sgs_batches": 20, "sgs_warmup": 1, "head_width": 512, "remove_near": False},
-    "sgs-cifar-200": {"sgs_every": 5, "sgs_batches": 2, "sgs_k": 5.0, "sgs_warmup": 1},
-    "sgs-cifar-512": {"sgs_every": 10, "sgs_batches": 2, "sgs_warmup": 1},
+    "sgs-cifar-600": {"sgs_every": 30, "sgs_batches": 20, "sgs_warmup": 1, "head_width": (512,), "remove_near": False},
+    "sgs-cifar-200": {
+        "sgs_every": 5,
+        "sgs_batches": 2,
+        "sgs_k": 5.0,
+        "sgs_warmup": 1,
+        "head_width": (4096, 4096),
+        "dropout": 0.5,
+    },
+    "sgs-cifar-512": {"sgs_every": 10, "sgs_batches": 2, "sgs_warmup": 1, "head_width": (4096, 4096), "dropout": 0.5},
     "sgs-imagenet": {"sgs_every": 5, "sgs_batches": 2, "remove_near": True, "test_resize": 256, "test_size": 224},
 }
 
