@@ -167,28 +167,24 @@ def _print_options(given: dict[str, Any], search: bool = False) -> int:
 
 def _train(given: dict[str, Any]) -> int:
     texts, base = given.pop("sweep"), given.pop("sweep_base")
-    if texts or (given["resume"] and given["name"] and is_sweep(given["out"] / given["name"])):
-        return _sweep(given, texts, base)
-    if base is not None:
-        raise InputError(f"--sweep-base {base} goes with --sweep")
-    if given.pop("print_options"):
-        return _print_options({name: value for name, value in given.items() if name in OPTIONS})
-    out, name, resume = given.pop("out"), given.pop("name"), given.pop("resume")
-    with ranks.joined(), open_together(out, name, given, resume=resume) as run:
-        summary = _summary(run)
-    shown = _print("\n".join([*closing_lines(summary), f"Written to {run.folder}; begin with summary.md there."]))
-    return shown if _is_whole(summary) else 1
-
-
-def _sweep(given: dict[str, Any], texts: Sequence[str], base: str | None) -> int:
-    if given.pop("print_options"):
-        options = {name: value for name, value in given.items() if name in OPTIONS}
-        return _print(json.dumps(sweep_options(texts, options), indent=2))
     out, name, resume = (given.pop(key) for key in ("out", "name", "resume"))
-    with open_sweep(out, name, given, texts, base, resume=resume) as sweep:
-        summary = _summary(sweep)
-    shown = _print("\n".join([*sweep_lines(summary), f"Written to {sweep.folder}; begin with sweep.md there."]))
-    return shown if all(map(_is_whole, summary["points"].values())) else 1
+    if given.pop("print_options"):
+        return _print(json.dumps(sweep_options(texts, given), indent=2)) if texts else _print_options(given)
+    with ranks.joined():
+        # Rank 0 alone has the folder, where machines share none.
+        sweeps = bool(texts) or ranks.from_first(lambda: resume and name is not None and is_sweep(out / name))
+        if base is not None and not sweeps:
+            raise InputError(f"--sweep-base {base} goes with --sweep")
+        opened = (
+            open_sweep(out, name, given, texts, base, resume=resume)
+            if sweeps
+            else open_together(out, name, given, resume=resume)
+        )
+        with opened as started:
+            summary = _summary(started)
+    lines, page = (sweep_lines, "sweep.md") if sweeps else (closing_lines, "summary.md")
+    shown = _print("\n".join([*lines(summary), f"Written to {started.folder}; begin with {page} there."]))
+    return shown if all(map(_is_whole, summary["points"].values() if sweeps else [summary])) else 1
 
 
 def _is_whole(summary: Mapping[str, Any]) -> bool:

@@ -25,11 +25,13 @@ from gradrep_kernels.recipes.progress import Reporter
 from gradrep_kernels.recipes.report import write_report
 from gradrep_kernels.recipes.runs import Run
 from gradrep_kernels.recipes.scale_sources import initial_scales
+from gradrep_kernels.recipes.shared_run import check_count
 from gradrep_kernels.recipes.speed import seconds_per_step
 from gradrep_kernels.recipes.table import Recipe
 from gradrep_kernels.recipes.training import repeatable
 from gradrep_kernels.recipes.trainings import (
     CHECK,
+    RANKS,
     SEARCH,
     STATE,
     Training,
@@ -44,7 +46,7 @@ from gradrep_kernels.recipes.workers import Call, Listener, Step, do_steps
 __all__ = ["run_job"]
 
 _METRICS = "metrics.jsonl"
-_SPEED, _SECONDS, _RANKS = "speed", "seconds", "ranks"  # names in `state`
+_SPEED, _SECONDS = "speed", "seconds"  # names in `state`
 _BRANCHES_COST = 2.0  # Steps with branches, over those without.
 
 
@@ -118,17 +120,12 @@ class _RunningJob:
 
     def _check_ranks(self) -> None:
         """Hold the number of processes against that of the beginning, which results depend on."""
-        path, processes = self.state / f"{_RANKS}.json", ranks.count()
+        path, processes = self.state / f"{RANKS}.json", ranks.count()
         if path.exists():
             was = _read(path)
         else:
             was = 1 if any(self.state.iterdir()) else processes
-        if was != processes:
-            resumed_by = f"--nproc-per-node for {was} in all" if was > 1 else "a command without torchrun"
-            raise InputError(
-                f"{self.folder} was started on {was} process{'es' * (was > 1)}, now there are {processes}; resume it "
-                f"by {resumed_by}"
-            )
+        check_count(self.folder, was)
         if processes > 1:
             files.write_json(path, processes)
 

@@ -15,7 +15,7 @@ from gradrep_kernels.recipes.options import Options, resolve
 from gradrep_kernels.recipes.runs import Run, open_run
 from gradrep_kernels.recipes.validation import load_job_data
 
-__all__ = ["check_together", "open_together"]
+__all__ = ["check_count", "check_together", "one_at_a_time", "open_together"]
 
 _LEAST = 2  # images that batch normalisation needs where maps have one pixel
 
@@ -26,11 +26,7 @@ def open_together(out: Path, name: str | None, given: Mapping[str, Any], *, resu
     Rank 0 alone opens the folder, and holds its lock. Raises InputError too where the processes of torchrun cannot
     train with these options. Nothing is left behind then.
     """
-    if ranks.count() > 1:
-        if given.get("workers", 1) != 1:
-            together = f"the {ranks.count()} processes of torchrun do one training at a time"
-            raise InputError(f"--workers {given['workers']}: {together}; leave it out")
-        given = {**given, "workers": 1}
+    given = one_at_a_time(given)
 
     def opened() -> Run:
         if not resume:
@@ -41,6 +37,32 @@ def open_together(out: Path, name: str | None, given: Mapping[str, Any], *, resu
     folder, options = ranks.from_first(lambda: (own.folder, own.options))
     check_together(options)
     return own or Run(folder, options, load_job_data(options), Lock(folder))
+
+
+def one_at_a_time(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Options with which processes that train together do one training at a time. Those of one process are as given.
+
+    Raises InputError for more workers.
+    """
+    if ranks.count() == 1:
+        return given
+    if given.get("workers", 1) != 1:
+        together = f"the {ranks.count()} processes of torchrun do one training at a time"
+        raise InputError(f"--workers {given['workers']}: {together}; leave it out")
+    return {**given, "workers": 1}
+
+
+def check_count(folder: Path, was: int) -> None:
+    """Raise InputError where `was`, how many processes began what lies in a folder, is not how many there are.
+
+    Results depend on it.
+    """
+    now = ranks.count()
+    if was != now:
+        resumed_by = f"--nproc-per-node for {was} in all" if was > 1 else "a command without torchrun"
+        raise InputError(
+            f"{folder} was started on {was} process{'es' * (was > 1)}, now there are {now}; resume it by {resumed_by}"
+        )
 
 
 def check_together(options: Options) -> None:

@@ -6,13 +6,12 @@ It can be killed at any moment and resumed, as a run can. A point whose summary.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gradrep_kernels.recipes import files
+from gradrep_kernels.recipes import files, ranks
 from gradrep_kernels.recipes.costs.run import COSTS
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.job import run_job
@@ -30,6 +29,7 @@ from gradrep_kernels.recipes.runs import (
     stored_options,
     taken,
 )
+from gradrep_kernels.recipes.shared_run import check_count, check_together, one_at_a_time, open_together
 from gradrep_kernels.recipes.sweep_points import Point, read_points, resolved_points
 from gradrep_kernels.recipes.sweep_report import sweep_lines, write_sweep
 from gradrep_kernels.recipes.sweep_sharing import take_over
@@ -81,10 +81,10 @@ def sweep_options(texts: Sequence[str], given: Mapping[str, Any]) -> dict[str, d
 def open_sweep(
     out: Path, name: str | None, given: Mapping[str, Any], texts: Sequence[str], base: str | None, *, resume: bool
 ) -> Sweep:
-    """Start a sweep in a folder of `out`, or resume one.
+    """Start a sweep in a folder of `out`, or resume one, and return it on every rank.
 
     Without a name it takes that of a run, followed by the options that are swept. Every point is checked, down to its
-    data and its network, before anything is trained.
+    data and its network, before anything is trained. Rank 0 alone opens the folder, and holds its lock.
 
     Args:
         given: the options of all points, as `resolve` takes them.
@@ -92,10 +92,17 @@ def open_sweep(
         base: the point that the others are compared with, None for the first.
 
     Raises:
-        InputError: as `open_run` does, with the name of the point in front. Nothing is left behind.
+        InputError: as `open_together` does, with the name of the point in front. Nothing is left behind.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # as torchrun says how many it started
-        raise InputError("--sweep runs in one process: start it without torchrun, or a run for each point")
+    given = one_at_a_time(given)
+    own = _opened(out, name, given, texts, base, resume) if ranks.first() else None
+    folder, *points = ranks.from_first(lambda: (own.folder, own.points, own.swept, own.base))
+    return own or Sweep(folder, *points, given, Lock(folder))
+
+
+def _opened(
+    out: Path, name: str | None, given: Mapping[str, Any], texts: Sequence[str], base: str | None, resume: bool
+) -> Sweep:
     if name is not None:
         check_name(name)
     points = read_points(texts)
@@ -110,11 +117,13 @@ def open_sweep(
     def fill(unfinished: Path) -> None:
         for point in points:
             try:
+                check_together(resolved[point.name])
                 with open_run(unfinished, point.name, {**given, **point.given}, resume=False):
                     pass
             except InputError as reason:
                 raise InputError(f"point {point.name}: {reason}") from None
-        files.write_json(unfinished / _POINTS, {"sweep": list(texts), "swept": swept, "points": list(resolved)})
+        stored = {"sweep": list(texts), "swept": swept, "points": list(resolved), "processes": ranks.count()}
+        files.write_json(unfinished / _POINTS, stored)
 
     while True:
         folder = out / (name or fresh_name(out, _default_name(points, resolved)))
@@ -151,9 +160,10 @@ def _resumed(out: Path, name: str | None, given: Mapping[str, Any], points: Sequ
     try:
         try:
             stored = json.loads((folder / _POINTS).read_text(encoding="utf-8"))
-            names, swept = list(stored["points"]), tuple(stored["swept"])
+            names, swept, processes = list(stored["points"]), tuple(stored["swept"]), int(stored.get("processes", 1))
         except (OSError, ValueError, KeyError, TypeError) as reason:
             raise InputError(f"{folder / _POINTS} cannot be read by this version ({reason})") from None
+        check_count(folder, processes)
         own = {point.name: point.given for point in points}
         if points and list(own) != names:
             raise InputError(f"{folder} is a sweep of {', '.join(names)}; leave --sweep out to resume it")
@@ -173,19 +183,20 @@ def _resumed(out: Path, name: str | None, given: Mapping[str, Any], points: Sequ
 def run_sweep(sweep: Sweep, reporter: Reporter) -> dict[str, Any]:
     """Do the rest of a sweep and write its table. `reporter` is told of points.
 
-    Returns what sweep.json holds.
+    Returns what sweep.json holds, on every rank.
     """
     summaries: dict[str, dict[str, Any]] = {}
     for n, name in enumerate(sweep.points, start=1):
         folder = sweep.folder / name
-        if not _is_done(folder, sweep.points[name].costs or sweep.given.get("costs", False)):
-            earlier = {other: sweep.folder / other for other in summaries}
-            with open_run(sweep.folder, name, sweep.given, resume=True) as run:
-                taken_over = take_over(folder, earlier, sweep.points)
-                reporter.line(f"Point {n} of {len(sweep.points)}, {name}{_taken_words(taken_over)}")
-                run_job(run, Reporter(reporter.stream))
-        summaries[name] = _summary(folder)
-    table = write_sweep(sweep.folder, sweep.swept, sweep.base, sweep.points, summaries)
+        with_costs = sweep.points[name].costs or sweep.given.get("costs", False)
+        if not ranks.from_first(lambda: _is_done(folder, with_costs)):  # noqa: B023 (it is called here)
+            with open_together(sweep.folder, name, sweep.given, resume=True) as run:
+                if ranks.first():
+                    taken_over = take_over(folder, {other: sweep.folder / other for other in summaries}, sweep.points)
+                    reporter.line(f"Point {n} of {len(sweep.points)}, {name}{_taken_words(taken_over)}")
+                run_job(run, Reporter(reporter.stream, silent=reporter.silent))
+        summaries[name] = ranks.from_first(lambda: _summary(folder))  # noqa: B023
+    table = ranks.from_first(lambda: write_sweep(sweep.folder, sweep.swept, sweep.base, sweep.points, summaries))
     reporter.close()
     return table
 

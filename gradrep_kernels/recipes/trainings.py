@@ -33,6 +33,7 @@ from gradrep_kernels.recipes.workers import Listener
 
 __all__ = [
     "CHECK",
+    "RANKS",
     "SEARCH",
     "STATE",
     "WEIGHTS",
@@ -51,6 +52,8 @@ STATE = "state"
 """The folder of what is done, in the folder of a run."""
 SEARCH, CHECK = "search", "check"
 """Names of parts of a run in it that are no training of a row: the Hyper-Search, and the check CSLA = GR."""
+RANKS = "ranks"
+"""Name of how many processes train together in it, where there are several."""
 WEIGHTS = "weights"
 """The folder of what was trained, beside it."""
 

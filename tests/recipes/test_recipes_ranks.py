@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from cases_recipes import assert_same_tensors, bit_repeatable, tensors, train, train_arguments
 from processes import start_processes
 
+from gradrep_kernels.cli import main
 from gradrep_kernels.recipes.options import MODELS
 
 dist = pytest.importorskip("torch.distributed")
@@ -36,6 +38,10 @@ JOINT = (
 )  # fmt: skip
 OWN_NORMS = ("--recipe", "sgd,repvgg,dyrep", "--ema-decay", "0.5", "--check-steps", "0")
 LONG = ("--recipe", "sgd", "--epochs", "24", "--check-steps", "0", "--evaluate-every", "12")
+SWEPT = (
+    "--model", "frozen", "--recipe", "sgd,sgs", "--batch-size", "15", "--check-steps", "0", "--sgs-warmup", "0",
+    "--sweep", "sgs-k=1,9",
+)  # fmt: skip
 COMPILED = ("--recipe", "sgd", "--amp", "bf16", "--channels-last", "--epochs", "2")
 
 
@@ -55,6 +61,7 @@ def together(source, tmp_path_factory):
         train_arguments(source, out, "--name", "long", *LONG),
         train_arguments(source, out, "--name", "compiled", *COMPILED, "--compile"),
         train_arguments(source, out, "--name", "eager", *COMPILED),
+        train_arguments(source, out, "--name", "swept", *SWEPT),
         [*resumed(out), "--workers", "1"],
         train_arguments(source, out, "--name", "more workers", *OWN_NORMS, "--workers", "2"),
     ]
@@ -83,7 +90,7 @@ def said(folder, rank):
 
 def test_both_processes_end_well_and_one_of_them_speaks(together):
     for rank in range(2):
-        assert torch.load(together / f"statuses {rank}") == [0, 0, 0, 0, 0, 0, 2], said(together, rank)
+        assert torch.load(together / f"statuses {rank}") == [0, 0, 0, 0, 0, 0, 0, 2], said(together, rank)
     errors = [line for rank in range(2) for line in said(together, rank).splitlines() if line.startswith("error")]
     # Both see what is wrong with the arguments, and the first of them says it.
     assert errors == ["error: --workers 2: the 2 processes of torchrun do one training at a time; leave it out"]
@@ -143,11 +150,35 @@ def test_processes_train_with_compiled_code_in_low_precision(together):
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
 
-def test_another_number_of_processes_cannot_resume(together, capsys):
-    from gradrep_kernels.cli import main
+@pytest.mark.parametrize("name", ["norms", "swept"])
+def test_another_number_of_processes_cannot_resume(together, capsys, name):
+    assert main(["train", "--out", str(together), "--name", name, "--resume"]) == 2
+    expected = f"{name} was started on 2 processes, now there are 1; resume it by --nproc-per-node for 2 in all"
+    assert expected in capsys.readouterr().err
 
-    assert main(["train", "--out", str(together), "--name", "norms", "--resume"]) == 2
-    assert "norms was started on 2 processes, now there are 1; resume it by --nproc-per-node" in capsys.readouterr().err
+
+def test_processes_sweep_together_and_go_on(together, source, tmp_path, frozen):
+    """Batches of 15 are 8 and 7 images, and weights are float64, as above."""
+    shutil.copytree(together / "swept", tmp_path / "two" / "swept")
+    for name in ("sweep.json", "sgs-k=9/summary.json", "sgs-k=9/state/sgs-seed0.json", "sgs-k=9/weights/sgs-seed0.pt"):
+        (tmp_path / "two" / "swept" / name).unlink()
+    resume = ["train", "--out", str(tmp_path / "two"), "--name", "swept", "--resume"]
+    start(recipe_ranks.run_commands, tmp_path / "two", [resume])
+    assert torch.load(tmp_path / "two" / "statuses 1") == [0], said(tmp_path / "two", 0)
+    train(source, tmp_path, "--name", "swept", *SWEPT)
+    tables = [json.loads((out / "swept" / "sweep.json").read_text()) for out in (together, tmp_path / "two", tmp_path)]
+    assert [table["statements"] for table in tables[:2]] == [tables[2]["statements"]] * 2
+    for point in ("sgs-k=1", "sgs-k=9"):
+        for file in ("sgd-seed0.pt", "sgs-seed0.pt"):
+            a, again, b = (
+                tensors(out / "swept" / point / "weights" / file) for out in (together, tmp_path / "two", tmp_path)
+            )
+            assert_same_tensors(a, again)
+            for key in b:
+                torch.testing.assert_close(a[key], b[key], rtol=1e-9, atol=1e-9)
+        assert json.loads((together / "swept" / point / "state" / "ranks.json").read_text()) == 2
+    taken = json.loads((together / "swept" / "sgs-k=9" / "state" / "sgd-seed0.json").read_text())
+    assert taken["taken_from"] == "sgs-k=1"
 
 
 @pytest.mark.parametrize(

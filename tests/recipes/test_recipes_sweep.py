@@ -370,7 +370,7 @@ def test_a_sweep_that_is_done_only_writes_its_table_again(source, swept, tmp_pat
     assert of(swept, "sweep.json")["base"] == "sgs-k=4"
 
 
-def test_wrong_sweeps_are_one_line_and_leave_nothing(source, swept, tmp_path, capsys, monkeypatch):
+def test_wrong_sweeps_are_one_line_and_leave_nothing(source, swept, tmp_path, capsys):
     def told(*more, out=tmp_path, name="x"):
         assert main(sweep_arguments(source, out, name, *more)) == 2
         assert not list(tmp_path.iterdir())
@@ -384,9 +384,8 @@ def test_wrong_sweeps_are_one_line_and_leave_nothing(source, swept, tmp_path, ca
     assert "there is no sweep to resume" in told("--sweep", "sgs-k=1,2", "--resume")
     assert "has something in it already" in told("--sweep", "sgs-k=1,4", out=swept.parent, name="whole")
     assert "is a sweep of sgs-k=1, sgs-k=4" in told("--sweep", "sgs-k=1,5", "--resume", out=swept.parent, name="whole")
-    with monkeypatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "2")
-        assert "--sweep runs in one process" in told("--sweep", "sgs-k=1,2")
+    parts = ("--batch-size", "20", "--accumulate", "20")
+    assert "point sgs-k=1: --batch-size must be at least 40" in told("--sweep", "sgs-k=1,2", *parts)
     assert "--sgs-k was 1.0 when" in told("--sgs-k", "4", "--resume", out=swept.parent, name="whole")
 
 
