@@ -25,10 +25,10 @@ from harness import ROOT, commit, machine, versions
 from report import table
 
 from gradrep_kernels.recipes import files
-from gradrep_kernels.recipes.arguments import parsed
 from gradrep_kernels.recipes.build import build, plain_model, search_model
-from gradrep_kernels.recipes.data import Data, Images
-from gradrep_kernels.recipes.options import OPTIONS, Options, resolve
+from gradrep_kernels.recipes.data.load import Data, Images
+from gradrep_kernels.recipes.options.arguments import parsed
+from gradrep_kernels.recipes.options.resolve import OPTIONS, Options, resolve
 from gradrep_kernels.recipes.scale_sources import initial_scales
 from gradrep_kernels.recipes.training import repeatable, train_step
 

@@ -23,14 +23,14 @@ from report import number, table
 from torch import Tensor
 
 from gradrep_kernels.recipes import files
-from gradrep_kernels.recipes.augmentation import flip, pad_and_crop
 from gradrep_kernels.recipes.build import Trainee, build
-from gradrep_kernels.recipes.data import Data, Images
+from gradrep_kernels.recipes.data.augmentation import flip, pad_and_crop
+from gradrep_kernels.recipes.data.idx import FASHION_CLASSES, read_parts
+from gradrep_kernels.recipes.data.load import Data, Images
+from gradrep_kernels.recipes.data.loader import derived_seed
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.idx import FASHION_CLASSES, read_parts
 from gradrep_kernels.recipes.intervals import paired_difference
-from gradrep_kernels.recipes.loader import derived_seed
-from gradrep_kernels.recipes.options import MODELS, Options, resolve
+from gradrep_kernels.recipes.options.resolve import MODELS, Options, resolve
 from gradrep_kernels.recipes.schedules import learning_rate
 from gradrep_kernels.recipes.table import RECIPES
 from gradrep_kernels.recipes.training import accuracy, now, train_step

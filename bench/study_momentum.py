@@ -26,10 +26,10 @@ from report import table
 
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.build import build
-from gradrep_kernels.recipes.data import Data, Images, load_data
+from gradrep_kernels.recipes.data.load import Data, Images, load_data
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.intervals import paired_difference
-from gradrep_kernels.recipes.options import Options, resolve
+from gradrep_kernels.recipes.options.resolve import Options, resolve
 from gradrep_kernels.recipes.table import ablated
 from gradrep_kernels.recipes.training import accuracies, accuracy, repeatable, train_epoch
 

@@ -12,21 +12,21 @@ from typing import Any, NoReturn
 
 from gradrep_kernels.csla import load_scales, save_scales
 from gradrep_kernels.recipes import files, interrupts, ranks
-from gradrep_kernels.recipes.arguments import parsed
 from gradrep_kernels.recipes.costs.page import costs_page
 from gradrep_kernels.recipes.costs.run import COSTS, costs_of_run
 from gradrep_kernels.recipes.environment import environment, environment_text, version_line
 from gradrep_kernels.recipes.errors import WRITE_ERRORS, InputError, OutputError
 from gradrep_kernels.recipes.job import run_job
-from gradrep_kernels.recipes.options import OPTIONS, resolve
+from gradrep_kernels.recipes.options.arguments import parsed
+from gradrep_kernels.recipes.options.resolve import OPTIONS, resolve
 from gradrep_kernels.recipes.progress import Reporter
-from gradrep_kernels.recipes.quantize import quantize
-from gradrep_kernels.recipes.quantize_report import closing_lines as quantized_lines
-from gradrep_kernels.recipes.quantize_settings import chosen_settings
+from gradrep_kernels.recipes.quantization.report import closing_lines as quantized_lines
+from gradrep_kernels.recipes.quantization.run import quantize
+from gradrep_kernels.recipes.quantization.settings import chosen_settings
 from gradrep_kernels.recipes.report import closing_lines, scales_line
 from gradrep_kernels.recipes.runs import SCALES, Run, run_folder
 from gradrep_kernels.recipes.shared_run import open_together
-from gradrep_kernels.recipes.sweep import Sweep, is_sweep, open_sweep, run_sweep, sweep_lines, sweep_options
+from gradrep_kernels.recipes.sweeps.run import Sweep, is_sweep, open_sweep, run_sweep, sweep_lines, sweep_options
 
 __all__ = ["entry", "main"]
 

@@ -14,7 +14,7 @@ import pytest
 from pages import PAGES, ROOT, name_of
 
 import gradrep_kernels as gr
-from gradrep_kernels.recipes.arguments import parsers
+from gradrep_kernels.recipes.options.arguments import parsers
 
 if not (ROOT / "bench").is_dir():
     pytest.skip("the benches are not here", allow_module_level=True)

@@ -14,11 +14,11 @@ from gradrep_kernels.branches.dynamic import DynamicReparameterization
 from gradrep_kernels.models.modes import BranchForm, branch_form
 from gradrep_kernels.optim import param_groups
 from gradrep_kernels.recipes import interrupts
-from gradrep_kernels.recipes.data import Data
+from gradrep_kernels.recipes.data.load import Data
+from gradrep_kernels.recipes.data.loader import derived_seed
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.loader import derived_seed
 from gradrep_kernels.recipes.networks import make_network
-from gradrep_kernels.recipes.options import Options
+from gradrep_kernels.recipes.options.resolve import Options
 from gradrep_kernels.recipes.table import OPTIMIZERS, OptimizerKind, Recipe
 from gradrep_kernels.sgs import SpatialGradientScaling, alpha_beta_scaling
 

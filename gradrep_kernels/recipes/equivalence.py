@@ -12,9 +12,9 @@ from gradrep_kernels.csla import Scales
 from gradrep_kernels.equivalence import check_equivalence
 from gradrep_kernels.models.modes import branch_form
 from gradrep_kernels.recipes.build import plain_model
-from gradrep_kernels.recipes.data import Data
-from gradrep_kernels.recipes.loader import Loader, derived_seed
-from gradrep_kernels.recipes.options import Options
+from gradrep_kernels.recipes.data.load import Data
+from gradrep_kernels.recipes.data.loader import Loader, derived_seed
+from gradrep_kernels.recipes.options.resolve import Options
 
 __all__ = ["csla_equals_gr"]
 

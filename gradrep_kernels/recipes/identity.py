@@ -8,9 +8,9 @@ import torch
 
 from gradrep_kernels import csla
 from gradrep_kernels.recipes.build import search_model
-from gradrep_kernels.recipes.data import Data
-from gradrep_kernels.recipes.loader import Loader
-from gradrep_kernels.recipes.options import Options
+from gradrep_kernels.recipes.data.load import Data
+from gradrep_kernels.recipes.data.loader import Loader
+from gradrep_kernels.recipes.options.resolve import Options
 from gradrep_kernels.recipes.training import repeatable
 
 __all__ = ["identity_ratios"]

@@ -16,11 +16,11 @@ from typing import Any
 from gradrep_kernels.recipes import files, metrics, ranks
 from gradrep_kernels.recipes.build import plain_model
 from gradrep_kernels.recipes.costs.run import COSTS, cost_settings, write_costs
-from gradrep_kernels.recipes.declare import shown
+from gradrep_kernels.recipes.data.loader import Loader
 from gradrep_kernels.recipes.equivalence import csla_equals_gr
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.loader import Loader
-from gradrep_kernels.recipes.options import Options
+from gradrep_kernels.recipes.options.declare import shown
+from gradrep_kernels.recipes.options.resolve import Options
 from gradrep_kernels.recipes.progress import Reporter
 from gradrep_kernels.recipes.report import write_report
 from gradrep_kernels.recipes.runs import Run

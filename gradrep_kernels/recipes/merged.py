@@ -10,8 +10,8 @@ from torch import nn
 
 from gradrep_kernels import csla
 from gradrep_kernels.branches.algebra import MultiBranch
-from gradrep_kernels.recipes.data import Data
-from gradrep_kernels.recipes.loader import Loader
+from gradrep_kernels.recipes.data.load import Data
+from gradrep_kernels.recipes.data.loader import Loader
 
 __all__ = ["merged_figures"]
 

@@ -15,14 +15,14 @@ from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.build import build
 from gradrep_kernels.recipes.cores import processor
 from gradrep_kernels.recipes.costs import form_costs
-from gradrep_kernels.recipes.data import Data
+from gradrep_kernels.recipes.data.load import Data
+from gradrep_kernels.recipes.data.loader import Loader
 from gradrep_kernels.recipes.environment import commit, versions
 from gradrep_kernels.recipes.identity import identity_ratios
 from gradrep_kernels.recipes.intervals import Difference, paired_difference
-from gradrep_kernels.recipes.loader import Loader
-from gradrep_kernels.recipes.options import Options
+from gradrep_kernels.recipes.options.presets import PRESETS
+from gradrep_kernels.recipes.options.resolve import Options
 from gradrep_kernels.recipes.pictures import draw_pictures
-from gradrep_kernels.recipes.presets import PRESETS
 from gradrep_kernels.recipes.report_text import closing_lines, markdown, scales_line, table
 from gradrep_kernels.recipes.table import OPTIMIZERS, Recipe
 from gradrep_kernels.recipes.training import repeatable

@@ -24,11 +24,11 @@ from gradrep_kernels.models.modes import branch_form
 from gradrep_kernels.ops import backends, registry
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.build import plain_model
-from gradrep_kernels.recipes.data import Data
+from gradrep_kernels.recipes.data.load import Data
 from gradrep_kernels.recipes.environment import versions
 from gradrep_kernels.recipes.errors import InputError, OutputError, extra
 from gradrep_kernels.recipes.lock import Lock
-from gradrep_kernels.recipes.options import Options, resolve
+from gradrep_kernels.recipes.options.resolve import Options, resolve
 from gradrep_kernels.recipes.scale_sources import initial_scales
 from gradrep_kernels.recipes.validation import load_job_data
 

@@ -11,7 +11,7 @@ import torch
 from gradrep_kernels.recipes import ranks
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.lock import Lock
-from gradrep_kernels.recipes.options import Options, resolve
+from gradrep_kernels.recipes.options.resolve import Options, resolve
 from gradrep_kernels.recipes.runs import Run, open_run
 from gradrep_kernels.recipes.validation import load_job_data
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from gradrep_kernels.recipes import ranks
 from gradrep_kernels.recipes.build import build
-from gradrep_kernels.recipes.data import Data
-from gradrep_kernels.recipes.options import Options
+from gradrep_kernels.recipes.data.load import Data
+from gradrep_kernels.recipes.options.resolve import Options
 from gradrep_kernels.recipes.steps import TrainingSteps
 from gradrep_kernels.recipes.training import epoch_batches, now, repeatable
 from gradrep_kernels.recipes.trainings import searched_scales, take_structure

@@ -17,7 +17,7 @@ from gradrep_kernels.optim.rep_optimizer import RepOptimizer
 from gradrep_kernels.recipes import interrupts, ranks
 from gradrep_kernels.recipes.build import Trainee
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.options import Options
+from gradrep_kernels.recipes.options.resolve import Options
 
 __all__ = ["AMP_DTYPES", "COMPILER", "TrainingSteps"]
 

@@ -19,9 +19,9 @@ from torch.optim.swa_utils import update_bn
 
 from gradrep_kernels.recipes import ranks
 from gradrep_kernels.recipes.build import Trainee
-from gradrep_kernels.recipes.data import Data, Images
-from gradrep_kernels.recipes.loader import Loader, derived_seed
-from gradrep_kernels.recipes.options import Options
+from gradrep_kernels.recipes.data.load import Data, Images
+from gradrep_kernels.recipes.data.loader import Loader, derived_seed
+from gradrep_kernels.recipes.options.resolve import Options
 from gradrep_kernels.recipes.schedules import learning_rate
 from gradrep_kernels.recipes.steps import TrainingSteps
 

@@ -24,7 +24,7 @@ from gradrep_kernels.recipes import files, ranks
 from gradrep_kernels.recipes.build import Trainee, build, multiplier_bytes, search_model
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.merged import merged_figures
-from gradrep_kernels.recipes.options import Options
+from gradrep_kernels.recipes.options.resolve import Options
 from gradrep_kernels.recipes.runs import SCALES
 from gradrep_kernels.recipes.steps import TrainingSteps
 from gradrep_kernels.recipes.training import accuracies, averaged, repeatable, train_epoch

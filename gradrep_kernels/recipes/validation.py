@@ -7,10 +7,10 @@ import functools
 
 import torch
 
-from gradrep_kernels.recipes.augmentation import check_augmentations
-from gradrep_kernels.recipes.data import Data, Images, load_data
+from gradrep_kernels.recipes.data.augmentation import check_augmentations
+from gradrep_kernels.recipes.data.load import Data, Images, load_data
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.options import Options
+from gradrep_kernels.recipes.options.resolve import Options
 
 __all__ = ["hold_out", "keep", "load_job_data", "split_data"]
 

@@ -9,8 +9,9 @@ from cases_recipes import TINY, train, write_tiny_cifar10
 import gradrep_kernels as gr
 from gradrep_kernels.recipes import plots
 from gradrep_kernels.recipes.build import plain_model
-from gradrep_kernels.recipes.data import DataSource, load_data
-from gradrep_kernels.recipes.options import MODELS, resolve
+from gradrep_kernels.recipes.data.load import DataSource, load_data
+from gradrep_kernels.recipes.networks import MODELS
+from gradrep_kernels.recipes.options.resolve import resolve
 from gradrep_kernels.recipes.scale_sources import initial_scales
 from gradrep_kernels.recipes.training import repeatable
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from cases_recipes import load, write_cifar
 
-from gradrep_kernels.recipes.augmentation import cutout, flip, pad_and_crop
-from gradrep_kernels.recipes.data import Images
-from gradrep_kernels.recipes.loader import Loader, derived_seed
+from gradrep_kernels.recipes.data.augmentation import cutout, flip, pad_and_crop
+from gradrep_kernels.recipes.data.load import Images
+from gradrep_kernels.recipes.data.loader import Loader, derived_seed
 
 
 def some_images(n: int = 64, channels: int = 3, side: int = 16) -> torch.Tensor:

@@ -14,7 +14,7 @@ from gradrep_kernels.branches.csla import CSLABlock
 from gradrep_kernels.branches.normed import NormedBranches
 from gradrep_kernels.cli import main
 from gradrep_kernels.recipes.build import build, plain_model, search_model
-from gradrep_kernels.recipes.options import resolve
+from gradrep_kernels.recipes.options.resolve import resolve
 from gradrep_kernels.recipes.scale_sources import initial_scales
 from gradrep_kernels.recipes.table import ABLATIONS, RECIPES, ablated
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from cases_recipes import CIFAR, load, record, write_cifar, write_folder, write_image
 
-from gradrep_kernels.recipes.data import DataSource, load_data
+from gradrep_kernels.recipes.data.load import DataSource, load_data
+from gradrep_kernels.recipes.data.loader import Loader
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.loader import Loader
 
 
 def test_digits_are_split_by_class_and_complete():

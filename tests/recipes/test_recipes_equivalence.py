@@ -11,7 +11,7 @@ from gradrep_kernels import equivalence
 from gradrep_kernels.equivalence import TOLERANCE
 from gradrep_kernels.recipes.build import plain_model
 from gradrep_kernels.recipes.equivalence import csla_equals_gr
-from gradrep_kernels.recipes.options import resolve
+from gradrep_kernels.recipes.options.resolve import resolve
 from gradrep_kernels.recipes.scale_sources import initial_scales
 
 ONE = torch.ones(())

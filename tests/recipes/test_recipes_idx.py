@@ -10,8 +10,8 @@ import pytest
 import torch
 from cases_recipes import load, write_idx, write_mnist
 
+from gradrep_kernels.recipes.data.loader import Loader
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.loader import Loader
 
 PLACES = {
     "mnist": ["", "MNIST/raw", "raw"],

@@ -15,7 +15,7 @@ from cases_recipes import as_arguments, load, write_folder
 
 from gradrep_kernels.cli import main
 from gradrep_kernels.recipes import interrupts
-from gradrep_kernels.recipes.loader import Loader
+from gradrep_kernels.recipes.data.loader import Loader
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 

@@ -16,7 +16,7 @@ from gradrep_kernels.recipes import networks
 from gradrep_kernels.recipes.build import build, plain_model
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.networks import MODELS, check_model, check_settings, has_setting, make_network
-from gradrep_kernels.recipes.options import OPTIONS, resolve
+from gradrep_kernels.recipes.options.resolve import OPTIONS, resolve
 from gradrep_kernels.recipes.table import RECIPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.options import OPTIONS, Options, resolve
+from gradrep_kernels.recipes.options.resolve import OPTIONS, Options, resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

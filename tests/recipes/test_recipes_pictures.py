@@ -10,11 +10,11 @@ import torch
 import torchvision_alone
 from cases_recipes import write_cifar, write_folder
 
-from gradrep_kernels.recipes.augmentation import AUGMENTATIONS
-from gradrep_kernels.recipes.data import load_data
+from gradrep_kernels.recipes.data.augmentation import AUGMENTATIONS
+from gradrep_kernels.recipes.data.load import load_data
+from gradrep_kernels.recipes.data.loader import Loader
+from gradrep_kernels.recipes.data.picture_augmentation import PictureAugmentation, own_default_generator
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.loader import Loader
-from gradrep_kernels.recipes.picture_augmentation import PictureAugmentation, own_default_generator
 from gradrep_kernels.recipes.validation import hold_out
 
 image = pytest.importorskip("PIL.Image")

@@ -10,8 +10,8 @@ from cases_recipes import ROOT, experiments_table
 
 from gradrep_kernels.cli import main
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.options import resolve
-from gradrep_kernels.recipes.presets import PRESETS
+from gradrep_kernels.recipes.options.presets import PRESETS
+from gradrep_kernels.recipes.options.resolve import resolve
 
 TRAINED = [name for name, preset in PRESETS.items() if preset.command != "quantize"]
 DATA = {"cifar10": "cifar10:/x", "cifar100": "cifar100:/x", "folder": "folder:/x"}

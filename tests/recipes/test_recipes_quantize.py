@@ -17,10 +17,13 @@ import gradrep_kernels as gr
 from gradrep_kernels import csla
 from gradrep_kernels.branches.spread import KernelHistory
 from gradrep_kernels.cli import main
-from gradrep_kernels.recipes import int8, plots, quantize, quantize_plots
-from gradrep_kernels.recipes.data import load_data
-from gradrep_kernels.recipes.int8 import FLOWS, chosen_flow
-from gradrep_kernels.recipes.quantize_report import closing_lines, write_report
+from gradrep_kernels.recipes import plots
+from gradrep_kernels.recipes.data.load import load_data
+from gradrep_kernels.recipes.quantization import int8
+from gradrep_kernels.recipes.quantization import plots as quantize_plots
+from gradrep_kernels.recipes.quantization import run as quantize
+from gradrep_kernels.recipes.quantization.int8 import FLOWS, chosen_flow
+from gradrep_kernels.recipes.quantization.report import closing_lines, write_report
 from gradrep_kernels.recipes.table import RECIPES
 from gradrep_kernels.recipes.training import train_epoch
 

@@ -19,7 +19,7 @@ from cases_recipes import assert_same_tensors, bit_repeatable, tensors, train, t
 from processes import start_processes
 
 from gradrep_kernels.cli import main
-from gradrep_kernels.recipes.options import MODELS
+from gradrep_kernels.recipes.networks import MODELS
 
 dist = pytest.importorskip("torch.distributed")
 pytestmark = [

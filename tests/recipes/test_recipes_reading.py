@@ -14,9 +14,9 @@ import torch
 import torchvision_alone
 from cases_recipes import load, train, write_cifar, write_folder, write_image
 
-from gradrep_kernels.recipes.data import load_data
+from gradrep_kernels.recipes.data.load import load_data
+from gradrep_kernels.recipes.data.loader import Loader
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.loader import Loader
 from gradrep_kernels.recipes.training import repeatable
 
 needs_torchvision = torchvision_alone.needed

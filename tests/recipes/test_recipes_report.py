@@ -19,7 +19,7 @@ from gradrep_kernels.recipes.build import plain_model
 from gradrep_kernels.recipes.costs import cost_columns
 from gradrep_kernels.recipes.errors import InputError, extra
 from gradrep_kernels.recipes.identity import identity_ratios
-from gradrep_kernels.recipes.options import resolve
+from gradrep_kernels.recipes.options.resolve import resolve
 from gradrep_kernels.recipes.progress import Reporter
 from gradrep_kernels.recipes.report import closing_lines, table, write_report
 from gradrep_kernels.recipes.scale_sources import initial_scales

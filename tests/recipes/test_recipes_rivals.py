@@ -19,7 +19,7 @@ from gradrep_kernels.recipes.build import build, plain_model
 from gradrep_kernels.recipes.costs.run import _maker
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.merged import merged_figures
-from gradrep_kernels.recipes.options import resolve
+from gradrep_kernels.recipes.options.resolve import resolve
 from gradrep_kernels.recipes.report import write_report
 from gradrep_kernels.recipes.table import RECIPES, RIVALS, in_all
 from gradrep_kernels.recipes.training import train_epoch

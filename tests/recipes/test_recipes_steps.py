@@ -14,7 +14,8 @@ from gradrep_kernels.optim import GradScaler
 from gradrep_kernels.recipes import job, metrics, ranks, steps
 from gradrep_kernels.recipes.build import build
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.options import MODELS, resolve
+from gradrep_kernels.recipes.networks import MODELS
+from gradrep_kernels.recipes.options.resolve import resolve
 from gradrep_kernels.recipes.runs import open_run
 from gradrep_kernels.recipes.shared_run import check_together
 from gradrep_kernels.recipes.steps import TrainingSteps

@@ -16,10 +16,10 @@ from test_recipes_resume import run_and_kill  # noqa: F401 (a fixture)
 from gradrep_kernels.cli import main
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.options import OPTIONS, resolve
+from gradrep_kernels.recipes.options.resolve import OPTIONS, resolve
 from gradrep_kernels.recipes.runs import stored_options
-from gradrep_kernels.recipes.sweep_points import read_points, resolved_points
-from gradrep_kernels.recipes.sweep_sharing import same_parts, take_over, touches_row, touches_search
+from gradrep_kernels.recipes.sweeps.points import read_points, resolved_points
+from gradrep_kernels.recipes.sweeps.sharing import same_parts, take_over, touches_row, touches_search
 from gradrep_kernels.recipes.table import RECIPES
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from gradrep_kernels.recipes.options import resolve
-from gradrep_kernels.recipes.sweep_plots import draw_sweep
-from gradrep_kernels.recipes.sweep_report import sweep_lines, write_sweep
+from gradrep_kernels.recipes.options.resolve import resolve
+from gradrep_kernels.recipes.sweeps.plots import draw_sweep
+from gradrep_kernels.recipes.sweeps.report import sweep_lines, write_sweep
 
 SEEDS = [3, 4, 5, 6]
 

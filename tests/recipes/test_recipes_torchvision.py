@@ -16,8 +16,8 @@ import torch
 import torchvision_alone
 from cases_recipes import CIFAR, load, train, write_cifar, write_folder, write_mnist
 
-from gradrep_kernels.recipes import library
-from gradrep_kernels.recipes.data import load_data
+from gradrep_kernels.recipes.data import library
+from gradrep_kernels.recipes.data.load import load_data
 from gradrep_kernels.recipes.errors import InputError
 
 needs_torchvision = torchvision_alone.needed
@@ -252,7 +252,7 @@ def test_what_needs_none_is_read(tmp_path, no_torchvision):
 def test_no_command_imports_it_unless_it_is_needed(tmp_path):
     source = f"mnist:{write_mnist(tmp_path / 'data')}"
     code = "import sys; from gradrep_kernels.recipes.data import load_data; load_data(sys.argv[1], augment=('crop',)); "
-    code += "from gradrep_kernels.recipes import loader; assert 'torchvision' not in sys.modules"
+    code += "from gradrep_kernels.recipes.data import loader; assert 'torchvision' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, source], check=True)
 
 

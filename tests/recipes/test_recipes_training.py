@@ -13,7 +13,8 @@ from torch.optim.swa_utils import update_bn
 import gradrep_kernels as gr
 from gradrep_kernels import csla
 from gradrep_kernels.recipes.build import build
-from gradrep_kernels.recipes.options import MODELS, resolve
+from gradrep_kernels.recipes.networks import MODELS
+from gradrep_kernels.recipes.options.resolve import resolve
 from gradrep_kernels.recipes.schedules import learning_rate
 from gradrep_kernels.recipes.table import RECIPES
 from gradrep_kernels.recipes.training import accuracies, accuracy, averaged, repeatable, train_epoch

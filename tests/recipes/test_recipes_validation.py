@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradrep_kernels.recipes.data import Data, Images
+from gradrep_kernels.recipes.data.load import Data, Images
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.validation import hold_out, keep
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gradrep_kernels.cli import main
-from gradrep_kernels.recipes.data import Data, DataSource, load_data
+from gradrep_kernels.recipes.data.load import Data, DataSource, load_data
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -20,7 +20,7 @@ from gradrep_kernels.models.repopt_vgg import RepOptVGG
 from gradrep_kernels.recipes import plots, ranks, shared_run, steps, trainings
 from gradrep_kernels.recipes.build import plain_model
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.options import MODELS
+from gradrep_kernels.recipes.networks import MODELS
 from gradrep_kernels.recipes.scale_sources import initial_scales
 from gradrep_kernels.recipes.training import train_epoch
 

@@ -19,13 +19,13 @@ from gradrep_kernels.recipes.cores import processor
 from gradrep_kernels.recipes.costs.memory import MOST_IMAGES, Maker
 from gradrep_kernels.recipes.costs.page import costs_page
 from gradrep_kernels.recipes.costs.rows import CostSettings, costs_of
-from gradrep_kernels.recipes.data import Data
-from gradrep_kernels.recipes.declare import between
+from gradrep_kernels.recipes.data.load import Data
+from gradrep_kernels.recipes.data.loader import Loader
 from gradrep_kernels.recipes.environment import commit, versions
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.loader import Loader
-from gradrep_kernels.recipes.options import Options
-from gradrep_kernels.recipes.readers import ABOVE_0, check_device, read_numbers
+from gradrep_kernels.recipes.options.declare import between
+from gradrep_kernels.recipes.options.readers import ABOVE_0, check_device, read_numbers
+from gradrep_kernels.recipes.options.resolve import Options
 from gradrep_kernels.recipes.runs import Run, open_run
 from gradrep_kernels.recipes.steps import AMP_DTYPES, TrainingSteps
 from gradrep_kernels.recipes.table import Recipe

@@ -16,7 +16,7 @@ from gradrep_kernels.recipes.costs.run import COSTS
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.job import run_job
 from gradrep_kernels.recipes.lock import Lock
-from gradrep_kernels.recipes.options import OPTIONS, Options
+from gradrep_kernels.recipes.options.resolve import OPTIONS, Options
 from gradrep_kernels.recipes.progress import Reporter
 from gradrep_kernels.recipes.runs import (
     base_name,
@@ -30,9 +30,9 @@ from gradrep_kernels.recipes.runs import (
     taken,
 )
 from gradrep_kernels.recipes.shared_run import check_count, check_together, one_at_a_time, open_together
-from gradrep_kernels.recipes.sweep_points import Point, read_points, resolved_points
-from gradrep_kernels.recipes.sweep_report import sweep_lines, write_sweep
-from gradrep_kernels.recipes.sweep_sharing import take_over
+from gradrep_kernels.recipes.sweeps.points import Point, read_points, resolved_points
+from gradrep_kernels.recipes.sweeps.report import sweep_lines, write_sweep
+from gradrep_kernels.recipes.sweeps.sharing import take_over
 
 __all__ = ["Sweep", "is_sweep", "open_sweep", "run_sweep", "sweep_lines", "sweep_options"]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from gradrep_kernels.recipes.data.images import Data, in_memory, statistics
+from gradrep_kernels.recipes.data.library import torchvision
 from gradrep_kernels.recipes.errors import InputError, extra, one_line
-from gradrep_kernels.recipes.images import Data, in_memory, statistics
-from gradrep_kernels.recipes.library import torchvision
 
 __all__ = ["DOWNLOADS", "download_data", "pickled_cifar", "pickled_root", "svhn"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gradrep_kernels.recipes.costs.run import INFERENCE_BATCHES
-from gradrep_kernels.recipes.data import KINDS
-from gradrep_kernels.recipes.declare import Option
+from gradrep_kernels.recipes.data.load import KINDS
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.options import OPTIONS
-from gradrep_kernels.recipes.presets import PRESETS
-from gradrep_kernels.recipes.quantize_settings import SETTINGS
+from gradrep_kernels.recipes.options.declare import Option
+from gradrep_kernels.recipes.options.presets import PRESETS
+from gradrep_kernels.recipes.options.resolve import OPTIONS
+from gradrep_kernels.recipes.quantization.settings import SETTINGS
 from gradrep_kernels.recipes.runs import SCALES
 
 __all__ = ["parsed", "parsers"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gradrep_kernels.recipes.data.images import Data, in_memory, statistics
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.images import Data, in_memory, statistics
 
 __all__ = ["FASHION_CLASSES", "IDX_KINDS", "idx_data", "idx_folder", "read_idx", "read_parts"]
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from gradrep_kernels.recipes import interrupts
-from gradrep_kernels.recipes.augmentation import OF_TORCHVISION, WHOLE, Part, cutout, flip, pad_and_crop
+from gradrep_kernels.recipes.data.augmentation import OF_TORCHVISION, WHOLE, Part, cutout, flip, pad_and_crop
+from gradrep_kernels.recipes.data.images import Data, Images
+from gradrep_kernels.recipes.data.picture_augmentation import PictureAugmentation
+from gradrep_kernels.recipes.data.reading import BatchReader, read_batches
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.images import Data, Images
-from gradrep_kernels.recipes.picture_augmentation import PictureAugmentation
-from gradrep_kernels.recipes.reading import BatchReader, read_batches
 from gradrep_kernels.recipes.seeds import derived_seed
 
 __all__ = ["Loader", "derived_seed"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gradrep_kernels.recipes.data.images import Data, in_memory, statistics
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.images import Data, in_memory, statistics
 
 __all__ = ["CIFAR_KINDS", "binary_cifar", "binary_folder"]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from gradrep_kernels.branches.presets import preset as branch_preset
-from gradrep_kernels.recipes.declare import Check, number, one_of, some_of
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.presets import PRESETS
+from gradrep_kernels.recipes.options.declare import Check, number, one_of, some_of
+from gradrep_kernels.recipes.options.presets import PRESETS
 from gradrep_kernels.recipes.table import RECIPES, RIVALS, in_all
 
 __all__ = [

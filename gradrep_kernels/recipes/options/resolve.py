@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradrep_kernels.recipes.cores import cores
-from gradrep_kernels.recipes.data import DataSource
-from gradrep_kernels.recipes.declare import NEW, Option, declared_fields, shown
+from gradrep_kernels.recipes.data.load import DataSource
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.networks import MODELS, SETTINGS, check_settings, has_setting
-from gradrep_kernels.recipes.option_groups import (
+from gradrep_kernels.recipes.networks import SETTINGS, check_settings, has_setting
+from gradrep_kernels.recipes.options.declare import NEW, Option, declared_fields, shown
+from gradrep_kernels.recipes.options.groups import (
     SEARCH_RATE,
     SEARCHED,
     Machine,
@@ -22,10 +22,10 @@ from gradrep_kernels.recipes.option_groups import (
     Subject,
     Training,
 )
-from gradrep_kernels.recipes.presets import PRESETS, preset_for
+from gradrep_kernels.recipes.options.presets import PRESETS, preset_for
 from gradrep_kernels.recipes.table import OPTIMIZERS, Recipe, chosen_rows, default_rate
 
-__all__ = ["MODELS", "OPTIONS", "Options", "resolve"]
+__all__ = ["OPTIONS", "Options", "resolve"]
 
 
 @dataclass(frozen=True)

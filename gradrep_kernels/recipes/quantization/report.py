@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gradrep_kernels.branches.spread import KernelHistory
-from gradrep_kernels.recipes import files, quantize_plots
+from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.environment import software
 from gradrep_kernels.recipes.intervals import Difference, paired_difference
+from gradrep_kernels.recipes.quantization import plots
 from gradrep_kernels.recipes.table import Recipe
 
 __all__ = ["closing_lines", "write_report"]
@@ -140,8 +141,8 @@ def _pictures(folder: Path, summary: Mapping[str, Any], kernels: Mapping[str, Ke
     """Draw, and return {file name: caption}."""
     if not kernels:
         return {}
-    quantize_plots.kernels(folder / "quantize_kernels.png", kernels)
-    quantize_plots.locations(folder / "quantize_locations.png", kernels, _MOMENTS)
+    plots.kernels(folder / "quantize_kernels.png", kernels)
+    plots.locations(folder / "quantize_locations.png", kernels, _MOMENTS)
     which = f"{summary['layer']}, seed {summary['seeds'][0]}"
     return {
         "quantize_kernels.png": f"Distribution of the weights of {which}, as deployed (RepOptimizers, Figure 3)",

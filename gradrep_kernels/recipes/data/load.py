@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from gradrep_kernels.recipes.augmentation import check_augmentations
-from gradrep_kernels.recipes.cifar import CIFAR_KINDS, binary_cifar, binary_folder
+from gradrep_kernels.recipes.data.augmentation import check_augmentations
+from gradrep_kernels.recipes.data.cifar import CIFAR_KINDS, binary_cifar, binary_folder
+from gradrep_kernels.recipes.data.folders import FOLDER_SIDE, folder_data
+from gradrep_kernels.recipes.data.idx import IDX_KINDS, TORCHVISION_FOLDERS, idx_data, idx_folder
+from gradrep_kernels.recipes.data.images import Data, Images, in_memory, statistics
+from gradrep_kernels.recipes.data.torchvision_data import DOWNLOADS, download_data, pickled_cifar, pickled_root, svhn
 from gradrep_kernels.recipes.errors import InputError, extra
-from gradrep_kernels.recipes.folders import FOLDER_SIDE, folder_data
-from gradrep_kernels.recipes.idx import IDX_KINDS, TORCHVISION_FOLDERS, idx_data, idx_folder
-from gradrep_kernels.recipes.images import Data, Images, in_memory, statistics
-from gradrep_kernels.recipes.torchvision_data import DOWNLOADS, download_data, pickled_cifar, pickled_root, svhn
 
 __all__ = ["FOLDER_SIDE", "KINDS", "Data", "DataSource", "Images", "load_data"]
 

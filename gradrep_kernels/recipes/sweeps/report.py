@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from gradrep_kernels.recipes import files
-from gradrep_kernels.recipes.declare import shown
 from gradrep_kernels.recipes.intervals import Difference, expected_misses, paired_difference
-from gradrep_kernels.recipes.options import OPTIONS, Options
+from gradrep_kernels.recipes.options.declare import shown
+from gradrep_kernels.recipes.options.resolve import OPTIONS, Options
 from gradrep_kernels.recipes.report_text import accuracy_cell, aligned, markdown_table
-from gradrep_kernels.recipes.sweep_plots import draw_sweep
+from gradrep_kernels.recipes.sweeps.plots import draw_sweep
 
 __all__ = ["sweep_lines", "write_sweep"]
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gradrep_kernels.recipes import interrupts
+from gradrep_kernels.recipes.data.images import Images, as_floats
+from gradrep_kernels.recipes.data.picture_augmentation import PictureAugmentation, own_default_generator
 from gradrep_kernels.recipes.errors import InputError, one_line
-from gradrep_kernels.recipes.images import Images, as_floats
-from gradrep_kernels.recipes.picture_augmentation import PictureAugmentation, own_default_generator
 from gradrep_kernels.recipes.seeds import derived_seed
 
 __all__ = ["BatchReader", "read_batches"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradrep_kernels.recipes.data.library import torchvision
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.library import torchvision
 
 __all__ = [
     "AUGMENTATIONS",

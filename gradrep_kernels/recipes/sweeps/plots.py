@@ -12,7 +12,7 @@ import numpy as np
 from gradrep_kernels.plots import new_figure, sweep_curve, tidy
 from gradrep_kernels.recipes import plots
 from gradrep_kernels.recipes.intervals import half_width
-from gradrep_kernels.recipes.options import OPTIONS, Options
+from gradrep_kernels.recipes.options.resolve import OPTIONS, Options
 
 __all__ = ["draw_sweep"]
 

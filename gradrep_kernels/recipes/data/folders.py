@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradrep_kernels.recipes.data.images import Data, Images
 from gradrep_kernels.recipes.errors import InputError, extra, one_line
-from gradrep_kernels.recipes.images import Data, Images
 
 __all__ = ["FOLDER_SIDE", "folder_data", "pixels_of", "scaled"]
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gradrep_kernels.recipes.declare import Option, at_least, declared_fields, one_of, option
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.int8 import FLOWS
-from gradrep_kernels.recipes.presets import PRESETS
-from gradrep_kernels.recipes.readers import check_device
+from gradrep_kernels.recipes.options.declare import Option, at_least, declared_fields, one_of, option
+from gradrep_kernels.recipes.options.presets import PRESETS
+from gradrep_kernels.recipes.options.readers import check_device
+from gradrep_kernels.recipes.quantization.int8 import FLOWS
 
 __all__ = ["SETTINGS", "Settings", "chosen_settings"]
 

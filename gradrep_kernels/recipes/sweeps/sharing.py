@@ -15,8 +15,8 @@ from typing import Any
 
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.option_groups import SEARCHED, Scaling, Search
-from gradrep_kernels.recipes.options import OPTIONS, Options
+from gradrep_kernels.recipes.options.groups import SEARCHED, Scaling, Search
+from gradrep_kernels.recipes.options.resolve import OPTIONS, Options
 from gradrep_kernels.recipes.runs import SCALES
 from gradrep_kernels.recipes.table import Recipe
 from gradrep_kernels.recipes.trainings import CHECK, RANKS, SEARCH, STATE, WEIGHTS, names_of

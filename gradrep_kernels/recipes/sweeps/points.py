@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gradrep_kernels.recipes.declare import Option, absolute_path, shown
 from gradrep_kernels.recipes.errors import InputError
-from gradrep_kernels.recipes.options import OPTIONS, Options, resolve
+from gradrep_kernels.recipes.options.declare import Option, absolute_path, shown
+from gradrep_kernels.recipes.options.resolve import OPTIONS, Options, resolve
 
 __all__ = ["Point", "read_points", "resolved_points"]
 

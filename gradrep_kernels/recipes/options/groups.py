@@ -12,13 +12,13 @@ from typing import Any
 
 from gradrep_kernels.branches.presets import PRESETS as BRANCHES
 from gradrep_kernels.optim.param_groups import DECAY_RULES
-from gradrep_kernels.recipes.augmentation import AUGMENTATIONS
 from gradrep_kernels.recipes.cores import cores, free_processes
-from gradrep_kernels.recipes.data import FOLDER_SIDE, DataSource
-from gradrep_kernels.recipes.declare import TRAIN, absolute_path, at_least, between, one_of, option, some_of
+from gradrep_kernels.recipes.data.augmentation import AUGMENTATIONS
+from gradrep_kernels.recipes.data.load import FOLDER_SIDE, DataSource
 from gradrep_kernels.recipes.networks import MODELS, check_model
-from gradrep_kernels.recipes.presets import PRESETS
-from gradrep_kernels.recipes.readers import (
+from gradrep_kernels.recipes.options.declare import TRAIN, absolute_path, at_least, between, one_of, option, some_of
+from gradrep_kernels.recipes.options.presets import PRESETS
+from gradrep_kernels.recipes.options.readers import (
     ABOVE_0,
     BELOW_1,
     check_device,

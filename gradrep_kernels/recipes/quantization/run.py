@@ -24,15 +24,15 @@ from gradrep_kernels.branches.spread import KernelHistory, kernel_histories, ker
 from gradrep_kernels.messages import first_few
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.build import Trainee, build
+from gradrep_kernels.recipes.data.loader import Loader, derived_seed
 from gradrep_kernels.recipes.environment import commit, versions
 from gradrep_kernels.recipes.errors import InputError, extra
-from gradrep_kernels.recipes.int8 import Flow, chosen_flow
-from gradrep_kernels.recipes.loader import Loader, derived_seed
 from gradrep_kernels.recipes.lock import Lock
-from gradrep_kernels.recipes.options import Options
+from gradrep_kernels.recipes.options.resolve import Options
 from gradrep_kernels.recipes.progress import Reporter
-from gradrep_kernels.recipes.quantize_report import write_report
-from gradrep_kernels.recipes.quantize_settings import Settings
+from gradrep_kernels.recipes.quantization.int8 import Flow, chosen_flow
+from gradrep_kernels.recipes.quantization.report import write_report
+from gradrep_kernels.recipes.quantization.settings import Settings
 from gradrep_kernels.recipes.table import Recipe
 from gradrep_kernels.recipes.training import accuracy, repeatable, train_epoch
 from gradrep_kernels.recipes.trainings import STATE, WEIGHTS, kept_weights, searched_scales, training_name

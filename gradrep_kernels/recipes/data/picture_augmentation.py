@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gradrep_kernels.recipes.augmentation import OF_TORCHVISION, pad_and_crop
-from gradrep_kernels.recipes.folders import pixels_of, scaled
-from gradrep_kernels.recipes.images import Picture
-from gradrep_kernels.recipes.library import torchvision
+from gradrep_kernels.recipes.data.augmentation import OF_TORCHVISION, pad_and_crop
+from gradrep_kernels.recipes.data.folders import pixels_of, scaled
+from gradrep_kernels.recipes.data.images import Picture
+from gradrep_kernels.recipes.data.library import torchvision
 
 __all__ = ["PictureAugmentation", "own_default_generator"]
 

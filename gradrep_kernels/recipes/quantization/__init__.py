@@ -1,0 +1,1 @@
+"""What the networks of a run keep of their accuracy in few bits."""

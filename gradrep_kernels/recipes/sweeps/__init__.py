@@ -1,0 +1,1 @@
+"""Runs that differ in some options, and one table of them all."""
