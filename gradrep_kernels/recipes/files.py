@@ -1,4 +1,4 @@
-"""Write files that are whole or not there.
+"""Write files that are whole or not there, and read them.
 
 They are written under a temporary name beside their own, then renamed. A write that fails raises OutputError, which
 names the file.
@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from gradrep_kernels.recipes.errors import OutputError
+from gradrep_kernels.recipes.errors import InputError, OutputError
 
-__all__ = ["TEMPORARY", "append_text", "save_tensors", "whole", "write_json", "write_text", "writing"]
+__all__ = ["TEMPORARY", "append_text", "read_json", "save_tensors", "whole", "write_json", "write_text", "writing"]
 
 TEMPORARY = ".tmp"
 """The last part of every temporary name. A killed run may leave such files, and the next one removes them."""
@@ -79,6 +79,14 @@ def write_json(path: Path, value: Any) -> None:
     Raises ValueError for NaN and infinity, which JSON has not.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The value in a JSON file. Raises InputError, which ends with the remedy, where it is none, and OSError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as reason:
+        raise InputError(f"{path} is damaged ({reason}); {remedy}") from None
 
 
 def save_tensors(path: Path, value: Any) -> None:

@@ -6,7 +6,6 @@ and everything else in the folder can be made again from those.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from gradrep_kernels.recipes.build import plain_model
 from gradrep_kernels.recipes.costs.run import COSTS, cost_settings, write_costs
 from gradrep_kernels.recipes.data.loader import Loader
 from gradrep_kernels.recipes.equivalence import csla_equals_gr
-from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.options.declare import shown
 from gradrep_kernels.recipes.options.resolve import Options
 from gradrep_kernels.recipes.progress import Reporter
@@ -47,6 +45,7 @@ __all__ = ["run_job"]
 
 _METRICS = "metrics.jsonl"
 _SPEED, _SECONDS = "speed", "seconds"  # names in `state`
+_REMEDY = "remove it to do this part anew"
 _BRANCHES_COST = 2.0  # Steps with branches, over those without.
 
 
@@ -107,7 +106,7 @@ class _RunningJob:
         for name in [*names, _SPEED, _SECONDS]:
             path = self.state / f"{name}.json"
             if path.exists():
-                results[name] = _read(path)
+                results[name] = files.read_json(path, _REMEDY)
         self.seconds_before = results.pop(_SECONDS, 0.0)
         epochs = {
             name: results[name]["epochs"] if name in results else epochs_so_far(self.folder, name)
@@ -122,7 +121,7 @@ class _RunningJob:
         """Hold the number of processes against that of the beginning, which results depend on."""
         path, processes = self.state / f"{RANKS}.json", ranks.count()
         if path.exists():
-            was = _read(path)
+            was = files.read_json(path, _REMEDY)
         else:
             was = 1 if any(self.state.iterdir()) else processes
         check_count(self.folder, was)
@@ -316,10 +315,3 @@ def _check(folder: Path, options: Options, listener: Listener) -> dict[str, Any]
     data, _ = split_data(options)
     with repeatable(options.threads, options.device):
         return csla_equals_gr(options, data, scales)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as reason:
-        raise InputError(f"{path} is damaged ({reason}); remove it to do this part anew") from None

@@ -24,6 +24,7 @@ from gradrep_kernels.recipes.options.presets import PRESETS
 from gradrep_kernels.recipes.options.resolve import Options
 from gradrep_kernels.recipes.pictures import draw_pictures
 from gradrep_kernels.recipes.report_text import closing_lines, markdown, scales_line, table
+from gradrep_kernels.recipes.runs import SUMMARY
 from gradrep_kernels.recipes.table import OPTIMIZERS, Recipe
 from gradrep_kernels.recipes.training import repeatable
 from gradrep_kernels.recipes.trainings import take_structure
@@ -83,7 +84,7 @@ def write_report(
     summary["identity_ratio"] = identity_ratios(options, data) if search is not None else {}
     pictures = draw_pictures(folder, summary, chosen, seeds, scales, initial, search["epochs"] if search else ())
     files.write_text(folder / "summary.md", markdown(summary, pictures))
-    files.write_json(folder / "summary.json", summary)
+    files.write_json(folder / SUMMARY, summary)
     return summary
 
 

@@ -34,6 +34,7 @@ from gradrep_kernels.recipes.validation import load_job_data
 
 __all__ = [
     "SCALES",
+    "SUMMARY",
     "Run",
     "base_name",
     "check_name",
@@ -44,11 +45,14 @@ __all__ = [
     "open_run",
     "run_folder",
     "stored_options",
+    "stored_summary",
     "taken",
 ]
 
 SCALES = "scales.pt"
 """The scales file in the folder of a run."""
+SUMMARY = "summary.json"
+"""Its figures. A run that has it is done."""
 _OPTIONS = "options.json"
 _LONGEST_NAME = 200  # File systems take 255 bytes, and temporary names are longer.
 
@@ -78,7 +82,7 @@ def run_folder(run: str | Path, out: Path) -> Path:
     found = next((place for place in places if (place / "options.json").exists()), None)
     if found is None:
         raise InputError(f"{run}: no run of `train`, neither as a folder nor in {out}")
-    if not (found / "summary.json").exists():
+    if not (found / SUMMARY).exists():
         raise InputError(f"{found}: this run is not finished; `train --resume --name {found.name}` goes on with it")
     return found
 
@@ -227,6 +231,17 @@ def stored_options(folder: Path) -> Options:
     Raises InputError where they cannot be read.
     """
     return _stored(folder)[0]
+
+
+def stored_summary(folder: Path) -> dict[str, Any]:
+    """The figures of a run that is done.
+
+    Raises InputError where they cannot be read.
+    """
+    summary = files.read_json(folder / SUMMARY, "remove it, and `train --resume` makes it anew")
+    if not isinstance(summary, dict) or "recipes" not in summary:
+        raise InputError(f"{folder / SUMMARY} is not of this version; remove it, and `train --resume` makes it anew")
+    return summary
 
 
 def _stored(folder: Path) -> tuple[Options, Any]:

@@ -102,6 +102,18 @@ def test_damaged_files_of_a_run_are_told(finished, tmp_path, capsys):
         assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["costs", "quantize"])
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_a_damaged_summary_is_told(finished, tmp_path, capsys, command, text):
+    shutil.copytree(finished, tmp_path / "damaged")
+    (tmp_path / "damaged" / "summary.json").write_bytes(text.encode("latin-1"))
+    assert main([command, "damaged", "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {tmp_path / 'damaged' / 'summary.json'} is ")
+    assert err.endswith("remove it, and `train --resume` makes it anew\n")
+    assert err.count("\n") == 1
+
+
 def test_a_folder_that_cannot_be_written_is_told(source, tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
     assert main(["train", "--data", source, "--out", str(tmp_path / "file"), "--name", "x"]) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.options.declare import between
 from gradrep_kernels.recipes.options.readers import ABOVE_0, check_device, read_numbers
 from gradrep_kernels.recipes.options.resolve import Options
-from gradrep_kernels.recipes.runs import Run, open_run
+from gradrep_kernels.recipes.runs import Run, open_run, stored_summary
 from gradrep_kernels.recipes.steps import AMP_DTYPES, TrainingSteps
 from gradrep_kernels.recipes.table import Recipe
 from gradrep_kernels.recipes.training import epoch_batches
@@ -39,7 +38,6 @@ __all__ = ["COSTS", "INFERENCE_BATCHES", "cost_settings", "costs_of_run", "write
 COSTS = "costs"
 """The name of both files in the folder of a run."""
 INFERENCE_BATCHES = (1, 128)
-_SUMMARY = "summary.json"
 _TEST_IMAGES = 32
 _BATCHES = 4  # Different ones, so that no step finds its images in a cache.
 _COUNTED = {
@@ -96,7 +94,7 @@ def costs_of_run(
     """
     folder = folder.resolve()
     with open_run(folder.parent, folder.name, {}, resume=True) as run:
-        summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+        summary = stored_summary(folder)
         return write_costs(run, cost_settings(run.options, **given), summary, say)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping
@@ -33,6 +32,7 @@ from gradrep_kernels.recipes.progress import Reporter
 from gradrep_kernels.recipes.quantization.int8 import Flow, chosen_flow
 from gradrep_kernels.recipes.quantization.report import write_report
 from gradrep_kernels.recipes.quantization.settings import Settings
+from gradrep_kernels.recipes.runs import stored_options, stored_summary
 from gradrep_kernels.recipes.table import Recipe
 from gradrep_kernels.recipes.training import accuracy, repeatable, train_epoch
 from gradrep_kernels.recipes.trainings import STATE, WEIGHTS, kept_weights, searched_scales, training_name
@@ -189,11 +189,12 @@ class _Job:
         path = self._file(row, seed)
         if not path.exists():
             return None
+        remedy = "remove it to do this part anew"
+        stored = files.read_json(path, remedy)
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
             return stored["figures"] if stored["settings"] == self._stored_settings() else None
-        except (ValueError, KeyError, TypeError) as reason:
-            raise InputError(f"{path} is damaged ({reason!r}); remove it to do this part anew") from None
+        except (KeyError, TypeError) as reason:
+            raise InputError(f"{path} is damaged ({reason!r}); {remedy}") from None
 
     def _announce(self) -> None:
         """Say what is ahead, and begin the bar of all training."""
@@ -306,17 +307,10 @@ class _Job:
 
 def _read_run(folder: Path, device: str | None) -> tuple[Options, dict[str, Any]]:
     """The options and the summary of a finished run."""
-    path = folder / "options.json"
-    try:
-        options = Options.from_json(json.loads(path.read_text(encoding="utf-8"))["options"])
-        path = folder / "summary.json"
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if not summary["recipes"]:
-            raise InputError(f"{folder} has no trained network")
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
-        raise InputError(f"{path} cannot be read by this version ({reason})") from None
+    options = stored_options(folder)
+    summary = stored_summary(folder)
+    if not summary["recipes"]:
+        raise InputError(f"{folder} has no trained network")
     if device is not None:
         options = dataclasses.replace(options, device=device)
     options.check()

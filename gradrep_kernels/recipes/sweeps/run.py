@@ -27,6 +27,7 @@ from gradrep_kernels.recipes.runs import (
     last_name,
     open_run,
     stored_options,
+    stored_summary,
     taken,
 )
 from gradrep_kernels.recipes.shared_run import check_count, check_together, one_at_a_time, open_together
@@ -37,7 +38,6 @@ from gradrep_kernels.recipes.sweeps.sharing import take_over
 __all__ = ["Sweep", "is_sweep", "open_sweep", "run_sweep", "sweep_lines", "sweep_options"]
 
 _POINTS = "points.json"
-_SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def run_sweep(sweep: Sweep, reporter: Reporter) -> dict[str, Any]:
                     taken_over = take_over(folder, {other: sweep.folder / other for other in summaries}, sweep.points)
                     reporter.line(f"Point {n} of {len(sweep.points)}, {name}{_taken_words(taken_over)}")
                 run_job(run, Reporter(reporter.stream, silent=reporter.silent))
-        summaries[name] = ranks.from_first(lambda: _summary(folder))  # noqa: B023
+        summaries[name] = ranks.from_first(lambda: stored_summary(folder))  # noqa: B023
     table = ranks.from_first(lambda: write_sweep(sweep.folder, sweep.swept, sweep.base, sweep.points, summaries))
     reporter.close()
     return table
@@ -208,10 +208,3 @@ def _is_done(folder: Path, with_costs: bool) -> bool:
 def _taken_words(taken_over: Mapping[str, str]) -> str:
     parts = (f"{part} from {point}" for part, point in taken_over.items())
     return f": taken over {', '.join(parts)}" if taken_over else ""
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
-    except ValueError as reason:
-        raise InputError(f"{folder / _SUMMARY} is damaged ({reason}); remove it to make it anew") from None
