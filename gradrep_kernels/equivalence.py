@@ -24,6 +24,7 @@ from gradrep_kernels.branches.pairs import floating_outputs
 from gradrep_kernels.branches.reinitialize import reinitialize
 from gradrep_kernels.branches.scales import Scales, branch_scales, grad_mults
 from gradrep_kernels.dtensor import is_dtensor
+from gradrep_kernels.messages import counted
 from gradrep_kernels.optim import FusedRepAdamW, FusedRepSGD, param_groups
 from gradrep_kernels.sgs.batches import Forward, call_of, draw
 from gradrep_kernels.sgs.passes import generators, random_states
@@ -62,7 +63,7 @@ class Equivalence:
         return self.agrees
 
     def __repr__(self) -> str:
-        steps = f"{self.steps} step{'s' * (self.steps != 1)}"
+        steps = counted(self.steps, "step")
         return (
             f"CSLA = GR in float64 over {steps}: outputs differ by at most {self.outputs:.1e}, weights by "
             f"{self.weights:.1e} ({'within' if self.agrees else 'NOT within'} {self.tolerance:.0e})"

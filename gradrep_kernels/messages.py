@@ -1,11 +1,11 @@
-"""Warnings at the caller's line, and lists that a message shows the beginning of."""
+"""Warnings at the caller's line, numbers with their nouns, and lists that a message shows the beginning of."""
 
 from __future__ import annotations
 
 import sys
 import warnings
 
-__all__ = ["first_few", "warn_outside"]
+__all__ = ["counted", "first_few", "warn_outside"]
 
 
 def warn_outside(text: str, category: type[Warning] = UserWarning) -> None:
@@ -21,6 +21,11 @@ def warn_outside(text: str, category: type[Warning] = UserWarning) -> None:
 
 def _is_inside(module: str) -> bool:
     return module.split(".")[0] in ("gradrep_kernels", "torch")
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 step', '2 steps'."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def first_few(parts: list[str], shown: int = 4, between: str = "; ") -> str:

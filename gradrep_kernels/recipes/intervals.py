@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gradrep_kernels.messages import counted
 from gradrep_kernels.recipes.errors import extra
 
 __all__ = ["Difference", "expected_misses", "half_width", "paired_difference"]
@@ -71,4 +72,4 @@ def expected_misses(intervals: int) -> str:
 
     It is the mean number, whether or not the intervals depend on each other. Those of one table do.
     """
-    return f"Of {intervals} such interval{'s' * (intervals != 1)} {_MISSED * intervals:.2g} are expected to miss."
+    return f"Of {counted(intervals, 'such interval')} {_MISSED * intervals:.2g} are expected to miss."

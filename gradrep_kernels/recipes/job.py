@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradrep_kernels.messages import counted
 from gradrep_kernels.recipes import files, metrics, ranks
 from gradrep_kernels.recipes.build import plain_model
 from gradrep_kernels.recipes.costs.run import COSTS, cost_settings, write_costs
@@ -222,12 +223,14 @@ class _RunningJob:
         """Say what is ahead. `epochs` are those that are done of each training, `results` those that are whole."""
         options, parts = self.options, []
         if self.searches:
-            parts.append(f"a Hyper-Search of {_counted(options.search_epochs)}")
+            parts.append(f"a Hyper-Search of {counted(options.search_epochs, 'epoch')}")
         trainings = len(epochs) - self.searches
         if trainings:
             rates = shown(options.lr)
-            parts.append(f"{trainings} trainings of {_counted(options.epochs)} with learning rate {rates}")
-        at_a_time = f"; {options.workers} at a time" if options.workers > 1 else ""
+            parts.append(
+                f"{counted(trainings, 'training')} of {counted(options.epochs, 'epoch')} with learning rate {rates}"
+            )
+        at_a_time = f"; {options.workers} at a time" if options.workers > 1 and len(epochs) > 1 else ""
         if ranks.count() > 1:
             at_a_time = f"; {ranks.count()} processes train together"
         self.reporter.line(f"{self.folder}: {', '.join(parts)}{at_a_time}")
@@ -285,10 +288,6 @@ class _Silent:
         pass
 
 
-def _counted(epochs: int) -> str:
-    return f"{epochs} epoch{'s' * (epochs > 1)}"
-
-
 def _training_line(name: str, figures: Mapping[str, Any], flag: str) -> str:
     """`flag`: the option that sets its learning rate."""
     if "not_trained" in figures:
@@ -299,7 +298,7 @@ def _training_line(name: str, figures: Mapping[str, Any], flag: str) -> str:
     epochs = figures["epochs"]
     seconds = sum(record["seconds"] + record["sgs_seconds"] for record in epochs)
     reached = epochs[-1]["test_accuracy"]
-    return f"{name}: test accuracy {reached:.2%} after {_counted(len(epochs))}, {seconds:.1f} s"
+    return f"{name}: test accuracy {reached:.2%} after {counted(len(epochs), 'epoch')}, {seconds:.1f} s"
 
 
 def _not_trained(listener: Listener) -> dict[str, Any]:

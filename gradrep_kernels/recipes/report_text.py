@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradrep_kernels.csla import Equivalence
+from gradrep_kernels.messages import counted
 from gradrep_kernels.recipes.costs import cost_columns
 from gradrep_kernels.recipes.environment import software
 from gradrep_kernels.recipes.intervals import expected_misses
@@ -87,14 +88,15 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def seeds_in_words(seeds: Sequence[int]) -> str:
+    """'seed 0', 'seeds 0, 1'."""
+    return f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
+
+
 def scales_line(summary: Mapping[str, Any]) -> str:
     """How far the scales are from where Hyper-Search starts."""
     scales, search = summary["scales"], summary["search"]
-    after = (
-        f"after {search['epochs']} epoch{'s' * (search['epochs'] > 1)} of Hyper-Search"
-        if search
-        else f"of {scales['source']}"
-    )
+    after = f"after {counted(search['epochs'], 'epoch')} of Hyper-Search" if search else f"of {scales['source']}"
     span = f"{scales['moved_least']:.1%} to {scales['moved_most']:.1%} between branches"
     return f"Scales {after} lie {scales['moved_mean']:.1%} from their initial values on average ({span})."
 
@@ -126,7 +128,7 @@ def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     data, options = summary["data"], summary["options"]
     shape = " x ".join(map(str, data["shape"]))
     images = f"{data['train']} training and {data['test']} test images of {shape}, {data['classes']} classes"
-    threads = f"{summary['threads']} thread{'s' * (summary['threads'] > 1)}"
+    threads = counted(summary["threads"], "thread")
     where = f"{summary['device']} ({summary['processor']}), {threads}, {software(summary)}"
     model = options["model"] + (f" with {options['branches']} branches" if options["branches"] else "")
     lines = [f"# {summary['run']}", "", f"{model} on {data['name']} ({images}), on {where}.", ""]
@@ -163,7 +165,7 @@ def _settings_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _recipes_section(summary: Mapping[str, Any]) -> list[str]:
-    seeds, options = ", ".join(map(str, summary["seeds"])), summary["options"]
+    seeds, options = seeds_in_words(summary["seeds"]), summary["options"]
     spread = "." if options["ema_decay"] is None else ", of moving averages of the weights."
     if len(summary["seeds"]) > 1:
         spread = (
@@ -173,7 +175,7 @@ def _recipes_section(summary: Mapping[str, Any]) -> list[str]:
     return [
         *markdown_table(_cells(summary)),
         "",
-        f"Test accuracy after {options['epochs']} epochs, over seeds {seeds}{spread} *Ms a step* are forward, "
+        f"Test accuracy after {counted(options['epochs'], 'epoch')}, over {seeds}{spread} *Ms a step* are forward, "
         "backward and optimizer, the rows in turn with nothing else of the job running. Updates of spatial gradient "
         "scaling are in the last column, spread over all epochs. Parameters and multipliers are those in training. "
         "Multiply-adds are those of a forward pass of one image, in training and, with branches merged, deployed.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from gradrep_kernels.messages import counted
 from gradrep_kernels.sgs.layers import Layer
 
 __all__ = ["described", "next_due", "when_next"]
@@ -33,9 +34,9 @@ def when_next(
 def described(layers: Sequence[Layer], skipped: Collection[str], updates: int, when: str) -> str:
     """Return counts and the range of G in one line. G lies on the CPU, so that no GPU is waited for."""
     maps = [layer.g for layer in layers if layer.g is not None]
-    parts = [f"{len(layers)} layer{'s' * (len(layers) != 1)}", f"{len(skipped)} skipped"]
+    parts = [counted(len(layers), "layer"), f"{len(skipped)} skipped"]
     if updates:
-        parts.append(f"{updates} update{'s' * (updates > 1)}")
+        parts.append(counted(updates, "update"))
     if maps:
         parts.append(f"G from {min(float(g.min()) for g in maps):.3g} to {max(float(g.max()) for g in maps):.3g}")
     elif not updates:

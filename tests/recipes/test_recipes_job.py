@@ -171,7 +171,7 @@ def test_a_job_with_averages_tells_and_keeps_them(source, tmp_path, data):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     text = (folder / "summary.md").read_text()
     assert "| recipe | lr | test accuracy, % | of the weights, % |" in text
-    assert "Test accuracy after 2 epochs, over seeds 0, of moving averages of the weights." in text
+    assert "Test accuracy after 2 epochs, over seed 0, of moving averages of the weights." in text
     for name, figures in summary["recipes"].items():
         last = [line for line in lines if line["run"] == f"{name}-seed0"][-1]
         assert figures["test_accuracy"] == [last["test_accuracy"]]

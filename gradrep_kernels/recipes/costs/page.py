@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gradrep_kernels.messages import counted
+
 __all__ = ["cost_columns", "costs_page"]
 
 _MISSING = "-"
@@ -46,7 +48,7 @@ def costs_page(costs: Mapping[str, Any]) -> str:
 
 
 def _where(costs: Mapping[str, Any]) -> str:
-    threads = f"{costs['threads']} thread" + "s" * (costs["threads"] > 1)
+    threads = counted(costs["threads"], "thread")
     place = f"{costs['processor']}, {threads}" if costs["gpu"] is None else f"{costs['gpu']}, {costs['processor']}"
     versions = costs["versions"]
     software = f"torch {versions['torch']}, gradrep_kernels {versions['gradrep_kernels']}, commit {costs['commit']}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradrep_kernels.branches.spread import KernelHistory
+from gradrep_kernels.messages import counted
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.environment import software
 from gradrep_kernels.recipes.intervals import Difference, paired_difference
@@ -275,9 +276,9 @@ def _markdown(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     if summary["flow"]:
         lines.append(
             f"8 bits are by {summary['flow']}. PTQ measured activations on {settings['calibration']} training images. "
-            f"QAT trained {settings['qat_epochs']} "
-            f"epoch{'s' * (settings['qat_epochs'] != 1)} at {settings['qat_rate']:g} of the training's learning rate, "
-            "with the row's optimizer and multipliers. The paper gives no QAT of a merged network without norms."
+            f"QAT trained {counted(settings['qat_epochs'], 'epoch')} at {settings['qat_rate']:g} of the training's "
+            "learning rate, with the row's optimizer and multipliers. The paper gives no QAT of a merged network "
+            "without norms."
         )
     lines.append("")
     for title, cells in _tables(summary).items():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gradrep_kernels import csla
 from gradrep_kernels.branches.rounding import rounded_weights
 from gradrep_kernels.branches.spread import KernelHistory, kernel_histories, kernel_spread, largest_over_std
-from gradrep_kernels.messages import first_few
+from gradrep_kernels.messages import counted, first_few
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.build import Trainee, build
 from gradrep_kernels.recipes.data.loader import Loader, derived_seed
@@ -200,7 +200,9 @@ class _Job:
         """Say what is ahead, and begin the bar of all training."""
         left = sum(self._stored(row, seed) is None for row in self.rows for seed in self.seeds)
         trained = (
-            f"each with {_epochs(self.settings.qat_epochs)} of training in 8 bits" if self.flow else self.why_no_int8
+            f"each with {counted(self.settings.qat_epochs, 'epoch')} of training in 8 bits"
+            if self.flow
+            else self.why_no_int8
         )
         self.reporter.line(
             f"{self.folder}: {left} of {len(self.rows) * len(self.seeds)} networks to quantize, {trained}"
@@ -315,10 +317,6 @@ def _read_run(folder: Path, device: str | None) -> tuple[Options, dict[str, Any]
         options = dataclasses.replace(options, device=device)
     options.check()
     return options, summary
-
-
-def _epochs(number: int) -> str:
-    return f"{number} epoch{'s' * (number != 1)}"
 
 
 def _norms(model: nn.Module) -> int:

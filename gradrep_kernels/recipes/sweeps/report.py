@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradrep_kernels.messages import counted
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.intervals import Difference, expected_misses, paired_difference
 from gradrep_kernels.recipes.options.declare import shown
 from gradrep_kernels.recipes.options.resolve import OPTIONS, Options
-from gradrep_kernels.recipes.report_text import accuracy_cell, aligned, markdown_table
+from gradrep_kernels.recipes.report_text import accuracy_cell, aligned, markdown_table, seeds_in_words
 from gradrep_kernels.recipes.sweeps.plots import draw_sweep
 
 __all__ = ["sweep_lines", "write_sweep"]
@@ -163,7 +164,8 @@ def _cells(sweep: Mapping[str, Any]) -> list[list[str]]:
     """Heading and rows of the table, row by row of the recipes, each at every point that trained it."""
     points, base = sweep["points"], sweep["base"]
     validated = any(f["validation_accuracy"] for point in points.values() for f in point["recipes"].values())
-    flags = [OPTIONS[name].flag.removeprefix("--") for name in sweep["swept"]]
+    swept = _swept_columns(sweep)
+    flags = [OPTIONS[name].flag.removeprefix("--") for name in swept]
     columns = ["validation, %"] * validated + [f"minus {base}", "minus sgd"]
     cells = [["recipe", *flags, "lr", "test accuracy, %", *columns]]
     found = {(d["point"], d["recipe"], d["other"]): d for d in sweep["compared"]}
@@ -171,7 +173,7 @@ def _cells(sweep: Mapping[str, Any]) -> list[list[str]]:
         for name, point in points.items():
             if not _trained_here(point, row):
                 continue
-            figures, values = point["recipes"][row], [_value(value) for value in point["options"].values()]
+            figures, values = point["recipes"][row], [_value(point["options"][name]) for name in swept]
             if len(points) > 1 and _everywhere(row, points):
                 values = ["any"] * len(values)
             validation = figures["validation_accuracy"] or []
@@ -187,10 +189,17 @@ def _cells(sweep: Mapping[str, Any]) -> list[list[str]]:
                 ]
             )
     for point in points.values():
-        values = [_value(value) for value in point["options"].values()]
+        values = [_value(point["options"][name]) for name in swept]
+        rate = "" if len(swept) == len(sweep["swept"]) else _value(point["options"]["lr"])
         rest = [""] * (len(cells[0]) - len(values) - 3)
-        cells += [[row, *values, "", "the Hyper-Search diverged", *rest] for row in point["not_trained"]]
+        cells += [[row, *values, rate, "the Hyper-Search diverged", *rest] for row in point["not_trained"]]
     return cells
+
+
+def _swept_columns(sweep: Mapping[str, Any]) -> list[str]:
+    """The options that have a column. The learning rate has one already, where each point has one."""
+    chosen = any(len(point["options"].get("lr", ())) > 1 for point in sweep["points"].values())
+    return [name for name in sweep["swept"] if name != "lr" or chosen]
 
 
 def _value(value: Any) -> str:
@@ -206,7 +215,7 @@ def _difference_cell(difference: Mapping[str, Any] | None) -> str:
 
 def sweep_lines(sweep: Mapping[str, Any]) -> list[str]:
     """The end of a sweep on a terminal: the table, and what it allows to say."""
-    return [aligned(_cells(sweep), left=1 + len(sweep["swept"])), *sweep["statements"]]
+    return [aligned(_cells(sweep), left=1 + len(_swept_columns(sweep))), *sweep["statements"]]
 
 
 def _markdown(sweep: Mapping[str, Any], summaries: Summaries, pictures: Mapping[str, str]) -> str:
@@ -218,10 +227,10 @@ def _markdown(sweep: Mapping[str, Any], summaries: Summaries, pictures: Mapping[
     lines = [
         f"# {sweep['sweep']}",
         "",
-        f"{len(points)} points of {flags}: {model} on {first['data']['name']}, seeds {', '.join(map(str, seeds))}. "
+        f"{counted(len(points), 'point')} of {flags}: {model} on {first['data']['name']}, {seeds_in_words(seeds)}. "
         "Every point is a run of its own in the folder of its name, with its options, weights and summary.md.",
         "",
-        *markdown_table(_cells(sweep), left=1 + len(sweep["swept"])),
+        *markdown_table(_cells(sweep), left=1 + len(_swept_columns(sweep))),
         "",
         f"± behind an accuracy is the standard deviation over seeds. *Minus {sweep['base']}* and *minus sgd* are mean "
         "differences over the same seeds, ± their 95 % interval. The same seed is the same order of images, and the "
