@@ -306,11 +306,6 @@ def _given_scales(options: Options, data: Data) -> csla.Scales | None:
     converted as the rows of the table need it.
     """
     if options.rows and not any(recipe.uses_branches for recipe in options.rows):
-        recipes = ", ".join(options.recipe)
-        if options.scales is not None:
-            raise InputError(f"--scales {options.scales}: none of the recipes {recipes} uses scales")
-        if options.branches is not None:
-            raise InputError(f"--branches {options.branches}: none of the recipes {recipes} has branches")
         return None
     with torch.random.fork_rng():
         model = plain_model(options, data, options.seed)

@@ -34,6 +34,7 @@ __all__ = [
     "ablated",
     "chosen_rows",
     "default_rate",
+    "dyrep_schedule",
     "in_all",
 ]
 
@@ -150,17 +151,27 @@ class Recipe:
         """
         return self.scales is not None or not self.plain_network
 
+    @property
+    def takes_branches(self) -> bool:
+        """Whether its branches are those of --branches. Rivals have blocks of their own."""
+        return self.uses_branches and self.paper != "rival"
+
 
 def _dyrep(
     model: nn.Module, optimizer: torch.optim.Optimizer, groups: Callable, options: Any, seed: int
 ) -> DynamicReparameterization:
-    """DyRep as its code has it: every 15 of 600 epochs on CIFAR, every 5 of 120 on ImageNet, none in the last sixth."""
-    every = options.epochs / (24 if options.data.kind == "folder" else 40)
-    until = options.epochs * 5 // 6
+    every, until = dyrep_schedule(options)
     where = branch_form(model).where
-    return DynamicReparameterization(
-        model, optimizer, groups, every=max(1, round(every)), until=until, seed=seed, where=where
-    )
+    return DynamicReparameterization(model, optimizer, groups, every=every, until=until, seed=seed, where=where)
+
+
+def dyrep_schedule(options: Any) -> tuple[int, int]:
+    """Epochs between the changes of DyRep, and the epoch from which there are none.
+
+    They are those of its code: every 15 of 600 epochs on CIFAR, every 5 of 120 on ImageNet, none in the last sixth.
+    """
+    every = options.epochs / (24 if options.data.kind == "folder" else 40)
+    return max(1, round(every)), options.epochs * 5 // 6
 
 
 def _by_name(*rows: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -120,6 +121,26 @@ def test_what_is_likely_not_meant_is_told():
         "--warmup 3 leaves no epoch of --search-epochs 3 after the warm-up"
     ]
     assert resolve({"epochs": 1, "sgs_warmup": 1, "recipe": ("sgd",), "warmup": 0, "workers": 1}).advice() == []
+    (told,) = resolve({"epochs": 1, "recipe": ("dyrep",), "warmup": 0, "workers": 1}).advice()
+    assert told == "no branch of dyrep grows in 1 epoch: it trains the plain network"
+    assert resolve({"epochs": 2, "recipe": ("dyrep",), "warmup": 0, "workers": 1}).advice() == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"branches": "acb", "recipe": ("dbb", "dyrep")},
+            "--branches acb: none of the recipes dbb, dyrep has branches",
+        ),
+        ({"scales": "/x.pt", "recipe": ("repvgg",)}, "--scales /x.pt: none of the recipes repvgg uses scales"),
+        ({"scales": "/x.pt", "recipe": ("sgd",), "ablate": ("ones",)}, "none of the recipes sgd, repopt-ones uses"),
+        ({"hs_init": 1.0, "recipe": ("sgd", "repvgg")}, "--hs-init 1.0: none of the recipes sgd, repvgg uses scales"),
+    ],
+)
+def test_options_that_no_row_heeds(given, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        resolve(given)
 
 
 def test_a_resumed_run_may_have_another_number_of_workers(options):

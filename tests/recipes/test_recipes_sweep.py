@@ -207,9 +207,9 @@ def test_what_does_not_touch_a_training_changes_no_bit_of_it(source, as_is, tmp_
     assert apart - NAMES_ONLY <= OTHERS.keys()
     changed = {name: value for name, value in OTHERS.items() if name in apart}
     assert changed
-    # Only a row with branches takes --branches, and repvgg needs no search.
-    rows = {"search": ("repopt",), "repopt": ("repopt",)}.get(part, (part, "repvgg"))
-    given = {**BASE, **changed, "recipe": rows}
+    # Only a row with scales takes --branches and --hs-init, and that of the ablation needs no search.
+    rows = {"recipe": (part,), "ablate": ("hs-init",)} if part in ("sgd", "sgs") else {"recipe": ("repopt",)}
+    given = {**BASE, **changed, **rows}
     assert main(["train", "--data", source, "--out", str(tmp_path), "--name", "x", *arguments_of(given)]) == 0
     file = "scales.pt" if part == "search" else f"weights/{part}-seed0.pt"
     assert_same_tensors(tensors(as_is / file), tensors(tmp_path / "x" / file))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gradrep_kernels.messages import counted
 from gradrep_kernels.recipes.cores import cores
 from gradrep_kernels.recipes.data.load import DataSource
 from gradrep_kernels.recipes.errors import InputError
@@ -23,7 +24,7 @@ from gradrep_kernels.recipes.options.groups import (
     Training,
 )
 from gradrep_kernels.recipes.options.presets import PRESETS, preset_for
-from gradrep_kernels.recipes.table import OPTIMIZERS, Recipe, chosen_rows, default_rate
+from gradrep_kernels.recipes.table import OPTIMIZERS, Recipe, chosen_rows, default_rate, dyrep_schedule
 
 __all__ = ["OPTIONS", "Options", "resolve"]
 
@@ -120,6 +121,18 @@ class Options(Machine, Scaling, Search, Pictures, Training, Subject):  # datacla
         given = [self.sgs_alpha is not None, self.sgs_beta is not None]
         if any(row.fixed_scaling for row in self.rows) and not all(given):
             raise InputError("--recipe sgs-grid needs --sgs-alpha and --sgs-beta")
+        self._check_branches()
+
+    def _check_branches(self) -> None:
+        if not self.recipe and not self.ablate:  # a Hyper-Search alone
+            return
+        names = ", ".join(row.name for row in self.rows)
+        if self.scales is not None and not any(row.needs_search for row in self.rows):
+            raise InputError(f"--scales {self.scales}: none of the recipes {names} uses scales")
+        if self.branches is not None and not any(row.takes_branches for row in self.rows):
+            raise InputError(f"--branches {self.branches}: none of the recipes {names} has branches to choose")
+        if self.hs_init is not None and not any(row.scales is not None for row in self.rows):
+            raise InputError(f"--hs-init {self.hs_init}: none of the recipes {names} uses scales")
 
     def advice(self) -> list[str]:
         """What is likely not meant, a line each."""
@@ -139,6 +152,12 @@ class Options(Machine, Scaling, Search, Pictures, Training, Subject):  # datacla
             lines.append(
                 f"no update of the spatial gradient scaling falls due ({late}): it stays ones, and sgs changes nothing"
             )
+        if any(row.structure is not None for row in self.rows):
+            every, until = dyrep_schedule(self)
+            if every > until:
+                lines.append(
+                    f"no branch of dyrep grows in {counted(self.epochs, 'epoch')}: it trains the plain network"
+                )
         return lines
 
     def _about_preset(self) -> list[str]:
