@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from gradrep_kernels.recipes import environment
 from gradrep_kernels.recipes.cores import cores, processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -333,25 +333,4 @@ def versions() -> dict[str, str | None]:
 
 def commit() -> str:
     """Of the checkout, -dirty where something else than results differs; without one, what GRADREP_COMMIT says."""
-    unknown = os.environ.get("GRADREP_COMMIT") or "unknown"
-    if not (ROOT / ".git").exists():  # git would describe a checkout that these sources lie in
-        return unknown
-
-    def git(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-
-    try:
-        done, differs = (
-            git("describe", "--always"),
-            git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)bench/results"),
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return unknown
-    if done.returncode != 0 or not done.stdout.strip():
-        return unknown
-    return done.stdout.strip() + ("-dirty" if differs.returncode else "")
+    return environment.commit(ROOT, but="bench/results")

@@ -22,6 +22,8 @@ from gradrep_kernels.version import __version__
 
 __all__ = ["commit", "environment", "environment_text", "software", "version_line", "versions"]
 
+_CHECKOUT = Path(__file__).resolve().parents[2]
+
 _PACKAGES = ("torch", "numpy", "triton", "scikit-learn", "pillow", "matplotlib", "tqdm")
 
 
@@ -32,18 +34,28 @@ def _version(package: str) -> str | None:
         return None
 
 
-def commit() -> str:
-    """The commit of the checkout that this package is in, or GRADREP_COMMIT, or "unknown"."""
+def commit(root: Path = _CHECKOUT, but: str | None = None) -> str:
+    """The commit of a checkout, that of this package by default, or GRADREP_COMMIT, or "unknown".
+
+    It ends with -dirty where a file differs, unless the file lies in the folder `but`.
+    """
     unknown = os.environ.get("GRADREP_COMMIT") or "unknown"
-    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # git would describe a checkout that an installed package lies in
         return unknown
-    # A checkout may belong to somebody else (in a container), which git refuses unless told.
-    git = ["git", "-c", f"safe.directory={root}", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        # A checkout may belong to somebody else (in a container), which git refuses unless told.
+        command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10)
+
     try:
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or unknown
+        described = git("describe", "--always", "--exclude=*")
+        differs = git("diff", "--quiet", "HEAD", "--", ".", *([f":(exclude){but}"] if but else []))
     except (OSError, subprocess.SubprocessError):
         return unknown
+    if described.returncode or not described.stdout.strip():
+        return unknown
+    return described.stdout.strip() + "-dirty" * bool(differs.returncode)
 
 
 def software(summary: Mapping[str, Any]) -> str:
