@@ -20,7 +20,6 @@ import torch
 import gradrep_kernels as gr
 from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.registry import NAMESPACE, OPS
-from gradrep_kernels.recipes import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
@@ -674,23 +673,6 @@ def test_a_commit_is_told_where_there_is_no_checkout(tmp_path, monkeypatch, chec
         for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
             subprocess.run([*git, *command], check=True)
     assert (harness.commit() == "told-by-hand") is not checkout
-
-
-def test_a_commit_is_dirty_where_more_than_results_differs(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "ROOT", tmp_path)
-    result, code = tmp_path / "bench" / "results" / "a.json", tmp_path / "a.py"
-    result.parent.mkdir(parents=True)
-    for path in (result, code):
-        path.write_text("1")
-    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
-        subprocess.run([*git, *command], check=True)
-    clean = harness.commit()
-    result.write_text("2")
-    assert harness.commit() == clean
-    assert environment.commit(tmp_path) == f"{clean}-dirty"
-    code.write_text("2")
-    assert harness.commit() == f"{clean}-dirty"
 
 
 def test_gpu_check_hands_the_commit_on(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from gradrep_kernels import use_backend
 from gradrep_kernels.cli import main
 from gradrep_kernels.ops import backends
-from gradrep_kernels.recipes.environment import environment, environment_text
+from gradrep_kernels.recipes.environment import commit, environment, environment_text
 
 
 def test_the_second_line_is_of_the_compiled_modules():
@@ -54,3 +55,19 @@ def test_only_the_backend_that_is_forced_is_available(monkeypatch, capsys):
     with use_backend("reference"):
         assert main(["env"]) == 0
     assert "reference (forced by GRADREP_BACKEND)" in capsys.readouterr().out
+
+
+def test_a_commit_is_dirty_where_more_than_results_differs(tmp_path):
+    result, code = tmp_path / "bench" / "results" / "a.json", tmp_path / "a.py"
+    result.parent.mkdir(parents=True)
+    for path in (result, code):
+        path.write_text("1")
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    clean = commit(tmp_path, but="bench/results")
+    result.write_text("2")
+    assert commit(tmp_path, but="bench/results") == clean
+    assert commit(tmp_path) == f"{clean}-dirty"
+    code.write_text("2")
+    assert commit(tmp_path, but="bench/results") == f"{clean}-dirty"
