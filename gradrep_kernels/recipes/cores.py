@@ -6,7 +6,7 @@ import os
 import platform
 from pathlib import Path
 
-__all__ = ["cores", "free_processes", "processor"]
+__all__ = ["cores", "free_processes", "own_threads", "processor"]
 
 _MOST = 8
 """Each process holds torch and the data: some 0.4 GB."""
@@ -19,6 +19,17 @@ def cores() -> int:
     Under torchrun all processes of a machine get as many.
     """
     return max(1, _cores_of_all() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def own_threads() -> int:
+    """The threads that this process computes with: OMP_NUM_THREADS, else the cores that it may use.
+
+    torchrun sets it to 1 where nobody did, so it does not count there.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if "LOCAL_WORLD_SIZE" in os.environ or not wanted.isdecimal() or int(wanted) < 1:
+        return cores()
+    return min(int(wanted), cores())
 
 
 def _cores_of_all() -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gradrep_kernels.messages import counted
 from gradrep_kernels.ops import backends
 from gradrep_kernels.ops.registry import OPS
 from gradrep_kernels.recipes.errors import InputError
@@ -124,13 +125,17 @@ def _as_forced(row: dict[str, str], forced: str) -> dict[str, str]:
 def environment_text(facts: dict[str, Any]) -> str:
     """The result of `environment()` for people, one fact a line."""
     cpu, cuda = facts["cpu"], facts["cuda"]
-    built = "torch is built without it" if cuda["built"] is None else f"{cuda['built']}, {len(cuda['devices'])} devices"
+    built = (
+        "torch is built without it"
+        if cuda["built"] is None
+        else f"{cuda['built']}, {counted(len(cuda['devices']), 'device')}"
+    )
     lines = [_line(name, version or "not installed") for name, version in facts["versions"].items()]
     # Second, since it explains most of what is slow.
     lines.insert(1, _line("compiled", ". ".join(f"{module} {state}" for module, state in facts["compiled"].items())))
     lines += [
         _line("platform", facts["platform"]),
-        _line("CPU", f"{cpu['cores']} cores, {cpu['threads']} threads, {cpu['instructions']}"),
+        _line("CPU", f"{counted(cpu['cores'], 'core')}, {counted(cpu['threads'], 'thread')}, {cpu['instructions']}"),
         _line("CUDA", built),
     ]
     for gpu in cuda["devices"]:

@@ -94,7 +94,7 @@ class _RunningJob:
         do_steps(steps, self.results, workers, listener, self._done)
         if self.rows and _SPEED not in self.results:
             self.reporter.doing("seconds a step")
-            self.reporter.epoch("  timing a step of each row")
+            self.reporter.line(f"{self.folder}: timing a step of each row")
             rates = {row.name: self._rate(row) for row in self.rows if self._trained(row)}
             self._done(_SPEED, seconds_per_step(self.folder, self.options, self.trained_on, rates))
         return ranks.from_first(self._report)
@@ -126,8 +126,7 @@ class _RunningJob:
         else:
             was = 1 if any(self.state.iterdir()) else processes
         check_count(self.folder, was)
-        if processes > 1:
-            files.write_json(path, processes)
+        files.write_json(path, processes)
 
     def _report(self) -> dict[str, Any]:
         self._save_seconds()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -108,10 +109,10 @@ def _make(name: str, settings: Mapping[str, Any]) -> nn.Module:
     try:
         return MODELS[name](**settings)
     except ValueError as reason:
-        named = next((setting for setting in settings if str(reason).startswith(setting)), None)
-        if named is None:
+        names = rf"\b({'|'.join(SETTINGS)})\b"
+        if not re.match(names, str(reason)):
             raise
-        raise InputError(f"{_flag(named)}{str(reason).removeprefix(named)}") from None
+        raise InputError(re.sub(names, lambda found: _flag(found[0]), str(reason))) from None
 
 
 def _flag(setting: str) -> str:

@@ -81,6 +81,7 @@ def write_report(
     differences = _differences(rows, summary["recipes"], description["test"])
     summary["compared"] = [dataclasses.asdict(difference) for difference in differences if difference.seeds > 1]
     summary["statements"] = [*(difference.sentence() for difference in differences), *_costs(summary["recipes"])]
+    summary["statements"] += [f"Note that {line}." for line in options.unlikely()]
     summary["identity_ratio"] = identity_ratios(options, data) if search is not None else {}
     pictures = draw_pictures(folder, summary, chosen, seeds, scales, initial, search["epochs"] if search else ())
     files.write_text(folder / "summary.md", markdown(summary, pictures))

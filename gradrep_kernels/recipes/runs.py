@@ -33,6 +33,7 @@ from gradrep_kernels.recipes.scale_sources import initial_scales
 from gradrep_kernels.recipes.validation import load_job_data
 
 __all__ = [
+    "POINTS",
     "SCALES",
     "SUMMARY",
     "Run",
@@ -51,8 +52,11 @@ __all__ = [
 
 SCALES = "scales.pt"
 """The scales file in the folder of a run."""
+POINTS = "points.json"
+"""What the folder of a sweep has, whose folders are runs."""
 SUMMARY = "summary.json"
 """Its figures. A run that has it is done."""
+_FIGURES = {"recipes", "seeds", "data", "options", "search", "compared", "csla_equals_gr", "not_trained", "seconds"}
 _OPTIONS = "options.json"
 _LONGEST_NAME = 200  # File systems take 255 bytes, and temporary names are longer.
 
@@ -79,9 +83,14 @@ class Run:
 def run_folder(run: str | Path, out: Path) -> Path:
     """The folder that RUN names: itself, or one in `out`. Raises InputError where there is no finished run."""
     places = [Path(run), out / run]
-    found = next((place for place in places if (place / "options.json").exists()), None)
+    found = next((place for place in places if (place / _OPTIONS).exists()), None)
     if found is None:
-        raise InputError(f"{run}: no run of `train`, neither as a folder nor in {out}")
+        points = next((sorted(place.glob(f"*/{_OPTIONS}")) for place in places if (place / POINTS).exists()), None)
+        if points:
+            names = first_few([path.parent.name for path in points], between=", ")
+            raise InputError(f"{run} is a sweep: name one of its runs, {run}/POINT, of {names}")
+        places_in_words = "" if Path(run).is_absolute() else f", neither as a folder nor in {out}"
+        raise InputError(f"{run}: no run of `train`{places_in_words}")
     if not (found / SUMMARY).exists():
         raise InputError(f"{found}: this run is not finished; `train --resume --name {found.name}` goes on with it")
     return found
@@ -239,7 +248,7 @@ def stored_summary(folder: Path) -> dict[str, Any]:
     Raises InputError where they cannot be read.
     """
     summary = files.read_json(folder / SUMMARY, "remove it, and `train --resume` makes it anew")
-    if not isinstance(summary, dict) or "recipes" not in summary:
+    if not isinstance(summary, dict) or not summary.keys() >= _FIGURES:
         raise InputError(f"{folder / SUMMARY} is not of this version; remove it, and `train --resume` makes it anew")
     return summary
 

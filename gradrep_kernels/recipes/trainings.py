@@ -53,7 +53,7 @@ STATE = "state"
 SEARCH, CHECK = "search", "check"
 """Names of parts of a run in it that are no training of a row: the Hyper-Search, and the check CSLA = GR."""
 RANKS = "ranks"
-"""Name of how many processes train together in it, where there are several."""
+"""Name in it of how many processes train together. Results depend on it."""
 WEIGHTS = "weights"
 """The folder of what was trained, beside it."""
 

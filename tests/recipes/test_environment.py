@@ -12,6 +12,7 @@ import torch
 from gradrep_kernels import use_backend
 from gradrep_kernels.cli import main
 from gradrep_kernels.ops import backends
+from gradrep_kernels.recipes import cores
 from gradrep_kernels.recipes.environment import commit, environment, environment_text
 
 
@@ -55,6 +56,28 @@ def test_only_the_backend_that_is_forced_is_available(monkeypatch, capsys):
     with use_backend("reference"):
         assert main(["env"]) == 0
     assert "reference (forced by GRADREP_BACKEND)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wanted", "torchrun", "threads"),
+    [
+        (None, False, 4),
+        ("1", False, 1),
+        ("3,2", False, 3),
+        ("9", False, 4),
+        ("0", False, 4),
+        ("x", False, 4),
+        ("1", True, 2),
+    ],
+)
+def test_threads_are_those_that_the_user_wants(monkeypatch, wanted, torchrun, threads):
+    monkeypatch.setattr(cores, "_cores_of_all", lambda: 4)
+    for name, value in (("OMP_NUM_THREADS", wanted), ("LOCAL_WORLD_SIZE", "2" if torchrun else None)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert cores.own_threads() == threads
 
 
 def test_a_commit_is_dirty_where_more_than_results_differs(tmp_path):

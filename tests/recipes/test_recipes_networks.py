@@ -158,9 +158,10 @@ def test_settings_reach_the_network():
         ("repopt_vgg_small", {"strides": (1, 2)}, r"--strides must be 3 whole numbers of at least 1, .*, got \(1, 2\)"),
         ("vgg11", {"head_width": 0}, "--head-width must be at least 1"),
         ("vgg11", {"head_width": (8, 0)}, r"--head-width must be at least 1, or None, got \(8, 0\)"),
+        ("vgg16_imagenet", {"head_width": ()}, "--dropout must be 0 without --head-width, got 0.5"),
         ("vgg11", {"width": -0.5}, "--width must be a number above 0, got -0.5"),
         ("vgg11", {"dropout": 1.0, "head_width": 4}, r"--dropout must be in \[0, 1\), got 1.0"),
-        ("vgg11", {"dropout": 0.5}, "--dropout must be 0 without head_width, got 0.5"),
+        ("vgg11", {"dropout": 0.5}, "--dropout must be 0 without --head-width, got 0.5"),
         (
             "repopt_vgg_deep",
             {"width": 0.5},
@@ -218,6 +219,9 @@ def test_a_presets_setting_goes_where_the_model_has_none(source):
     assert resolve({**given, "head_width": ("none",)}).head_width == ()
     assert resolve({**given, "model": "vgg19"}).head_width == (512,)
     assert resolve({**given, "model": "resnet18"}).head_width is None
+    for wrong, needed in (({"width": 1e9}, "at most 100"), ({"head_width": 2**70}, "at most 1048576")):
+        with pytest.raises(InputError, match=needed):
+            resolve({**given, **wrong})
     # One without hidden layers does not take their dropout.
     assert resolve({**given, "preset": "sgs-cifar-200", "model": "repopt_ghostnet"}).dropout is None
     with pytest.raises(InputError, match="--head-width is for the models"):

@@ -94,6 +94,13 @@ def test_another_optimizer_takes_its_own_learning_rate():
     assert resolve({"optimizer": "sgd"}).lr == resolve({}).lr == (0.03, 0.1, 0.3)
 
 
+def test_a_misspelt_preset_is_near_another():
+    with pytest.raises(InputError, match="got 'sgs-cifar200'; near it are sgs-cifar-200"):
+        resolve({"preset": "sgs-cifar200"})
+    with pytest.raises(InputError, match="got 'sgss'; near it are sgs"):
+        resolve({"recipe": ("sgd", "sgss")})
+
+
 def test_a_preset_of_other_data_is_told():
     (line,) = (line for line in resolve({"preset": "sgs-cifar-200", "data": "mnist:/x"}).advice() if "is for" in line)
     assert line == "--preset sgs-cifar-200 is for cifar10 or cifar100, the data is mnist"

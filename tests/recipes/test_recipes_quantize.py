@@ -214,7 +214,8 @@ def test_weights_of_the_chosen_learning_rate(folder):
 
 
 WRONG = {
-    "no run": (("nowhere",), "nowhere: no run of `train`"),
+    "no run": (("nowhere",), "nowhere: no run of `train`, neither as a folder nor in "),
+    "no run there": (("/nowhere",), "/nowhere: no run of `train`"),
     "few bits": (("RUN", "--bits", "8,1"), "--bits must be whole numbers from 2 to 16 with commas between, got 8,1"),
     "no number": (("RUN", "--bits", "8,x"), "--bits must be whole numbers from 2 to 16 with commas between, got 8,x"),
     "no bits": (("RUN", "--bits", "none"), "--bits must be whole numbers from 2 to 16"),

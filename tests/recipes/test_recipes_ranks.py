@@ -157,11 +157,13 @@ def test_another_number_of_processes_cannot_resume(together, capsys, name):
     assert expected in capsys.readouterr().err
 
 
-def test_processes_sweep_together_and_go_on(together, source, tmp_path, frozen):
+def test_processes_sweep_together_and_go_on(together, source, tmp_path, frozen, capsys):
     """Batches of 15 are 8 and 7 images, and weights are float64, as above."""
     shutil.copytree(together / "swept", tmp_path / "two" / "swept")
     for name in ("sweep.json", "sgs-k=9/summary.json", "sgs-k=9/state/sgs-seed0.json", "sgs-k=9/weights/sgs-seed0.pt"):
         (tmp_path / "two" / "swept" / name).unlink()
+    assert main(["train", "--out", str(tmp_path / "two" / "swept"), "--name", "sgs-k=9", "--resume"]) == 2
+    assert "sgs-k=9 was started on 2 processes, now there are 1" in capsys.readouterr().err
     resume = ["train", "--out", str(tmp_path / "two"), "--name", "swept", "--resume"]
     start(recipe_ranks.run_commands, tmp_path / "two", [resume])
     assert torch.load(tmp_path / "two" / "statuses 1") == [0], said(tmp_path / "two", 0)

@@ -194,7 +194,7 @@ def test_merged_networks_and_trainings_taken_over_are_told(tmp_path, options, da
     costs = [summary["recipes"][name]["form_costs"] for name in ("sgd", "repvgg")]
     assert costs[0]["macs"] == costs[0]["deployed_macs"] == costs[1]["deployed_macs"] < costs[1]["macs"]
     assert costs[0]["deployed_parameters"] == costs[1]["deployed_parameters"]
-    assert "| parameters | multiply-adds, M | deployed | parameters deployed | multipliers" in text
+    assert "| parameters | multiply-adds, M | deployed, M | parameters deployed | multipliers" in text
     assert f"| 1,234 | {costs[1]['macs'] / 1e6:.1f} | {costs[0]['macs'] / 1e6:.1f} | " in text
     assert "outputs differ by at most 2.0e-07 (repvgg)" in text
     assert "no differing option touches: sgd from sgs-k=1." in text

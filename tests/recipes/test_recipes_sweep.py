@@ -366,8 +366,25 @@ def test_a_sweep_that_is_done_only_writes_its_table_again(source, swept, tmp_pat
     assert "begin with sweep.md there" in out
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"sweep.md", "sweep.json", "sweep.png"}
-    assert main(["train", "--out", str(swept.parent), "--name", "whole", "--resume", "--sweep-base", "sgs-k=4"]) == 0
+    resume = ["train", "--out", str(swept.parent), "--name", "whole", "--resume"]
+    assert main([*resume, "--sweep-base", "sgs-k=4"]) == 0
     assert of(swept, "sweep.json")["base"] == "sgs-k=4"
+    assert main(resume) == 0
+    assert of(swept, "sweep.json")["base"] == "sgs-k=1"
+    stored = (swept / "points.json").read_text()
+    (swept / "points.json").write_text(stored.replace('"base": "sgs-k=1"', '"base": "sgs-k=4"'))
+    assert main(resume) == 0
+    assert of(swept, "sweep.json")["base"] == "sgs-k=4"  # as it was started
+    (swept / "points.json").write_text(stored)
+    assert [of(swept / point, "state/ranks.json") for point in ("sgs-k=1", "sgs-k=4")] == [1, 1]
+
+
+def test_a_sweep_is_no_run(swept, capsys):
+    for command in ("costs", "quantize"):
+        assert main([command, str(swept)]) == 2
+        assert (
+            f"{swept} is a sweep: name one of its runs, {swept}/POINT, of sgs-k=1, sgs-k=4" in capsys.readouterr().err
+        )
 
 
 def test_wrong_sweeps_are_one_line_and_leave_nothing(source, swept, tmp_path, capsys):
@@ -386,6 +403,7 @@ def test_wrong_sweeps_are_one_line_and_leave_nothing(source, swept, tmp_path, ca
     assert "is a sweep of sgs-k=1, sgs-k=4" in told("--sweep", "sgs-k=1,5", "--resume", out=swept.parent, name="whole")
     parts = ("--batch-size", "20", "--accumulate", "20")
     assert "point sgs-k=1: --batch-size must be at least 40" in told("--sweep", "sgs-k=1,2", *parts)
+    assert "--sweep: --sgs-k changes nothing of sgd" in told("--sweep", "sgs-k=1,2", "--recipe", "sgd")
     assert "--sgs-k was 1.0 when" in told("--sgs-k", "4", "--resume", out=swept.parent, name="whole")
 
 

@@ -114,6 +114,14 @@ def test_the_best_point_is_that_of_the_validation_part(tmp_path):
     assert "(1 diverged)" in table[-1]
 
 
+def test_points_that_are_equal_are_told(tmp_path):
+    recipes = {name: {"sgs": figures([0.5, 0.5], [0.6, 0.6])} for name in ("k=1", "k=3", "k=5")}
+    recipes["k=1"]["sgs"]["validation_accuracy"] = [0.1, 0.2]
+    sweep = swept(tmp_path, {name: summary(rows) for name, rows in recipes.items()}, sgs_k=(1, 3, 5))
+    assert sweep["best"] == {}
+    assert sweep["statements"][-1] == "sgs is as good on the validation part at k=3, k=5."
+
+
 def test_without_a_validation_part_no_point_is_best(tmp_path):
     sweep = swept(tmp_path, {n: summary({"sgs": figures([0.5, 0.6])}) for n in "ab"}, sgs_k=(1, 2))
     assert sweep["best"] == {}

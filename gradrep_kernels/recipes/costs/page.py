@@ -20,7 +20,7 @@ def cost_columns(figures: Mapping[str, Any]) -> dict[str, str]:
     """
     columns = {
         "multiply-adds, M": _millions(figures["macs"]),
-        "deployed": _millions(figures["deployed_macs"]),
+        "deployed, M": _millions(figures["deployed_macs"]),
         "parameters deployed": f"{figures['deployed_parameters']:,}",
     }
     if "images_per_second" in figures:

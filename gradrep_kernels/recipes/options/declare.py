@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import types
 import typing
@@ -53,7 +54,7 @@ _DEFAULTS_OF = {
 class Option:
     """One option.
 
-    `options.py` declares it as a field of `Options`, whose name and type become this one's.
+    `groups.py` declares it as a field of a group, whose name and type become this one's.
     """
 
     help: str
@@ -173,7 +174,9 @@ def one_of(names: Iterable[str]) -> Reader:
 
     def read(flag: str, value: str) -> str:
         if value not in names:
-            raise InputError(f"{flag} must be one of {', '.join(names)}, got {value!r}")
+            near = difflib.get_close_matches(str(value), names, n=3)
+            hint = f"; near it are {', '.join(near)}" if near else ""
+            raise InputError(f"{flag} must be one of {', '.join(names)}, got {value!r}{hint}")
         return value
 
     return read

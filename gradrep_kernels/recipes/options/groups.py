@@ -1,6 +1,6 @@
 """The options of a job, declared in groups. The first line of a group is its heading in the help.
 
-One field declares one option: the command line, defaults, checks and JSON follow from it. `options.py` puts the groups
+One field declares one option: the command line, defaults, checks and JSON follow from it. `resolve.py` puts the groups
 together.
 """
 
@@ -12,11 +12,20 @@ from typing import Any
 
 from gradrep_kernels.branches.presets import PRESETS as BRANCHES
 from gradrep_kernels.optim.param_groups import DECAY_RULES
-from gradrep_kernels.recipes.cores import cores, free_processes
+from gradrep_kernels.recipes.cores import cores, free_processes, own_threads
 from gradrep_kernels.recipes.data.augmentation import AUGMENTATIONS
 from gradrep_kernels.recipes.data.load import FOLDER_SIDE, DataSource
 from gradrep_kernels.recipes.networks import MODELS, check_model
-from gradrep_kernels.recipes.options.declare import TRAIN, absolute_path, at_least, between, one_of, option, some_of
+from gradrep_kernels.recipes.options.declare import (
+    TRAIN,
+    absolute_path,
+    at_least,
+    between,
+    number,
+    one_of,
+    option,
+    some_of,
+)
 from gradrep_kernels.recipes.options.presets import PRESETS
 from gradrep_kernels.recipes.options.readers import (
     ABOVE_0,
@@ -85,7 +94,8 @@ class Subject:
         "squeeze-and-excitation after every ReLU of a RepOpt-VGG, or in every block of a ResNet", False, earlier=False
     )
     width: float | None = option(
-        "channels of the convolutions of a VGG, over its own: 0.25 is a quarter", check=ABOVE_0, default_help="1",
+        "channels of the convolutions of a VGG, over its own: 0.25 is a quarter",
+        check=number(lambda value: 0 < value <= 100, "above 0 and at most 100"), default_help="1",
         earlier=None,
     )  # fmt: skip
     head_width: tuple[int, ...] | None = option(
@@ -295,7 +305,8 @@ class Machine:
     threads: int = option(
         "threads on the CPU; results are the same bit for bit on the same number only",
         # Digits take one: images of 16 x 16 gain little from a second, and lose tenfold where the machine is busy.
-        lambda values: cores(), between(1, max(64, cores())), digits=1, default_help="the cores one may use",
+        lambda values: own_threads(), between(1, max(64, cores())), digits=1,
+        default_help="OMP_NUM_THREADS, else the cores one may use",
     )  # fmt: skip
     workers: int = option(
         "how many trainings run at a time, each in a process; results are the same",

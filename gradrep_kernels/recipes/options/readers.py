@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 ABOVE_0 = number(lambda value: 0 < value < float("inf"), "a number above 0")
+_WIDEST = 2**20
 BELOW_1 = number(lambda value: 0 <= value < 1, "in [0, 1)")
 
 
@@ -85,7 +86,10 @@ def read_numbers(flag: str, value: Sequence[str | int]) -> tuple[int, ...]:
 def read_layers(flag: str, value: int | Sequence[str | int]) -> tuple[int, ...]:
     """Whole numbers of at least 1, one for each layer, or 'none'."""
     given = (value,) if isinstance(value, int) else tuple(value)
-    return () if given in ((), ("none",)) else read_numbers(flag, given)
+    layers = () if given in ((), ("none",)) else read_numbers(flag, given)
+    if max(layers, default=0) > _WIDEST:
+        raise InputError(f"{flag} must be at most {_WIDEST}, got {','.join(map(str, layers))}")
+    return layers
 
 
 def check_device(flag: str, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The options of a job: the groups of `option_groups.py` in one class, and how they are resolved."""
+"""The options of a job: the groups of `groups.py` in one class, and how they are resolved."""
 
 from __future__ import annotations
 
@@ -140,6 +140,11 @@ class Options(Machine, Scaling, Search, Pictures, Training, Subject):  # datacla
         if self.workers * self.threads > cores():
             what = f"--workers {self.workers} with --threads {self.threads} each"
             lines.append(f"{what} are more than the {cores()} cores: they will wait for each other")
+        return lines + self.unlikely()
+
+    def unlikely(self) -> list[str]:
+        """What of these options makes results other than their names say, a line each."""
+        lines = []
         lengths = [("--warmup", self.warmup, "--epochs", self.epochs)] if self.recipe else []
         if self.searches:
             flag = "--search-warmup" if self.recipe else "--warmup"
@@ -148,7 +153,7 @@ class Options(Machine, Scaling, Search, Pictures, Training, Subject):  # datacla
             if warmup >= epochs:
                 lines.append(f"{flag} {warmup} leaves no epoch of {of_epochs} {epochs} after the warm-up")
         if self.recipe and any(row.sgs for row in self.rows) and self.sgs_warmup >= self.epochs:
-            late = f"--sgs-warmup {self.sgs_warmup}, of {self.epochs} epochs counted from 0"
+            late = f"--sgs-warmup {self.sgs_warmup}, of {counted(self.epochs, 'epoch')} counted from 0"
             lines.append(
                 f"no update of the spatial gradient scaling falls due ({late}): it stays ones, and sgs changes nothing"
             )
@@ -257,9 +262,8 @@ def _from_json(declared: Option, value: Any) -> Any:
         return DataSource.parse(value)
     if declared.type is not tuple or value is None:
         return value
-    value = tuple(value) if isinstance(value, list) else (value,)  # head_width was a number once.
     # Augmentations had another order once, in which they were stored.
-    return declared.read(value) if declared.name.endswith("augment") else value
+    return declared.read(tuple(value)) if declared.name.endswith("augment") else tuple(value)
 
 
 def _to_json(value: Any) -> Any:

@@ -14,6 +14,7 @@ from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.environment import software
 from gradrep_kernels.recipes.intervals import Difference, paired_difference
 from gradrep_kernels.recipes.quantization import plots
+from gradrep_kernels.recipes.report_text import seeds_in_words
 from gradrep_kernels.recipes.table import Recipe
 
 __all__ = ["closing_lines", "write_report"]
@@ -265,8 +266,8 @@ def _markdown(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     lines = [
         f"# {summary['run']} in few bits",
         "",
-        f"{summary['model']} on {data['name']}, test accuracy in % over {data['test']} images and seeds "
-        f"{', '.join(map(str, seeds))}, {software(summary)}. Branches are merged and norms folded.",
+        f"{summary['model']} on {data['name']}, test accuracy in % over {data['test']} images and "
+        f"{seeds_in_words(seeds)}, {software(summary)}. Branches are merged and norms folded.",
     ]
     if len(seeds) > 1:
         lines.append(

@@ -343,10 +343,10 @@ def _moments(history: KernelHistory) -> Iterator[tuple[str, dict[str, float]]]:
 def _line(name: str, figures: Mapping[str, Any]) -> str:
     if "not_finite" in figures:
         return f"{name}: its weights are not finite"
-    per_tensor = figures["rounded"]["per tensor"].items()
-    parts = [f"fp32 {figures['fp32']:.2%}", *(f"{bits} bits {found:.2%}" for bits, found in per_tensor)]
+    per_tensor = (f"{bits} bits {found:.2%}" for bits, found in figures["rounded"]["per tensor"].items())
+    parts = [f"fp32 {figures['fp32']:.2%}", f"weights per tensor in {', '.join(per_tensor)}"]
     if "ptq" in figures:
-        parts.append(f"PTQ {figures['ptq']['per channel']:.2%}")
+        parts.append(f"PTQ per channel {figures['ptq']['per channel']:.2%}")
     if figures.get("qat", {}).get("accuracy") is not None:
         parts.append(f"QAT {figures['qat']['accuracy']:.2%}")
     return f"{name}: {', '.join(parts)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.options.declare import Option, absolute_path, shown
 from gradrep_kernels.recipes.options.resolve import OPTIONS, Options, resolve
+from gradrep_kernels.recipes.sweeps.sharing import same_parts
+from gradrep_kernels.recipes.trainings import SEARCH
 
 __all__ = ["Point", "read_points", "resolved_points"]
 
@@ -86,7 +88,17 @@ def resolved_points(points: Sequence[Point], given: Mapping[str, Any]) -> dict[s
                     f"{options.preset}; name one by --preset"
                 )
         found[point.name] = options
+    _check_touching(found, swept)
     return found
+
+
+def _check_touching(points: Mapping[str, Options], swept: Iterable[str]) -> None:
+    """Raise InputError where nothing that is trained depends on an option that is swept."""
+    first, *others = points.values()
+    names = {*(row.name for row in first.rows), *[SEARCH] * first.searches}
+    if others and all(other.rows == first.rows and names <= {*same_parts(first, other)} for other in others):
+        flags = ", ".join(OPTIONS[name].flag for name in swept)
+        raise InputError(f"--sweep: {flags} changes nothing of {', '.join(row.name for row in first.rows)}")
 
 
 def _names_a_file(text: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradrep_kernels.messages import counted
+from gradrep_kernels.messages import counted, first_few
 from gradrep_kernels.recipes import files
 from gradrep_kernels.recipes.intervals import Difference, expected_misses, paired_difference
 from gradrep_kernels.recipes.options.declare import shown
@@ -50,8 +50,10 @@ def write_sweep(
         },
         "compared": [{**place, **dataclasses.asdict(found)} for place, found in compared if found.seeds > 1],
     }
-    sweep["best"] = _best(sweep["points"])
-    sweep["statements"] = [*_statements([difference for _, difference in compared], summaries), *_best_lines(sweep)]
+    best = _best(sweep["points"])
+    sweep["best"] = {row: names[0] for row, names in best.items() if len(names) == 1}
+    differences = [difference for _, difference in compared]
+    sweep["statements"] = [*_statements(differences, summaries), *_best_lines(sweep, best)]
     pictures = draw_sweep(folder, swept, points, sweep["points"])
     files.write_text(folder / "sweep.md", _markdown(sweep, summaries, pictures))
     files.write_json(folder / "sweep.json", sweep)
@@ -104,19 +106,17 @@ def _paired(seeds: Sequence[int], figures: Mapping, others: Sequence[int], other
     return [a[seed] for seed in both], [b[seed] for seed in both]
 
 
-def _best(points: Mapping[str, Any]) -> dict[str, str]:
-    """{row: the point that is best on the validation part}, of rows that differ between points and have one.
+def _best(points: Mapping[str, Any]) -> dict[str, list[str]]:
+    """{row: the points that are best on the validation part}, of rows that differ between points and have one.
 
-    Points with fewer seeds that diverged come first. None is named where several are equal. Test images have no say.
+    Points with fewer seeds that diverged come first. They are several where they are equal. Test images have no say.
     """
     found = {}
     for row in _rows(points):
         own = {name: point["recipes"][row] for name, point in points.items() if _trained_here(point, row)}
         if len(own) > 1 and all(figures["validation_accuracy"] for figures in own.values()):
             merit = {n: (-f["diverged"], statistics.fmean(f["validation_accuracy"])) for n, f in own.items()}
-            best, *others = sorted(merit, key=merit.__getitem__, reverse=True)
-            if merit[best] > merit[others[0]]:
-                found[row] = best
+            found[row] = [name for name in own if merit[name] == max(merit.values())]
     return found
 
 
@@ -135,9 +135,12 @@ def _trained_here(point: Mapping[str, Any], row: str) -> bool:
     return row in point["recipes"] and not point["recipes"][row]["taken_from"]
 
 
-def _best_lines(sweep: Mapping[str, Any]) -> list[str]:
+def _best_lines(sweep: Mapping[str, Any], best: Mapping[str, Sequence[str]]) -> list[str]:
     lines = []
-    for row, name in sweep["best"].items():
+    for row, (name, *others) in best.items():
+        if others:
+            lines.append(f"{row} is as good on the validation part at {first_few([name, *others], between=', ')}.")
+            continue
         figures = sweep["points"][name]["recipes"][row]
         validation, test = (
             f"{100 * statistics.fmean(figures[part]):.2f} %" for part in ("validation_accuracy", "test_accuracy")

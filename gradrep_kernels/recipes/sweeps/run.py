@@ -19,6 +19,7 @@ from gradrep_kernels.recipes.lock import Lock
 from gradrep_kernels.recipes.options.resolve import OPTIONS, Options
 from gradrep_kernels.recipes.progress import Reporter
 from gradrep_kernels.recipes.runs import (
+    POINTS,
     base_name,
     check_name,
     created,
@@ -34,10 +35,9 @@ from gradrep_kernels.recipes.shared_run import check_count, check_together, one_
 from gradrep_kernels.recipes.sweeps.points import Point, read_points, resolved_points
 from gradrep_kernels.recipes.sweeps.report import sweep_lines, write_sweep
 from gradrep_kernels.recipes.sweeps.sharing import take_over
+from gradrep_kernels.recipes.trainings import RANKS, STATE
 
 __all__ = ["Sweep", "is_sweep", "open_sweep", "run_sweep", "sweep_lines", "sweep_options"]
-
-_POINTS = "points.json"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Sweep:
 
 def is_sweep(folder: Path) -> bool:
     """Whether the folder is that of a sweep."""
-    return (folder / _POINTS).is_file()
+    return (folder / POINTS).is_file()
 
 
 def sweep_options(texts: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -89,7 +89,7 @@ def open_sweep(
     Args:
         given: the options of all points, as `resolve` takes them.
         texts: the values of `--sweep`. Of a sweep that is resumed they may be left out.
-        base: the point that the others are compared with, None for the first.
+        base: the point that the others are compared with, None for that of the start, the first if none was named.
 
     Raises:
         InputError: as `open_together` does, with the name of the point in front. Nothing is left behind.
@@ -118,12 +118,14 @@ def _opened(
         for point in points:
             try:
                 check_together(resolved[point.name])
-                with open_run(unfinished, point.name, {**given, **point.given}, resume=False):
-                    pass
+                with open_run(unfinished, point.name, {**given, **point.given}, resume=False) as run:
+                    (run.folder / STATE).mkdir()
+                    files.write_json(run.folder / STATE / f"{RANKS}.json", ranks.count())
             except InputError as reason:
                 raise InputError(f"point {point.name}: {reason}") from None
-        stored = {"sweep": list(texts), "swept": swept, "points": list(resolved), "processes": ranks.count()}
-        files.write_json(unfinished / _POINTS, stored)
+        stored = {"sweep": list(texts), "swept": swept, "points": list(resolved), "base": chosen}
+        stored["processes"] = ranks.count()
+        files.write_json(unfinished / POINTS, stored)
 
     while True:
         folder = out / (name or fresh_name(out, _default_name(points, resolved)))
@@ -159,10 +161,11 @@ def _resumed(out: Path, name: str | None, given: Mapping[str, Any], points: Sequ
     lock.take()
     try:
         try:
-            stored = json.loads((folder / _POINTS).read_text(encoding="utf-8"))
+            stored = json.loads((folder / POINTS).read_text(encoding="utf-8"))
             names, swept, processes = list(stored["points"]), tuple(stored["swept"]), int(stored.get("processes", 1))
+            base = base or stored.get("base")
         except (OSError, ValueError, KeyError, TypeError) as reason:
-            raise InputError(f"{folder / _POINTS} cannot be read by this version ({reason})") from None
+            raise InputError(f"{folder / POINTS} cannot be read by this version ({reason})") from None
         check_count(folder, processes)
         own = {point.name: point.given for point in points}
         if points and list(own) != names:

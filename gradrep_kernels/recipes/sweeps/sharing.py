@@ -19,7 +19,7 @@ from gradrep_kernels.recipes.options.groups import SEARCHED, Scaling, Search
 from gradrep_kernels.recipes.options.resolve import OPTIONS, Options
 from gradrep_kernels.recipes.runs import SCALES
 from gradrep_kernels.recipes.table import Recipe
-from gradrep_kernels.recipes.trainings import CHECK, RANKS, SEARCH, STATE, WEIGHTS, names_of
+from gradrep_kernels.recipes.trainings import CHECK, SEARCH, STATE, WEIGHTS, names_of
 
 __all__ = ["TAKEN_FROM", "same_parts", "take_over", "touches_row", "touches_search"]
 
@@ -104,9 +104,6 @@ def take_over(folder: Path, earlier: Mapping[str, Path], options: Mapping[str, O
     found: dict[str, str] = {}
     (folder / STATE).mkdir(exist_ok=True)
     for name, other in earlier.items():
-        processes = other / STATE / f"{RANKS}.json"
-        if processes.exists():
-            _copy(processes, folder / STATE / processes.name)
         for part in same_parts(options[folder.name], options[name]):
             if part not in found and _copy_part(part, other, folder):
                 found[part] = name
