@@ -103,7 +103,7 @@ KILLS = {
 
 def stands(folder):
     """The trainings that are done, and {one under way: its whole epochs}."""
-    done = {path.stem for path in folder.glob("*.json")} - {"seconds", "check", "speed"}
+    done = {path.stem for path in folder.glob("*.json")} - {"seconds", "check", "speed", "ranks"}
     return done, {path.stem: len(tensors(path)["epochs"]) for path in folder.glob("*.pt")}
 
 

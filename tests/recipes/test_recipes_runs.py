@@ -38,7 +38,10 @@ def test_a_run_leaves_all_its_files_and_nothing_else(finished):
         "scales.pt",
         "scales.png",
         "spatial_scaling_repopt_sgs.png",
-        *(f"state/{part}.json" for part in ("check", "csla-seed0", "repopt+sgs-seed0", "search", "seconds", "speed")),
+        *(
+            f"state/{part}.json"
+            for part in ("check", "csla-seed0", "ranks", "repopt+sgs-seed0", "search", "seconds", "speed")
+        ),
         "summary.json",
         "summary.md",
         "weights/csla-seed0.pt",
