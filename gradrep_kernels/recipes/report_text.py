@@ -237,12 +237,16 @@ def _evidence(summary: Mapping[str, Any]) -> str:
         return f"With one seed no difference between rows is evidence; {points}."
     searched = [name for name, figures in summary["recipes"].items() if figures["shares_search"]]
     shared = f" The seeds of {', '.join(searched)} share one Hyper-Search: no interval tells how searches differ."
+    if "repopt-hs-init" not in summary["recipes"]:
+        shared += (
+            " Whether the search helps is another question: `--ablate hs-init` trains with the scales that it starts "
+            "from."
+        )
     shared *= bool(searched)
     return (
         f"Intervals are Student's over {seeds} seeds (first weights, order and shifts of the images) on one set of "
         f"{images} test images; {points}, and no interval is narrower. They say nothing about other data or networks. "
-        f"{expected_misses(len(summary['compared']))}{shared} Whether the search helps is another question: `--ablate "
-        "hs-init` trains with the scales that it starts from."
+        f"{expected_misses(len(summary['compared']))}{shared}"
     )
 
 
