@@ -64,7 +64,7 @@ def test_a_run_that_finds_no_room_is_resumed(source, finished, tmp_path):
         "2",
     ]
     left = {str(path.relative_to(tmp_path / "x")) for path in (tmp_path / "x").rglob("*") if path.is_file()}
-    assert left == {"metrics.jsonl", "options.json"}
+    assert left == {"metrics.jsonl", "options.json", "state/ranks.json"}
     assert not list(tmp_path.glob(".*"))
     assert main(["train", "--out", str(tmp_path), "--name", "x", "--resume"]) == 0
     assert_same_results(finished, tmp_path / "x")
