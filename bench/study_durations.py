@@ -4,12 +4,14 @@
 
 Nothing is trained. Of each row of a command the network is built and a few steps are timed, on random images of the
 size that the paper's have. A step of a whole batch is taken for as many times as long as it has more images. Updates
-of G, evaluation and reading of images are not in it.
+of G, evaluation and reading of images are not in it. Everything is computed in float32 and torch's usual layout: what
+--amp and --channels-last gain is for other machines.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import re
 import shlex
@@ -108,7 +110,8 @@ def seconds_of_image(options: Options, row, count: int, budget: float) -> float:
 
 def measured(command: Command, budget: float, known: dict) -> dict:
     """What a command costs here."""
-    options, (images, _, side) = command.options, size(command.options)
+    options = dataclasses.replace(command.options, amp=None, channels_last=False)
+    images, _, side = size(options)
     rows = {None: None} if command.search else {row.name: row for row in options.rows}
     if not command.search and options.scales is None and any(row.needs_search for row in options.rows):
         rows[None] = None
@@ -132,6 +135,8 @@ def measured(command: Command, budget: float, known: dict) -> dict:
 
 def page(found: dict) -> str:
     def days(value: float) -> str:
+        if value > 3650:
+            return f"{value / 365:,.0f} years"
         return f"{24 * value:.1f} hours" if value < 1 else f"{value:,.0f} days"
 
     head = ["source", "what", "network", "trainings", "steps of each", "seconds a step here", "all of it here"]

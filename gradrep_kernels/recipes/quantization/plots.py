@@ -32,6 +32,7 @@ def kernels(path: Path, histories: Mapping[str, KernelHistory]) -> None:
         axes.set_title(f"{name}: std {std:.4f}", fontsize=10)
         axes.set_xlabel("weight")
         tidy(axes)
+    figure.supylabel("weights")
     _finish(figure, panels[0], path)
 
 
@@ -62,6 +63,7 @@ def locations(path: Path, histories: Mapping[str, KernelHistory], moments: Mappi
             tidy(axes)
     drawn = next(axes for axes in panels.flat if axes.get_legend_handles_labels()[0])
     figure.legend(*drawn.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.supylabel("density of the weights")
     _finish(figure, panels[0, 0], path)
 
 
