@@ -1,6 +1,6 @@
 """How long the commands of docs/experiments.md take on this machine, from the time of a few steps.
 
-    python bench/study_durations.py [--seconds 20] [--threads 2] [--results bench/results/studies] [SOURCE ...]
+    python bench/study_durations.py [--seconds 20] [--threads 2] [--results DIR] [SOURCE ...]
 
 Nothing is trained. Of each row of a command the network is built and a few steps are timed, on random images of the
 size that the paper's have. A step of a whole batch is taken for as many times as long as it has more images. Updates
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("source", nargs="*", help="what the sources begin with (default: all)")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each network, about (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "studies")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "studies" / "durations")
     given = parser.parse_args(argv)
     chosen = [
         command

@@ -23,6 +23,7 @@ __all__ = ["AMP_DTYPES", "COMPILER", "TrainingSteps"]
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILER = "inductor"
+_FEW_CHANNELS = 16  # in a vector of AVX-512
 _BUFFERS_IN_FORWARD = next(  # torch 2.13 has a new name for it, and warns of the old one.
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -39,7 +40,8 @@ class TrainingSteps:
 
     Make it before the states of model and optimizer are loaded: --channels-last and --sync-bn change the model.
 
-    Raises InputError where there is no compiler for --compile, there or in a step.
+    Raises InputError where there is no compiler for --compile, there or in a step, and for a network that torch's code
+    for CPUs cannot train in channels_last.
     """
 
     def __init__(self, trainee: Trainee, options: Options):
@@ -47,6 +49,7 @@ class TrainingSteps:
         self._device = torch.device(options.device).type
         model = trainee.model
         if options.channels_last:
+            _check_layout(model, options)
             model.to(memory_format=torch.channels_last)
         if options.sync_bn and ranks.count() > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # It keeps the parameters that the optimizer holds.
@@ -145,6 +148,24 @@ class TrainingSteps:
             yield
         except TorchDynamoException as reason:
             raise _no_compiler(reason) from None
+
+
+def _check_layout(model: nn.Module, options: Options) -> None:
+    """Raise InputError for a strided 1x1 convolution of few channels in channels_last on a CPU.
+
+    torch's oneDNN writes past the end of its workspace in that convolution's backward, and the process dies there or
+    later (https://github.com/uxlfoundation/oneDNN/issues/6035). The first block of a RepVGG for ImageNet has one. Seen
+    with torch 2.13.0 on AVX-512 in bfloat16. With AVX2 float32 is concerned too, so every precision is refused.
+    """
+    if torch.device(options.device).type != "cpu":
+        return
+    for name, conv in model.named_modules():
+        few = isinstance(conv, nn.Conv2d) and conv.in_channels // conv.groups < _FEW_CHANNELS
+        if few and conv.kernel_size == (1, 1) and max(conv.stride) > 1:
+            raise InputError(
+                f"--channels-last on a CPU: torch's oneDNN writes past the end of memory in the backward of {name}, a "
+                "strided 1x1 convolution of few channels (its issue 6035); leave --channels-last out"
+            )
 
 
 def _no_compiler(reason: Exception) -> InputError:

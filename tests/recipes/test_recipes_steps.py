@@ -71,6 +71,26 @@ def test_layout_and_precision_change_nothing_but_rounding(source, data, scales, 
         assert close != losses
 
 
+@pytest.mark.parametrize(
+    ("row", "changed", "refused"),
+    [
+        ("repvgg", {"amp": "bf16", "channels_last": True}, "stage0.conv.convs.1"),
+        ("sgd", {"amp": "bf16", "channels_last": True}, None),  # It has no 1x1.
+        ("repvgg", {"amp": "bf16"}, None),
+        ("repvgg", {"channels_last": True}, "stage0.conv.convs.1"),
+    ],
+)
+def test_what_onednn_cannot_train_is_refused(source, data, row, changed, refused):
+    """Its backward of a 1x1 of stride 2 and 3 channels writes past the end of memory, here from 128 x 128 on."""
+    options = with_options(source, strides=(2, 1, 2), **changed)
+    trainee = build(RECIPES[row], options, data, None, 0, 0.1)
+    if refused is None:
+        steps.TrainingSteps(trainee, options)
+        return
+    with pytest.raises(InputError, match=f"--channels-last on a CPU: .* of {refused}, a strided 1x1"):
+        steps.TrainingSteps(trainee, options)
+
+
 def test_forwards_of_training_alone_are_in_low_precision(source, data, monkeypatch):
     """An update of spatial gradient scaling sees float32 maps."""
     options = with_options(source, amp="bf16")
