@@ -49,7 +49,7 @@ class TrainingSteps:
         self._device = torch.device(options.device).type
         model = trainee.model
         if options.channels_last:
-            _check_layout(model, options)
+            _check_layout(trainee, options)
             model.to(memory_format=torch.channels_last)
         if options.sync_bn and ranks.count() > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # It keeps the parameters that the optimizer holds.
@@ -150,7 +150,7 @@ class TrainingSteps:
             raise _no_compiler(reason) from None
 
 
-def _check_layout(model: nn.Module, options: Options) -> None:
+def _check_layout(trainee: Trainee, options: Options) -> None:
     """Raise InputError for a strided 1x1 convolution of few channels in channels_last on a CPU.
 
     torch's oneDNN writes past the end of its workspace in that convolution's backward, and the process dies there or
@@ -159,12 +159,14 @@ def _check_layout(model: nn.Module, options: Options) -> None:
     """
     if torch.device(options.device).type != "cpu":
         return
-    for name, conv in model.named_modules():
+    for name, conv in trainee.model.named_modules():
         few = isinstance(conv, nn.Conv2d) and conv.in_channels // conv.groups < _FEW_CHANNELS
-        if few and conv.kernel_size == (1, 1) and max(conv.stride) > 1:
+        grows = trainee.structure is not None  # A 1x1 may come beside it.
+        if few and (conv.kernel_size == (1, 1) or grows) and max(conv.stride) > 1:
             raise InputError(
-                f"--channels-last on a CPU: torch's oneDNN writes past the end of memory in the backward of {name}, a "
-                "strided 1x1 convolution of few channels (its issue 6035); leave --channels-last out"
+                f"--channels-last on a CPU: torch's oneDNN writes past the end of memory in the backward of a "
+                f"strided 1x1 convolution of few channels, as {name} {'may get' if grows else 'is'} (its issue 6035); "
+                "leave --channels-last out"
             )
 
 
