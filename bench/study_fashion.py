@@ -30,7 +30,8 @@ from gradrep_kernels.recipes.data.load import Data, Images
 from gradrep_kernels.recipes.data.loader import derived_seed
 from gradrep_kernels.recipes.errors import InputError
 from gradrep_kernels.recipes.intervals import paired_difference
-from gradrep_kernels.recipes.options.resolve import MODELS, Options, resolve
+from gradrep_kernels.recipes.networks import MODELS
+from gradrep_kernels.recipes.options.resolve import Options, resolve
 from gradrep_kernels.recipes.schedules import learning_rate
 from gradrep_kernels.recipes.table import RECIPES
 from gradrep_kernels.recipes.training import accuracy, now, train_step
