@@ -122,10 +122,9 @@ class _RunningJob:
         """Hold the number of processes against that of the beginning, which results depend on."""
         path, processes = self.state / f"{RANKS}.json", ranks.count()
         if path.exists():
-            was = files.read_json(path, _REMEDY)
-        else:
-            was = 1 if any(self.state.iterdir()) else processes
-        check_count(self.folder, was)
+            check_count(self.folder, files.read_json(path, _REMEDY))
+            return
+        check_count(self.folder, 1 if any(self.state.iterdir()) else processes)
         files.write_json(path, processes)
 
     def _report(self) -> dict[str, Any]:

@@ -159,12 +159,12 @@ def _check_layout(trainee: Trainee, options: Options) -> None:
     """
     if torch.device(options.device).type != "cpu":
         return
+    grows = trainee.structure is not None  # A 1x1 may come beside a convolution of any size.
     for name, conv in trainee.model.named_modules():
         few = isinstance(conv, nn.Conv2d) and conv.in_channels // conv.groups < _FEW_CHANNELS
-        grows = trainee.structure is not None  # A 1x1 may come beside it.
         if few and (conv.kernel_size == (1, 1) or grows) and max(conv.stride) > 1:
             raise InputError(
-                f"--channels-last on a CPU: torch's oneDNN writes past the end of memory in the backward of a "
+                "--channels-last on a CPU: torch's oneDNN writes past the end of memory in the backward of a "
                 f"strided 1x1 convolution of few channels, as {name} {'may get' if grows else 'is'} (its issue 6035); "
                 "leave --channels-last out"
             )
